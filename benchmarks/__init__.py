@@ -1,0 +1,1 @@
+"""Measurements against every baseline; each script writes one record under ``benchmarks/results``."""

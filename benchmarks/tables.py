@@ -1,0 +1,162 @@
+"""Write the README's tables and the plots from the records: ``python -m benchmarks.tables``.
+
+The tables stand in ``README.md`` between ``<!-- records -->`` and ``<!-- /records -->``, each with its plot in
+``docs/plots``.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+from . import record
+from .rows import Row, fastest
+from .session import number
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PLOTS = ROOT / "docs" / "plots"
+MARKED = re.compile(r"(?<=<!-- records -->\n).*?(?=<!-- /records -->)", re.DOTALL)
+TITLES = {
+    "mlp_region": "The MLP region alone",
+    "attention_region": "The attention region alone",
+    "bert": "BERT-base, padded",
+    "bert_unmasked": "BERT-base without a mask",
+    "bert_published_ranks": "BERT-base at the published ranks",
+    "llama": "Llama-like prefill",
+    "decode": "Decoding, one token at a time",
+    "cpu_bert": "BERT-base on a CPU",
+}
+"""Records that the README shows, in order."""
+MEASURES = {"units": "units", "transient_mib": "MiB beside the output"}
+COLUMNS = (
+    "case",
+    "best baseline",
+    "flashsvd",
+    "in a CUDA graph",
+    "best / best",
+    "memory: eager",
+    "Inductor",
+    "ours",
+    "error: eager",
+    "of ours",
+)
+
+
+class Case:
+    """The rows of one case, by what the README compares."""
+
+    def __init__(self, name: str, rows: Iterable[Row]):
+        self.name = name
+        self._rows = {row.implementation.lower(): row for row in rows}
+        self.ours, self.graph = self._named("flashsvd"), self._named("flashsvd graph")
+        self.eager, self.inductor = self._named("factored eager"), self._named("factored inductor")
+        self.baseline = fastest(row for row in self._rows.values() if not row.ours and row.time_ms is not None)
+        self.best = fastest(row for row in (self.ours, self.graph) if row.time_ms is not None)
+
+    def _named(self, implementation: str) -> Row:
+        return self._rows.get(implementation) or _NOT_MEASURED
+
+    @property
+    def time_ratio(self) -> float | None:
+        """The fastest way of running ours over the fastest baseline."""
+        if self.best is None or self.baseline is None or not self.baseline.time_ms:
+            return None
+        return (self.best.time_ms or 0.0) / self.baseline.time_ms
+
+    @property
+    def memory_ratio(self) -> float | None:
+        """Ours over the lesser of eager's and Inductor's."""
+        baselines = [row.memory for row in (self.eager, self.inductor) if row.memory]
+        return None if self.ours.memory is None or not baselines else self.ours.memory / min(baselines)
+
+    def line(self) -> str:
+        """The case as a line of the table."""
+        best = self.baseline
+        cells = [
+            self.name,
+            "-" if best is None else f"{_milliseconds(best)} ({best.implementation})",
+            _milliseconds(self.ours),
+            _milliseconds(self.graph),
+            number(self.time_ratio, ".2f"),
+            *(number(row.memory, ".3g") for row in (self.eager, self.inductor, self.ours)),
+            *(number(row.error, ".1e") for row in (self.eager, self.ours)),
+        ]
+        return f"| {' | '.join(cells)} |"
+
+
+_NOT_MEASURED = Row("", "", False, {}, {}, "", "")
+
+
+def _milliseconds(row: Row) -> str:
+    return "-" if row.time_ms is None else f"{row.time_ms:.3g} ms"
+
+
+def cases_of(found: Mapping[str, Any]) -> list[Case]:
+    """A record's cases, in order."""
+    rows = [Row(**row) for row in found["rows"]]
+    return [Case(name, (row for row in rows if row.case == name)) for name in dict.fromkeys(row.case for row in rows)]
+
+
+def section(name: str, found: Mapping[str, Any]) -> str:
+    """A record as Markdown: where it comes from, a line for each case, the plot."""
+    first = Row(**found["rows"][0])
+    return "\n".join(
+        [
+            "",
+            f"**{TITLES[name]}**, {first.dtype}, {found['device']}, torch {found['versions']['torch']}; "
+            f"memory in {MEASURES[first.memory_measure]}; commit {found['commit']}",
+            "",
+            f"| {' | '.join(COLUMNS)} |",
+            f"|{' --- |' * len(COLUMNS)}",
+            *(case.line() for case in cases_of(found)),
+            "",
+            f"![{TITLES[name]}](docs/plots/{name}.svg)",
+            "",
+        ]
+    )
+
+
+def plot(name: str, found: Mapping[str, Any], path: Path) -> None:
+    """Bars for each case: our time and our activation memory over those of the best baseline."""
+    cases = cases_of(found)
+    matplotlib.rcParams["svg.hashsalt"] = name  # the same picture is the same file
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 1.2 + 0.3 * len(cases)), sharey=True, layout="constrained")
+    for axis, quantity in zip(axes, ("time", "memory"), strict=True):
+        ratios = [getattr(case, f"{quantity}_ratio") or 0.0 for case in cases]
+        axis.barh(range(len(cases)), ratios, 0.6, color=["tab:green" if r <= 1 else "tab:red" for r in ratios])
+        axis.axvline(1, color="black", linewidth=1)
+        axis.set_xlim(0, max(1.1, *ratios))
+        axis.set_xlabel(f"flashsvd / best baseline, {'activation ' * (quantity == 'memory')}{quantity}")
+        axis.set_yticks(range(len(cases)), [case.name for case in cases])
+    axes[0].invert_yaxis()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, metadata={"Date": None})
+    pyplot.close(figure)
+
+
+def shown() -> dict[str, dict[str, Any]]:
+    """The records to show that there are."""
+    return {name: record.read(name) for name in TITLES if (record.RESULTS / f"{name}.json").exists()}
+
+
+def filled(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The README's text with its tables made anew."""
+    sections = "".join(section(name, found) for name, found in records.items())
+    return MARKED.sub(lambda _: sections + "\n", text)
+
+
+def main() -> None:
+    records = shown()
+    README.write_text(filled(README.read_text(), records))
+    for name, found in records.items():
+        plot(name, found, PLOTS / f"{name}.svg")
+
+
+if __name__ == "__main__":
+    main()

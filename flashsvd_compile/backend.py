@@ -1,0 +1,99 @@
+"""The backend of ``torch.compile(model, backend="flashsvd")``: the one file that knows Dynamo and Inductor."""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich import print as rich_print
+from torch._logging._internal import trace_structured
+from torch.fx import GraphModule
+
+from .options import Options
+from .passes import rewrite
+from .report import RewriteReport
+
+logger = logging.getLogger(__name__)
+
+_last_report: RewriteReport | None = None
+
+
+def flashsvd(
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    options: Mapping[str, Any] | None = None,
+    mode: str | None = None,
+) -> Callable:
+    """Compile one of Dynamo's graphs: rewrite its low-rank regions, give the rest to the inner backend.
+
+    Args:
+        graph_module: the graph, edited in place.
+        example_inputs: the graph's inputs, parameters included.
+        options: see :class:`~flashsvd_compile.Options`.
+        mode: a mode of ``torch.compile`` for the inner Inductor.
+
+    Raises:
+        UnknownOptionError, InvalidOptionError: bad options.
+    """
+    global _last_report
+    parsed = Options.parse(options, mode)
+    before = _printed(graph_module) if parsed.debug else ""
+    report = rewrite(graph_module, example_inputs, parsed)
+    _last_report = report
+    _trace(report)
+    if parsed.debug:
+        _show(parsed.debug, before, _printed(graph_module), report)
+    return _INNER[parsed.inner](graph_module, example_inputs, parsed)
+
+
+def last_report() -> RewriteReport | None:
+    """The report of the latest graph that was compiled in this process."""
+    return _last_report
+
+
+def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+    from torch._inductor import list_mode_options
+    from torch._inductor.compile_fx import compile_fx
+
+    patches = list_mode_options(options.mode) if options.mode else {}
+    return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
+
+
+def _aot_eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+    return torch._dynamo.lookup_backend("aot_eager")(graph_module, example_inputs)  # pyright: ignore
+
+
+def _eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+    return graph_module.forward
+
+
+_INNER = {"inductor": _inductor, "aot_eager": _aot_eager, "eager": _eager}
+
+
+def _trace(report: RewriteReport) -> None:
+    """Leave the report in the structured trace, where tlparse shows it."""
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "flashsvd_report", "encoding": "string"},
+        payload_fn=lambda: str(report),
+    )
+
+
+def _printed(graph_module: GraphModule) -> str:
+    return graph_module.print_readable(print_output=False)
+
+
+def _show(debug: bool | Path, before: str, after: str, report: RewriteReport) -> None:
+    """Print the report and both graphs, or write them to a directory, numbered by graph."""
+    if not isinstance(debug, Path):
+        print(f"# before\n{before}\n# after\n{after}")
+        rich_print(report)
+        return
+    directory = next(d for number in count() if not (d := debug / f"graph_{number}").exists())
+    directory.mkdir(parents=True)
+    (directory / "before.py").write_text(before)
+    (directory / "after.py").write_text(after)
+    (directory / "report.txt").write_text(f"{report}\n")

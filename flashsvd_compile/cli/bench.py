@@ -1,0 +1,85 @@
+"""``flashsvd bench``: measure a model from disk, or one of BERT-base's shape with random weights."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from .. import provenance
+from ..compress import compress
+from ..errors import FlashSVDError
+from . import model_folder
+from .comparison import Measured, compare
+
+console = Console()
+
+
+def bench(
+    model: Annotated[Path | None, typer.Argument(help="Folder of a dense model; BERT-base's shape if none.")] = None,
+    keep_ratio: Annotated[float, typer.Option(help="Share of a weight's parameters to keep.")] = 0.5,
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 512,
+    layers: Annotated[int, typer.Option(min=1, help="Layers of the BERT-base shape.")] = 12,
+    samples: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
+    record: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+) -> None:
+    """Compare dense eager, factored eager, factored Inductor and flashsvd on this device."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        dense = model_folder.load(model) if model else _bert_base(layers)
+        factored = compress(dense, keep_ratio)
+    except FlashSVDError as error:
+        raise typer.BadParameter(str(error)) from error
+    inputs = {name: value.to(device) for name, value in model_folder.sample_inputs(dense, batch, length).items()}
+
+    def run(module: nn.Module) -> Tensor:
+        return module(**inputs)[0]
+
+    rows = compare(dense.to(device), factored.to(device), run, device, samples, warm_ups=2)
+    console.print(_table(rows))
+    if record is not None:
+        record.write_text(json.dumps(_record(rows, samples), indent=1) + "\n")
+
+
+def _bert_base(layers: int) -> nn.Module:
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+
+
+def _table(rows: list[Measured]) -> Table:
+    table = Table(title=provenance.device(), title_justify="left")
+    table.add_column("")
+    for column in ("peak activation MiB", "time ms", "error", "first call s"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        figures = (f"{row.peak_bytes / 2**20:.1f}", f"{row.time_ms:.4g}", f"{row.error:.1e}", f"{row.first_call_s:.1f}")
+        table.add_row(row.name, *figures)
+    return table
+
+
+def _record(rows: list[Measured], samples: int) -> dict[str, object]:
+    return {
+        "device": provenance.device(),
+        "versions": provenance.versions(),
+        "commit": provenance.commit(),
+        "command": " ".join(["flashsvd", *sys.argv[1:]]),
+        "rows": [
+            {
+                "implementation": row.name,
+                "peak_bytes": row.peak_bytes,
+                "time_ms": row.time_ms,
+                "samples": samples,
+                "error": row.error,
+                "first_call_s": row.first_call_s,
+            }
+            for row in rows
+        ],
+    }

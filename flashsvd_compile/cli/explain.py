@@ -1,0 +1,26 @@
+"""``flashsvd explain``: what the backend would do to a model on disk."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..errors import FlashSVDError
+from ..explain import explain as explain_model
+from . import model_folder
+
+
+def explain(
+    model: Annotated[Path, typer.Argument(help="Folder with config.json and dense or factored weights.")],
+    batch: Annotated[int, typer.Option(min=1)] = 4,
+    length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,
+) -> None:
+    """Print which regions would be rewritten, and why the rest would not. Compiles nothing."""
+    try:
+        loaded = model_folder.load(model)
+    except FlashSVDError as error:
+        raise typer.BadParameter(str(error)) from error
+    inputs: dict[str, Any] = model_folder.sample_inputs(loaded, batch, length)
+    with torch.no_grad():
+        print(explain_model(loaded, **inputs))

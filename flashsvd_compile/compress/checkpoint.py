@@ -1,0 +1,86 @@
+"""Factored checkpoints: one safetensors file, with the shape of every low-rank layer in its metadata."""
+
+import json
+from os import PathLike
+from typing import Any
+
+from torch import nn
+
+from ..errors import CheckpointError
+from .dense_layer import ModelT, dense_layers, replaced
+from .low_rank_linear import LowRankLinear
+
+FORMAT = "flashsvd-factored-1"
+LAYERS_KEY = "flashsvd_layers"
+
+
+def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
+    """Write a model's state dict as safetensors; parameters that are shared are written once.
+
+    Args:
+        model: holds at least one :class:`LowRankLinear`.
+        path: of the file to write.
+
+    Raises:
+        CheckpointError: the model has no low-rank layer.
+    """
+    from safetensors.torch import save_model
+
+    layers = {name: _describe(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+    if not layers:
+        raise CheckpointError("the model has no low-rank layer; compress it first")
+    save_model(model, str(path), metadata={"format": FORMAT, LAYERS_KEY: json.dumps(layers)})
+
+
+def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
+    """A copy of a dense model with the low-rank layers and all weights of a factored checkpoint.
+
+    Args:
+        model: the dense architecture, such as ``AutoModel.from_config(config)``; its weights do not matter, its
+            dtypes and devices are those of the result.
+        path: of a file that :func:`save_factored` wrote.
+
+    Raises:
+        CheckpointError: not a factored checkpoint, or one of another architecture; the message names the layer.
+    """
+    from safetensors.torch import load_model
+
+    dense = dict(dense_layers(model))
+    low_rank: dict[str, nn.Module] = {}
+    for name, shape in _read_layers(path).items():
+        if name not in dense:
+            raise CheckpointError(f"{path}: the model has no dense layer {name!r}")
+        low_rank[name] = dense[name].low_rank(shape["rank"], shape["down_bias"])
+        if _describe(low_rank[name]) != shape:
+            raise CheckpointError(f"{path}: layer {name!r} is {shape}, in the model {_describe(low_rank[name])}")
+    factored = replaced(model, low_rank)
+    try:
+        load_model(factored, str(path))
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit the model: {error}") from error
+    return factored
+
+
+def _describe(layer: nn.Module) -> dict[str, Any]:
+    assert isinstance(layer, LowRankLinear)
+    return {
+        "in_features": layer.in_features,
+        "rank": layer.rank,
+        "out_features": layer.out_features,
+        "down_bias": layer.down.bias is not None,
+        "bias": layer.bias is not None,
+    }
+
+
+def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
+    """The description of every low-rank layer, from the file's metadata."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if metadata.get("format") != FORMAT:
+        raise CheckpointError(f"{path} is no factored checkpoint of format {FORMAT}; save_factored writes those")
+    return json.loads(metadata[LAYERS_KEY])

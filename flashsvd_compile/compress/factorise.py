@@ -1,0 +1,118 @@
+"""Replace a model's dense layers by low-rank ones."""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressionError
+from .calibration import second_moments
+from .dense_layer import DenseLayer, ModelT, dense_layers, replaced
+from .low_rank_linear import LowRankLinear
+from .svd import truncated_svd
+
+log = logging.getLogger(__name__)
+
+DEFAULT_SKIP = ("*embed*", "*pooler*", "*classifier*", "*qa_outputs", "*score", "*head", "cls.*", "*router*", "*.gate")
+"""Names of layers whose error reaches the output undamped, or that are small: embeddings, heads, poolers, routers."""
+
+
+def compress(
+    model: ModelT,
+    keep_ratio: float = 0.5,
+    *,
+    ranks: Mapping[str, int] | None = None,
+    targets: Iterable[str] = ("*",),
+    skip: Iterable[str] = DEFAULT_SKIP,
+    calibrate: Callable[[ModelT], object] | None = None,
+) -> ModelT:
+    """A copy of the model with its dense layers factored; the model itself is left as it was.
+
+    Each ``nn.Linear`` (and ``Conv1D`` of transformers) of ``m`` outputs and ``n`` inputs becomes a
+    :class:`LowRankLinear` of rank ``r = floor(keep_ratio * m * n / (m + n))``, at least 1. Left dense are layers where
+    two factors would not be smaller, ``r * (m + n) >= m * n``; weights that other modules share, such as a language
+    model's head tied to its embedding; subclasses of ``nn.Linear``; and layers with hooks.
+
+    Args:
+        keep_ratio: share of a weight's parameters that its factors may have, between 0 and 1.
+        ranks: rank by layer name, ahead of ``keep_ratio``. Keys are shell patterns of dotted names, such as
+            ``"*.attention.*"``; of several that fit, the first counts.
+        targets: patterns of the names to factor.
+        skip: patterns of the names to leave dense, whatever ``targets`` and ``ranks`` say.
+        calibrate: runs the model on sample data, as ``lambda model: model(**batch)``. The factors then keep the
+            layers' outputs on that data rather than the weights, which loses far less. A layer that does not run gets
+            the plain decomposition, as all do without ``calibrate``.
+
+    Returns:
+        The factored copy, of the same class, dtypes, devices and training mode.
+
+    Raises:
+        CompressionError: a value out of range, a pattern that fits no layer, nothing to factor, or a weight that
+            cannot be decomposed (not floating point, not finite, on the meta device).
+    """
+    ranks = dict(ranks or {})
+    _check_values(keep_ratio, ranks)
+    layers = {name: layer for name, layer in dense_layers(model) if not _fits_any(name, skip)}
+    targets = tuple(targets)
+    _check_patterns((*targets, *ranks), layers)
+    chosen = {
+        name: rank
+        for name, layer in layers.items()
+        if _fits_any(name, targets) and (rank := _rank(name, layer, keep_ratio, ranks)) is not None
+    }
+    if not chosen:
+        raise CompressionError("the model has no layer that low rank would make smaller")
+    moments = second_moments(model, chosen, lambda: calibrate(model)) if calibrate else {}
+    log.info("factoring %d of %d dense layers", len(chosen), len(layers))
+    factored = {name: _factorise(name, layers[name], rank, moments.get(name)) for name, rank in chosen.items()}
+    return replaced(model, factored)
+
+
+def _factorise(name: str, layer: DenseLayer, rank: int, moment: Tensor | None) -> LowRankLinear:
+    """The low-rank layer nearest to a dense one. ``name`` is for the error message."""
+    weight = layer.weight
+    if weight.is_meta or not weight.is_floating_point() or not bool(weight.isfinite().all()):
+        raise CompressionError(f"the weight of {name!r} ({weight.dtype} on {weight.device}) is not finite numbers")
+    low_rank = layer.low_rank(rank)
+    down, up = truncated_svd(weight, rank, moment)
+    with torch.no_grad():
+        low_rank.down.weight.copy_(down)
+        low_rank.up.weight.copy_(up)
+        if layer.bias is not None:
+            low_rank.up.bias.copy_(layer.bias)
+    return low_rank
+
+
+def _rank(name: str, layer: DenseLayer, keep_ratio: float, ranks: Mapping[str, int]) -> int | None:
+    """The layer's rank, ``None`` to leave it dense."""
+    m, n = layer.weight.shape
+    rank = next((rank for pattern, rank in ranks.items() if fnmatchcase(name, pattern)), None)
+    if rank is None:
+        rank = max(1, int(keep_ratio * m * n / (m + n)))
+    if layer.tied:
+        log.info("left %s dense: its weight is shared with another module", name)
+        return None
+    if rank * (m + n) >= m * n:
+        log.info("left %s dense: rank %d is not smaller than %d x %d", name, rank, m, n)
+        return None
+    return rank
+
+
+def _check_values(keep_ratio: float, ranks: Mapping[str, int]) -> None:
+    if not 0 < keep_ratio < 1:
+        raise CompressionError(f"keep_ratio must be between 0 and 1, not {keep_ratio!r}")
+    for pattern, rank in ranks.items():
+        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+            raise CompressionError(f"the rank of {pattern!r} must be a positive integer, not {rank!r}")
+
+
+def _check_patterns(patterns: Iterable[str], layers: Mapping[str, DenseLayer]) -> None:
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in layers):
+            raise CompressionError(f"pattern {pattern!r} fits none of the {len(layers)} layers that can be factored")
+
+
+def _fits_any(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -1,0 +1,53 @@
+"""One exception class per mistake a user can make.
+
+Every message names the value that was given and what would have been valid.
+"""
+
+from collections.abc import Iterable
+
+
+class FlashSVDError(Exception):
+    """Base class of all errors raised on purpose by this package."""
+
+
+class UnknownOptionError(FlashSVDError, ValueError):
+    """An option key the backend does not know."""
+
+    def __init__(self, key: str, valid: Iterable[str]):
+        super().__init__(f"unknown option {key!r}; valid options are: {', '.join(sorted(valid))}")
+
+
+class InvalidOptionError(FlashSVDError, ValueError):
+    """A known option with a value it cannot take."""
+
+    def __init__(self, key: str, value: object, valid: str):
+        super().__init__(f"option {key!r} cannot be {value!r}; valid: {valid}")
+
+
+class ShapeError(FlashSVDError, ValueError):
+    """Tensors given to an operator do not fit together."""
+
+    def __init__(self, what: str, got: object, expected: object):
+        super().__init__(f"{what} is {got}, expected {expected}")
+
+
+class DtypeError(FlashSVDError, TypeError):
+    """A tensor has a dtype the operator cannot compute in."""
+
+    def __init__(self, what: str, got: object, expected: object):
+        super().__init__(f"{what} has dtype {got}, expected {expected}")
+
+
+class TwiceDifferentiatedError(FlashSVDError, NotImplementedError):
+    """A gradient of an operator's gradient, which is recomputed and has none."""
+
+    def __init__(self, operator: str):
+        super().__init__(f"{operator} is differentiable once; use the eager model with create_graph=True")
+
+
+class CompressionError(FlashSVDError, ValueError):
+    """A model cannot be compressed as asked."""
+
+
+class CheckpointError(FlashSVDError, ValueError):
+    """A factored checkpoint cannot be read or written."""

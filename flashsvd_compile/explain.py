@@ -1,0 +1,47 @@
+"""What the backend would do to a model, without compiling anything."""
+
+import copy
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from .options import Options
+from .passes import rewrite
+from .report import RewriteReport
+
+
+def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> RewriteReport:
+    """Trace ``model(*args, **kwargs)`` and report which regions would be rewritten, and why the rest would not.
+
+    The model runs once, eagerly and unchanged, under the caller's grad mode.
+
+    Args:
+        model: a module or function that ``torch.compile`` takes.
+        args, kwargs: its inputs.
+        options: options of the backend (see :class:`~flashsvd_compile.Options`).
+
+    Raises:
+        UnknownOptionError, InvalidOptionError: bad options.
+    """
+    parsed = Options.parse(options)
+    report = RewriteReport()
+
+    def trace_only(graph_module: GraphModule, example_inputs: list[Any]):
+        nonlocal report
+        original = graph_module.forward
+        report += rewrite(_copy(graph_module), example_inputs, parsed)
+        return original
+
+    torch._dynamo.reset()
+    torch.compile(model, backend=trace_only)(*args, **kwargs)
+    return report
+
+
+def _copy(graph_module: GraphModule) -> GraphModule:
+    """A graph of its own over the same parameters, bodies of higher-order operators included."""
+    copied = GraphModule(graph_module, copy.deepcopy(graph_module.graph))
+    for name, body in graph_module.named_children():
+        if isinstance(body, GraphModule):
+            setattr(copied, name, _copy(body))
+    return copied

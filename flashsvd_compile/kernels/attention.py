@@ -1,0 +1,274 @@
+"""Flash attention over lifted heads (Dao et al. 2022, arXiv:2205.14135) with key padding and a window.
+
+The softmax is online; blocks of keys that padding or window hide are skipped, and masks are evaluated only in blocks
+they touch.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .activations import LOG2_E
+from .target import Target, describable, precision_of, target_of
+
+
+class Tile(NamedTuple):
+    """Launch configuration: queries and keys per block, warps, pipeline depth."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(target: Target, dim: int, itemsize: int) -> Tile:
+    """Configuration for a head size: measured on sm_90, small enough for shared memory elsewhere."""
+    if itemsize == 4:
+        return Tile(32, 32, 4, 1) if dim > 64 else Tile(64, 32, 4, 1)
+    if target.shared_memory < 99 * 1024:
+        return Tile(64, 32, 4, 1) if dim <= 128 else Tile(32, 16, 4, 1)
+    if dim <= 64:
+        return Tile(64, 128, 4, 2)
+    if dim <= 128:
+        return Tile(64, 64, 4, 3) if target.descriptors else Tile(64, 32, 4, 2)
+    return Tile(64, 32, 4, 2) if target.descriptors else Tile(32, 32, 4, 1)
+
+
+@triton.jit
+def key_bounds_kernel(key_padding, bounds, stride_b, stride_k, kv_len, BLOCK: tl.constexpr):
+    """Per batch item: first visible key, one past the last, and how many are visible."""
+    item = tl.program_id(0)
+    first = kv_len
+    last = 0
+    count = 0
+    for start in range(0, kv_len, BLOCK):
+        keys = start + tl.arange(0, BLOCK)
+        visible = tl.load(key_padding + item * stride_b + keys * stride_k, mask=keys < kv_len, other=0).to(tl.int32)
+        first = tl.minimum(first, tl.min(tl.where(visible > 0, keys, kv_len)))
+        last = tl.maximum(last, tl.max(tl.where(visible > 0, keys + 1, 0)))
+        count += tl.sum(visible)
+    tl.store(bounds + item * 3, first)
+    tl.store(bounds + item * 3 + 1, last)
+    tl.store(bounds + item * 3 + 2, count)
+
+
+@triton.jit
+def _tile(source, row, column, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
+          DESCRIPTOR: tl.constexpr):  # fmt: skip
+    """``[ROWS, COLUMNS]`` of a ``[rows, heads * DIM]`` matrix; rows from ``limit`` on and columns from DIM on are 0."""
+    if DESCRIPTOR:
+        return source.load([row, column])
+    else:
+        rows = row + tl.arange(0, ROWS)
+        columns = tl.arange(0, COLUMNS)
+        pointers = source + rows[:, None].to(tl.int64) * stride + column + columns[None, :]
+        return tl.load(pointers, mask=(rows[:, None] < limit) & (columns[None, :] < DIM), other=0.0)
+
+
+@triton.jit
+def _attend(
+    acc, row_max, row_sum, q, k, v, key_padding, kv_row, start, stop, kv_len, head_k, head_v, queries,
+    stride_k, stride_v, stride_p, scale,
+    MASKED: tl.constexpr, PADDED: tl.constexpr, WINDOW_LEFT: tl.constexpr, WINDOW_RIGHT: tl.constexpr,
+    BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
+    BLOCK_V: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One pass over keys ``start .. stop`` of the online softmax; ``MASKED`` blocks look at padding and window."""
+    for n in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
+        key = _tile(k, kv_row + n, head_k, kv_row + kv_len, stride_k, BLOCK_K, BLOCK_D, HEAD_DIM, DESCRIPTOR)
+        scores = tl.dot(q, key.T, input_precision=PRECISION)
+        if MASKED:
+            keys = n + tl.arange(0, BLOCK_K)
+            visible = (keys < kv_len)[None, :]
+            if PADDED:
+                visible &= tl.load(key_padding + keys * stride_p, mask=keys < kv_len, other=0).to(tl.int1)[None, :]
+            if WINDOW_RIGHT >= 0:
+                visible &= keys[None, :] <= queries[:, None] + WINDOW_RIGHT
+            if WINDOW_LEFT >= 0:
+                visible &= keys[None, :] >= queries[:, None] - WINDOW_LEFT
+            scores = tl.where(visible, scores * scale, float("-inf"))
+            new_max = tl.maximum(row_max, tl.max(scores, 1))
+            # A row that has seen no visible key keeps the maximum -inf; shift by 0 there to avoid inf - inf.
+            shift = tl.where(new_max == float("-inf"), 0.0, new_max)
+            p = tl.exp2(scores - shift[:, None])
+            correction = tl.exp2(row_max - shift)
+        else:
+            new_max = tl.maximum(row_max, tl.max(scores, 1) * scale)
+            p = tl.exp2(scores * scale - new_max[:, None])
+            correction = tl.exp2(row_max - new_max)
+        row_sum = row_sum * correction + tl.sum(p, 1)
+        acc = acc * correction[:, None]
+        value = _tile(v, kv_row + n, head_v, kv_row + kv_len, stride_v, BLOCK_K, BLOCK_V, VALUE_DIM, DESCRIPTOR)
+        acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
+        row_max = new_max
+    return acc, row_max, row_sum
+
+
+@triton.jit
+def attention_kernel(
+    q, k, v, out, key_padding, bounds,
+    stride_qm, stride_k, stride_v, stride_ob, stride_om, stride_pb, stride_p,
+    q_len, kv_len, num_heads, scale,
+    GROUP: tl.constexpr, PADDED: tl.constexpr, WINDOW_LEFT: tl.constexpr, WINDOW_RIGHT: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head of one batch item.
+
+    q, k, v are matrices ``[items * len, heads * dim]``; out is ``[items, q_len, heads * VALUE_DIM]``. The softmax is
+    taken in base 2: ``scale`` includes log2(e).
+    """
+    block = tl.program_id(0)
+    if WINDOW_RIGHT >= 0:
+        block = tl.num_programs(0) - 1 - block  # longest rows first
+    item = tl.program_id(1) // num_heads
+    head = tl.program_id(1) % num_heads
+    m = block * BLOCK_Q
+    queries = m + tl.arange(0, BLOCK_Q)
+    q_row = item * q_len
+    kv_row = item * kv_len
+    head_k = (head // GROUP) * HEAD_DIM
+    head_v = (head // GROUP) * VALUE_DIM
+    query = _tile(q, q_row + m, head * HEAD_DIM, q_row + q_len, stride_qm, BLOCK_Q, BLOCK_D, HEAD_DIM, DESCRIPTOR)
+
+    # Keys outside [start, stop) are invisible to the whole block, keys inside [whole_start, whole_stop) visible.
+    start = 0
+    stop = kv_len
+    whole = True
+    if PADDED:
+        start = tl.load(bounds + item * 3)
+        stop = tl.load(bounds + item * 3 + 1)
+        whole = tl.load(bounds + item * 3 + 2) == stop - start
+        key_padding += item * stride_pb
+    whole_start = start
+    whole_stop = stop
+    if WINDOW_RIGHT >= 0:
+        stop = tl.minimum(stop, m + BLOCK_Q + WINDOW_RIGHT)
+        whole_stop = tl.minimum(whole_stop, m + WINDOW_RIGHT + 1)
+    if WINDOW_LEFT >= 0:
+        start = tl.maximum(start, m - WINDOW_LEFT)
+        whole_start = tl.maximum(whole_start, tl.minimum(m + BLOCK_Q, q_len) - 1 - WINDOW_LEFT)
+    start = (start // BLOCK_K) * BLOCK_K
+    whole_start = tl.cdiv(whole_start, BLOCK_K) * BLOCK_K
+    whole_stop = (whole_stop // BLOCK_K) * BLOCK_K
+    if (whole_stop <= whole_start) | (not whole):
+        whole_start = start
+        whole_stop = start
+
+    acc = tl.zeros([BLOCK_Q, BLOCK_V], tl.float32)
+    row_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_Q], tl.float32)
+    if PADDED or WINDOW_LEFT >= 0:
+        acc, row_max, row_sum = _attend(
+            acc, row_max, row_sum, query, k, v, key_padding, kv_row, start, whole_start, kv_len, head_k, head_v,
+            queries, stride_k, stride_v, stride_p, scale, True, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K, HEAD_DIM,
+            BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
+        )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, query, k, v, key_padding, kv_row, whole_start, whole_stop, kv_len, head_k, head_v,
+        queries, stride_k, stride_v, stride_p, scale, False, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K, HEAD_DIM,
+        BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
+    )  # fmt: skip
+    acc, row_max, row_sum = _attend(
+        acc, row_max, row_sum, query, k, v, key_padding, kv_row, whole_stop, stop, kv_len, head_k, head_v,
+        queries, stride_k, stride_v, stride_p, scale, True, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K, HEAD_DIM,
+        BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
+    )  # fmt: skip
+
+    acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
+    columns = tl.arange(0, BLOCK_V)
+    pointers = out + item.to(tl.int64) * stride_ob + queries[:, None].to(tl.int64) * stride_om
+    pointers += head * VALUE_DIM + columns[None, :]
+    tl.store(pointers, acc.to(out.dtype.element_ty), mask=(queries[:, None] < q_len) & (columns[None, :] < VALUE_DIM))
+
+
+def supported(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs there; float32 needs more shared memory than the smallest chips have."""
+    target = target_of(device)
+    return dtype.itemsize == 2 or target.shared_memory >= 99 * 1024
+
+
+def key_bounds(key_padding: Tensor) -> Tensor:
+    """``[batch, 3]`` int32 of first visible key, one past the last, and their number, from ``[batch, kv_len]`` bool."""
+    batch, kv_len = key_padding.shape
+    bounds = key_padding.new_empty(batch, 3, dtype=torch.int32)
+    key_bounds_kernel[(batch,)](key_padding, bounds, *key_padding.stride(), kv_len, BLOCK=1024)
+    return bounds
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    key_padding: Tensor | None,
+    bounds: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    tile: Tile | None = None,
+) -> None:
+    """``out = softmax(scale * q @ k.T + mask) @ v``; a query that sees no key gives zeros.
+
+    Args:
+        q: ``[items, q_len, heads, head_dim]``, items of one size apart, heads adjacent; may be the memory of ``out``.
+        k, v: ``[items, kv_len, kv_heads, head_dim or value_dim]``, laid out likewise.
+        out: ``[items, q_len, heads, value_dim]``, laid out likewise.
+        key_padding: ``[items, kv_len]`` bool, true where visible, and ``bounds``, its :func:`key_bounds`.
+        scale: positive factor on the scores.
+        window_left, window_right: key ``j`` is visible to query ``i`` when ``i - left <= j <= i + right``; -1 lifts a
+            side.
+        tile: overrides the table.
+    """
+    items, q_len, heads, head_dim = q.shape
+    kv_len, kv_heads, value_dim = v.shape[1:]
+    target = target_of(q.device)
+    tile = tile or tile_of(target, max(head_dim, value_dim), q.element_size())
+    block_d, block_v = triton.next_power_of_2(max(head_dim, 16)), triton.next_power_of_2(max(value_dim, 16))
+    matrices = [_matrix(tensor) for tensor in (q, k, v)]
+    strides = [matrix.stride(0) for matrix in matrices]
+    blocks = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
+    whole_heads = (head_dim, value_dim) == (block_d, block_v)
+    descriptor = target.descriptors and whole_heads and all(map(describable, matrices))
+    if descriptor:
+        matrices = [TensorDescriptor.from_tensor(m, list(block)) for m, block in zip(matrices, blocks, strict=True)]
+    grid = (triton.cdiv(q_len, tile.block_q), items * heads)
+    attention_kernel[grid](
+        *matrices,
+        out,
+        *((key_padding, bounds) if key_padding is not None else (out, out)),
+        *strides,
+        out.stride(0),
+        out.stride(1),
+        *(key_padding.stride() if key_padding is not None else (0, 0)),
+        q_len,
+        kv_len,
+        heads,
+        scale * LOG2_E.value,
+        GROUP=heads // kv_heads,
+        PADDED=key_padding is not None,
+        WINDOW_LEFT=window_left,
+        WINDOW_RIGHT=window_right,
+        BLOCK_Q=tile.block_q,
+        BLOCK_K=tile.block_k,
+        HEAD_DIM=head_dim,
+        BLOCK_D=block_d,
+        VALUE_DIM=value_dim,
+        BLOCK_V=block_v,
+        DESCRIPTOR=descriptor,
+        PRECISION=precision_of(q.dtype),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+def _matrix(heads: Tensor) -> Tensor:
+    """``[items, len, heads, dim]`` as a strided ``[items * len, heads * dim]``."""
+    items, length, count, dim = heads.shape
+    return heads.as_strided((items * length, count * dim), (heads.stride(1), 1))

@@ -1,0 +1,209 @@
+"""The fused core of a low-rank MLP: rank space to rank space, the hidden layer never leaves the chip.
+
+    latent_out[n, :] = act(latent[n, :] @ up.T + bias) @ down.T
+
+``latent = x @ hidden.down.T`` before and ``out.up`` after are ordinary products with a narrow side and stay with the
+vendor's library. One program keeps a block of rows: its latent tile and its float32 result stay resident while the
+hidden layer passes by, ``block_f`` columns at a time. Ranks are cut into up to three power-of-two pieces, so rank 192
+costs 64 + 128 columns where padding would cost 256.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .target import Target, precision_of, target_of
+from .tiles import (
+    MAX_RANK,
+    PIECE,
+    empty_with_aligned_rows,
+    load_tile,
+    pieces,
+    store_tile,
+    tile_views,
+    with_aligned_rows,
+)
+
+MAX_SPLITS = 8
+
+
+class Tile(NamedTuple):
+    """Launch configuration: rows and hidden columns per step, warps, pipeline depth."""
+
+    block_n: int
+    block_f: int
+    num_warps: int
+    num_stages: int
+
+
+def tile_of(target: Target, rank_in: int, rank_out: int, itemsize: int) -> Tile | None:
+    """The fastest measured configuration that fits the chip's shared memory, or ``None``."""
+    width_in, width_out = sum(pieces(rank_in)), sum(pieces(rank_out))
+    for tile in _candidates(target, max(width_in, width_out), itemsize):
+        resident = tile.block_n * width_in
+        streamed = tile.num_stages * tile.block_f * (width_in + width_out)
+        if (resident + streamed) * itemsize + _RESERVE <= target.shared_memory:
+            return tile
+    return None
+
+
+_RESERVE = 4096  # barriers
+
+
+def _candidates(target: Target, width: int, itemsize: int) -> list[Tile]:
+    if itemsize == 4:
+        return [Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)] if width <= PIECE else []
+    if target.name in ("sm_90", "sm_100"):
+        wide = [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)]
+        return [Tile(128, 64, 4, 3), *wide] if width <= 96 and target.name == "sm_90" else wide
+    if width <= PIECE:
+        return [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)]
+    if width <= 2 * PIECE:
+        return [Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)]
+    return []
+
+
+@triton.jit
+def mlp_core_kernel(
+    latent_0, latent_1, latent_2, up_0, up_1, up_2, bias, down_0, down_1, down_2, out,
+    rows, width, width_per_split, rank_in, rank_out,
+    stride_latent, stride_up_f, stride_up_r, stride_down_r, stride_down_f, stride_out,
+    I0: tl.constexpr, I1: tl.constexpr, I2: tl.constexpr, O0: tl.constexpr, O1: tl.constexpr, O2: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, HAS_BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, APPROXIMATE: tl.constexpr, HARDWARE_TANH: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """Rows ``BLOCK_N * program_id(0) ..``, hidden columns ``width_per_split * program_id(1) ..``.
+
+    latent is ``[rows, rank_in]``, up ``[width, rank_in]``, down ``[rank_out, width]``, out
+    ``[splits * rows, rank_out]``: each split of the hidden layer leaves a partial sum. ``I0 .. I2`` and ``O0 .. O2``
+    are the pieces of the two ranks; a matrix arrives once per piece because a descriptor carries its tile's shape.
+    """
+    n = tl.program_id(0) * BLOCK_N
+    split = tl.program_id(1)
+    out += split.to(tl.int64) * rows * stride_out
+    f_start = split * width_per_split
+    f_stop = tl.minimum(f_start + width_per_split, width)
+
+    x0 = load_tile(latent_0, n, 0, rows, rank_in, stride_latent, 1, BLOCK_N, I0, DESCRIPTOR)
+    if I1 > 0:
+        x1 = load_tile(latent_1, n, I0, rows, rank_in, stride_latent, 1, BLOCK_N, I1, DESCRIPTOR)
+    if I2 > 0:
+        x2 = load_tile(latent_2, n, I0 + I1, rows, rank_in, stride_latent, 1, BLOCK_N, I2, DESCRIPTOR)
+    acc0 = tl.zeros([BLOCK_N, O0], tl.float32)
+    if O1 > 0:
+        acc1 = tl.zeros([BLOCK_N, O1], tl.float32)
+    if O2 > 0:
+        acc2 = tl.zeros([BLOCK_N, O2], tl.float32)
+
+    # Programs start at different columns: in step they would all wait for the same weights from device memory.
+    steps = tl.cdiv(f_stop - f_start, BLOCK_F)
+    shift = tl.program_id(0) % steps
+    columns = tl.arange(0, BLOCK_F)
+    if HAS_BIAS:
+        f = f_start + shift * BLOCK_F
+        bias_next = tl.load(bias + f + columns, mask=f + columns < width, other=0.0)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        f = f_start + (step + shift) % steps * BLOCK_F
+        if HAS_BIAS:
+            # One step ahead, in registers: a bias loaded where it is used stalls every step (16 % at rank 304).
+            bias_here = bias_next
+            f_next = f_start + (step + 1 + shift) % steps * BLOCK_F
+            bias_next = tl.load(bias + f_next + columns, mask=f_next + columns < width, other=0.0)
+        u0 = load_tile(up_0, f, 0, width, rank_in, stride_up_f, stride_up_r, BLOCK_F, I0, DESCRIPTOR)
+        hidden = tl.dot(x0, u0.T, input_precision=PRECISION)
+        if I1 > 0:
+            u1 = load_tile(up_1, f, I0, width, rank_in, stride_up_f, stride_up_r, BLOCK_F, I1, DESCRIPTOR)
+            hidden = tl.dot(x1, u1.T, hidden, input_precision=PRECISION)
+        if I2 > 0:
+            u2 = load_tile(up_2, f, I0 + I1, width, rank_in, stride_up_f, stride_up_r, BLOCK_F, I2, DESCRIPTOR)
+            hidden = tl.dot(x2, u2.T, hidden, input_precision=PRECISION)
+        if HAS_BIAS:
+            hidden += bias_here.to(tl.float32)[None, :]
+        hidden = activate(hidden, ACTIVATION, APPROXIMATE, HARDWARE_TANH).to(x0.dtype)
+        d0 = load_tile(down_0, 0, f, rank_out, width, stride_down_r, stride_down_f, O0, BLOCK_F, DESCRIPTOR)
+        acc0 = tl.dot(hidden, d0.T, acc0, input_precision=PRECISION)
+        if O1 > 0:
+            d1 = load_tile(down_1, O0, f, rank_out, width, stride_down_r, stride_down_f, O1, BLOCK_F, DESCRIPTOR)
+            acc1 = tl.dot(hidden, d1.T, acc1, input_precision=PRECISION)
+        if O2 > 0:
+            d2 = load_tile(down_2, O0 + O1, f, rank_out, width, stride_down_r, stride_down_f, O2, BLOCK_F, DESCRIPTOR)
+            acc2 = tl.dot(hidden, d2.T, acc2, input_precision=PRECISION)
+
+    store_tile(out, acc0, n, 0, rows, rank_out, stride_out, BLOCK_N, O0)
+    if O1 > 0:
+        store_tile(out, acc1, n, O0, rows, rank_out, stride_out, BLOCK_N, O1)
+    if O2 > 0:
+        store_tile(out, acc2, n, O0 + O1, rows, rank_out, stride_out, BLOCK_N, O2)
+
+
+def supported(rank_in: int, rank_out: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a configuration for these ranks exists on this device."""
+    if max(rank_in, rank_out) > MAX_RANK or min(rank_in, rank_out) < 1:
+        return False
+    return tile_of(target_of(device), rank_in, rank_out, dtype.itemsize) is not None
+
+
+def mlp_core(
+    latent: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, max_splits: int = MAX_SPLITS
+) -> Tensor:
+    """``act(latent @ up.T + bias) @ down.T`` without its hidden layer in memory.
+
+    Args:
+        latent: ``[rows, rank_in]``, contiguous, at most :data:`MAX_RANK` columns.
+        up: ``[width, rank_in]``, any strides.
+        bias: ``[width]`` or ``None``.
+        down: ``[rank_out, width]``, any strides.
+        activation: a name of ``ops.activation.ACTIVATIONS``.
+        max_splits: upper bound on the partial sums that few rows are spread over.
+
+    Returns:
+        ``[rows, rank_out]`` in the dtype of ``latent``; sums are taken in float32.
+    """
+    rows, rank_in = latent.shape
+    rank_out, width = down.shape
+    target = target_of(latent.device)
+    tile = tile_of(target, rank_in, rank_out, latent.element_size())
+    assert tile is not None, "ask supported() first"
+    programs = triton.cdiv(rows, tile.block_n)
+    splits = min(max_splits, max(1, target.processors // programs), triton.cdiv(width, tile.block_f))
+    width_per_split = triton.cdiv(triton.cdiv(width, splits), tile.block_f) * tile.block_f
+    splits = triton.cdiv(width, width_per_split)
+    partial = empty_with_aligned_rows(splits * rows, rank_out, latent)
+    inner, outer = pieces(rank_in), pieces(rank_out)
+    if target.descriptors:
+        latent, up, down = with_aligned_rows(latent), with_aligned_rows(up), with_aligned_rows(down)
+    half = latent.dtype != torch.float32
+    mlp_core_kernel[(programs, splits)](
+        *tile_views(latent, [(tile.block_n, piece) for piece in inner], target.descriptors),
+        *tile_views(up, [(tile.block_f, piece) for piece in inner], target.descriptors),
+        latent if bias is None else bias.contiguous(),
+        *tile_views(down, [(piece, tile.block_f) for piece in outer], target.descriptors),
+        partial,
+        rows,
+        width,
+        width_per_split,
+        rank_in,
+        rank_out,
+        latent.stride(0),
+        *up.stride(),
+        *down.stride(),
+        partial.stride(0),
+        *inner,
+        *outer,
+        BLOCK_N=tile.block_n,
+        BLOCK_F=tile.block_f,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        DESCRIPTOR=target.descriptors,
+        APPROXIMATE=half,
+        HARDWARE_TANH=target.hardware_tanh,
+        PRECISION=precision_of(latent.dtype),
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+    return partial if splits == 1 else partial.unflatten(0, (splits, rows)).sum(0)

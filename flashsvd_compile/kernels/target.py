@@ -1,0 +1,65 @@
+"""What the kernels need to know about a chip."""
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Target(NamedTuple):
+    """Features and limits of one GPU architecture.
+
+    Attributes:
+        name: ``"sm_90"``, ``"gfx942"`` or ``"interpreter"``.
+        shared_memory: bytes of shared memory one program may use.
+        processors: multiprocessors of the device at hand; how many programs run side by side.
+        descriptors: tiles are best loaded through tensor descriptors (TMA).
+        hardware_tanh: ``tanh.approx.f32`` exists.
+    """
+
+    name: str
+    shared_memory: int
+    processors: int
+    descriptors: bool
+    hardware_tanh: bool
+
+
+# Shared memory per block: CUDA programming guide, table "technical specifications per compute capability"; LDS of
+# CDNA 3: AMD instruction set reference, 64 KiB.
+_KIB = 1024
+KNOWN = {
+    "sm_80": Target("sm_80", 163 * _KIB, 108, False, True),
+    "sm_86": Target("sm_86", 99 * _KIB, 84, False, True),
+    "sm_89": Target("sm_89", 99 * _KIB, 128, False, True),
+    "sm_90": Target("sm_90", 227 * _KIB, 132, True, True),
+    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True),
+    "sm_120": Target("sm_120", 99 * _KIB, 170, False, True),
+    "gfx942": Target("gfx942", 64 * _KIB, 304, False, False),
+    "interpreter": Target("interpreter", 227 * _KIB, 4, False, False),
+}
+_SMALLEST = Target("unknown", 48 * _KIB, 32, False, False)
+
+
+@cache
+def target_of(device: torch.device) -> Target:
+    """The target behind a device; a CPU means Triton's interpreter."""
+    if device.type == "cpu":
+        return KNOWN["interpreter"]
+    properties = torch.cuda.get_device_properties(device)
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
+    known = KNOWN.get(name, _SMALLEST)
+    return known._replace(name=name, processors=properties.multi_processor_count)
+
+
+def describable(matrix: Tensor) -> bool:
+    """Whether a tensor descriptor may read a matrix: contiguous rows of 16-byte aligned addresses and lengths."""
+    row_bytes = max(matrix.stride(0), matrix.shape[1]) * matrix.element_size()
+    aligned = matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
+    return matrix.stride(1) == 1 and aligned
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """``input_precision`` of ``tl.dot``: float32 is rounded to tf32 only where the user allows it."""
+    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"

@@ -1,0 +1,83 @@
+"""Matrices cut into tiles: ranks as sums of powers of two, tiles loaded by descriptor or by pointer."""
+
+from functools import cache
+from itertools import combinations_with_replacement
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from .target import describable
+
+PIECE_WIDTHS = (16, 32, 64, 128)  # tensor cores multiply at least 16 deep
+PIECE = PIECE_WIDTHS[-1]
+MAX_RANK = 3 * PIECE
+
+
+@cache
+def pieces(rank: int) -> tuple[int, int, int]:
+    """Up to three power-of-two widths that cover a rank: 96 is 32 + 64, 192 is 64 + 128, 304 is 128 + 128 + 64.
+
+    A piece more must save 16 columns. Of two, the shorter product goes first and hides behind the longer; of three the
+    longer ones go first (both orders measured on sm_90).
+    """
+    covers = [
+        widths
+        for count in (1, 2, 3)
+        for widths in combinations_with_replacement(PIECE_WIDTHS, count)
+        if sum(widths) >= rank
+    ]
+    best = min(covers, key=lambda widths: sum(widths) + 16 * len(widths))
+    ordered = best if len(best) < 3 else best[::-1]
+    first, second, third = (*ordered, 0, 0)[:3]
+    return first, second, third
+
+
+@triton.jit
+def load_tile(source, row, column, rows, columns, stride_row, stride_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+          DESCRIPTOR: tl.constexpr):  # fmt: skip
+    """``[ROWS, COLUMNS]`` of a matrix, zero outside its ``rows x columns``."""
+    if DESCRIPTOR:
+        return source.load([row, column])
+    else:
+        r = row + tl.arange(0, ROWS)
+        c = column + tl.arange(0, COLUMNS)
+        pointers = source + r[:, None].to(tl.int64) * stride_row + c[None, :] * stride_column
+        return tl.load(pointers, mask=(r[:, None] < rows) & (c[None, :] < columns), other=0.0)
+
+
+@triton.jit
+def store_tile(out, tile, row, column, rows, columns, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Write ``[ROWS, COLUMNS]`` into a ``rows x columns`` matrix with contiguous rows, ``stride`` apart."""
+    r = row + tl.arange(0, ROWS)
+    c = column + tl.arange(0, COLUMNS)
+    pointers = out + r[:, None].to(tl.int64) * stride + c[None, :]
+    tl.store(pointers, tile.to(out.dtype.element_ty), mask=(r[:, None] < rows) & (c[None, :] < columns))
+
+
+def tile_views(matrix: Tensor, blocks: list[tuple[int, int]], descriptor: bool) -> list:
+    """The matrix as a kernel takes it for tiles of these shapes: descriptors, or the tensor itself once per tile.
+
+    A tile of no columns stands for an absent piece.
+    """
+    if not descriptor:
+        return [matrix] * len(blocks)
+    made = {b: TensorDescriptor.from_tensor(matrix, list(b)) if 0 not in b else matrix for b in set(blocks)}
+    return [made[block] for block in blocks]
+
+
+def with_aligned_rows(matrix: Tensor) -> Tensor:
+    """The matrix itself, or a copy in rows that tensor descriptors and wide loads can address.
+
+    Ranks that are no multiple of 8 leave a factor's rows at odd addresses; reading such a factor tile by tile costs far
+    more than this one copy of it.
+    """
+    if describable(matrix):
+        return matrix
+    return empty_with_aligned_rows(matrix.shape[0], matrix.shape[1], matrix).copy_(matrix)
+
+
+def empty_with_aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """``[rows, columns]``, uninitialised, rows 16 elements aligned."""
+    return like.new_empty(rows, -(-columns // 16) * 16)[:, :columns]

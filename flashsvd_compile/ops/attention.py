@@ -1,0 +1,227 @@
+"""``flashsvd::attention_v1``: multi-head attention with its (low-rank) projections, as one operator.
+
+    heads = softmax(scale * rope(q(x)) @ rope(k(context)).T + mask) @ v(context)
+    y = out(concatenate(heads))
+
+Keys and values are lifted out of rank space for a few heads at a time; no tensor of the size of k, v or the scores is
+ever whole.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..options import Strategy
+from . import attention_gpu
+from . import projection as proj
+from .attention_region import Attention, full_mask, parse, rotate, rotate_
+from .backward import Chunked, differentiable, items_of_a_chunk
+from .projection import Projection
+from .registry import register
+from .sdpa import QUERY_BLOCK, Core, cpu_core, is_causal, sdpa_core
+from .workspace import Workspace, affine_into, project_rows, rows_that_fit
+
+ROLES = ("q", "k", "v", "out")
+SCHEMA = (
+    f"(Tensor x, Tensor? context=None, {', '.join(map(proj.schema_of, ROLES))}, "
+    "Tensor? key_padding=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
+    "int num_heads=1, int num_kv_heads=1, float scale=1.0, int window_left=-1, int window_right=-1, "
+    "str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+)
+
+
+def reference(x: Tensor, *arguments) -> Tensor:
+    """The specification, in plain PyTorch and with every intermediate at full size.
+
+    Args:
+        x: ``[batch, q_len, in_features]``.
+        arguments: ``context[batch, kv_len, in_features]`` (``None``: ``x``), then the fields of :class:`Attention`
+            with projections flattened, then strategy and workspace bound.
+
+    Returns:
+        ``[batch, q_len, out_features]``, contiguous, dtype of ``x``. A query that may attend to no key gives zeros
+        before ``out``.
+    """
+    context, attn, _, _ = parse(x, arguments)
+    return _as_a_whole(x, context, attn)
+
+
+def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
+    q = _heads(proj.apply(x, attn.q), attn.num_heads)
+    k = _heads(proj.apply(context, attn.k), attn.num_kv_heads)
+    v = _heads(proj.apply(context, attn.v), attn.num_kv_heads)
+    q, k = rotate(q, attn), rotate(k, attn)
+    mask = full_mask(attn, slice(0, q.shape[2]), slice(0, k.shape[2]), q)
+    heads = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale, enable_gqa=attn.group > 1)
+    del q, k, v
+    merged = heads.transpose(1, 2).flatten(2)
+    return (merged if attn.out is None else proj.apply(merged, attn.out)).contiguous()
+
+
+def _heads(projected: Tensor, heads: int) -> Tensor:
+    """``[batch, len, heads * dim]`` as ``[batch, heads, len, dim]``."""
+    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    _, attn, _, _ = parse(x, arguments)
+    return x.new_empty((x.shape[0], x.shape[1], attn.out_features))
+
+
+def _cpu(x: Tensor, *arguments) -> Tensor:
+    context, attn, strategy, workspace_bytes = parse(x, arguments)
+    attn = attn.merged() if strategy == Strategy.MERGED else attn
+    if scratch_as_a_whole(x, context, attn) <= workspace_bytes:
+        return _as_a_whole(x, context, attn)
+    return streamed(x, context, attn, workspace_bytes, core=cpu_core)
+
+
+def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
+    """Bytes that :func:`_as_a_whole` holds next to its result; a small region is mostly the launching of operations."""
+    (batch, q_len, _), kv_len = x.shape, context.shape[1]
+    copies = 1 if attn.cos is None else 3  # a rotation is a sum of two products
+    queries = q_len * (attn.num_heads * attn.head_dim * copies + attn.merged_width + proj.rank(attn.q))
+    keys = kv_len * attn.num_kv_heads * (attn.head_dim * copies + attn.value_dim)
+    scores = q_len * kv_len if attn.head_dim == attn.value_dim else 3 * attn.num_heads * q_len * kv_len
+    return batch * (queries + keys + scores) * x.element_size()
+
+
+def _cuda(x: Tensor, *arguments) -> Tensor:
+    context, attn, strategy, workspace_bytes = parse(x, arguments)
+    attn = attn.merged() if strategy == Strategy.MERGED else attn
+    if attention_gpu.supported(x, attn):
+        return attention_gpu.streamed(x, context, attn, workspace_bytes)
+    return streamed(x, context, attn, workspace_bytes, core=sdpa_core)
+
+
+class Chunking(NamedTuple):
+    """Batch items and key heads that :func:`streamed` lifts at a time."""
+
+    items: int
+    kv_heads: int
+    elements: int
+    """Elements of workspace that this needs."""
+
+
+def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_elements: int) -> Chunking:
+    """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group.
+
+    What the core allocates by itself (a block of heads' outputs, half a rotation) counts towards the bound.
+    """
+    held = 0 if attn.queries_in_place else q_len * attn.num_heads * attn.head_dim
+    held += 0 if attn.heads_in_place else q_len * attn.merged_width
+    latent = kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
+    lifted = kv_len * (attn.head_dim + attn.value_dim)
+    passing = min(q_len, QUERY_BLOCK) * attn.group * attn.value_dim
+    if is_causal(attn):
+        passing = max(passing, q_len * attn.value_dim)
+    if attn.cos is not None:
+        passing = max(passing, max(q_len * attn.group, kv_len) * attn.cos.shape[-1] // 2)
+    item = held + latent + attn.num_kv_heads * (lifted + passing)
+    items, kv_heads = 1, attn.num_kv_heads
+    if item <= workspace_elements:
+        items = rows_that_fit(workspace_elements, item, batch)
+    else:
+        kv_heads = rows_that_fit(workspace_elements - held - latent, lifted + passing, attn.num_kv_heads)
+    row = max(proj.rank(attn.q), 0 if attn.out is None else attn.out.up.shape[1])
+    rows = max(1, min(items * q_len, (workspace_elements - items * held) // max(1, row)))
+    return Chunking(items, kv_heads, items * held + max(rows * row, items * (latent + kv_heads * lifted)))
+
+
+def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, core: Core) -> Tensor:
+    """Attend for a few batch items or heads at a time, so that the peak is the result plus one workspace.
+
+    The result's memory holds first the queries, then the heads' outputs, then the output projection, wherever these
+    have one size. Keys and values are lifted out of rank space for one group of heads at a time.
+    """
+    batch, q_len, _ = x.shape
+    kv_len = context.shape[1]
+    result = x.new_empty(batch, q_len, attn.out_features)
+    if result.numel() == 0:
+        return result
+    chunk = chunking(attn, batch, q_len, kv_len, workspace_bytes // x.element_size())
+    workspace = Workspace(chunk.elements, like=x)
+    for first in range(0, batch, chunk.items):
+        items = slice(first, min(first + chunk.items, batch))
+        workspace.reset()
+        merged = result[items]
+        if not attn.heads_in_place:
+            merged = workspace.take(*merged.shape[:2], attn.merged_width)
+        mark = workspace.mark()
+        _attend(merged, x[items], context[items], attn.of_items(items), chunk.kv_heads, workspace, core)
+        if attn.out is not None:
+            workspace.reset(mark)
+            project_rows(_rows(result[items]), _rows(merged), attn.out, workspace)
+    return result
+
+
+def _attend(
+    merged: Tensor, x: Tensor, context: Tensor, attn: Attention, kv_heads: int, workspace: Workspace, core: Core
+) -> None:
+    """Fill ``merged[items, q_len, heads * value_dim]``, ``kv_heads`` key heads at a time."""
+    queries = merged
+    if not attn.queries_in_place:
+        queries = workspace.take(*merged.shape[:2], attn.num_heads * attn.head_dim)
+    project_rows(_rows(queries), _rows(x), attn.q, workspace)
+    queries = queries.unflatten(-1, (attn.num_heads, attn.head_dim))
+    outputs = merged.unflatten(-1, (attn.num_heads, attn.value_dim))
+    latent_k = _latent(context, attn.k, workspace)
+    latent_v = _latent(context, attn.v, workspace)
+    mark = workspace.mark()
+    for first in range(0, attn.num_kv_heads, kv_heads):
+        workspace.reset(mark)
+        count = min(kv_heads, attn.num_kv_heads - first)
+        heads = slice(first * attn.group, (first + count) * attn.group)
+        q = rotate_(queries[:, :, heads], attn)
+        k = rotate_(_lift(latent_k, attn.k, first, count, attn.head_dim, workspace), attn)
+        v = _lift(latent_v, attn.v, first, count, attn.value_dim, workspace)
+        core(outputs[:, :, heads], q, k, v, attn.of_heads(heads))
+
+
+def _latent(source: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
+    """``[items, len, rank]``; the input itself for a dense projection."""
+    if projection.down is None:
+        return source
+    latent = workspace.take(source.shape[0], source.shape[1], proj.rank(projection))
+    affine_into(_rows(latent), _rows(source), projection.down, projection.down_bias)
+    return latent
+
+
+def _lift(
+    latent: Tensor, projection: Projection[Tensor], first: int, count: int, dim: int, workspace: Workspace
+) -> Tensor:
+    """``[items, len, count, dim]``: some heads of a projection out of its rank space."""
+    features = slice(first * dim, (first + count) * dim)
+    lifted = workspace.take(latent.shape[0], latent.shape[1], count, dim)
+    bias = None if projection.up_bias is None else projection.up_bias[features]
+    affine_into(lifted.view(-1, count * dim), _rows(latent), projection.up[features], bias)
+    return lifted
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
+
+
+PER_ITEM = ("x", "context", "key_padding", "mask", "cos", "sin")
+
+
+def _cut(grad: Tensor, arguments: tuple) -> Chunked:
+    """Batch items; a mask gets its batch dimension first, and what all items share stays whole."""
+    x = arguments[0]
+    context, attn, _, workspace_bytes = parse(x, arguments[1:])
+    names = [argument.name for argument in attention._schema.arguments]
+    arguments = tuple(attn.mask if name == "mask" else a for name, a in zip(names, arguments, strict=True))
+    per_item = frozenset(
+        i
+        for i, (name, argument) in enumerate(zip(names, arguments, strict=True))
+        if name in PER_ITEM and argument is not None and argument.shape[0] == x.shape[0]
+    )
+    whole = chunking(attn, x.shape[0], x.shape[1], context.shape[1], workspace_elements=1 << 62)
+    elements_per_item = whole.elements // max(1, whole.items)
+    step = items_of_a_chunk(x, x.shape[0], x.shape[1], elements_per_item, workspace_bytes)
+    return Chunked(grad, arguments, per_item, step)
+
+
+attention = register("attention_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+differentiable(attention, reference, _cut)

@@ -1,0 +1,190 @@
+"""A streamed attention region on a GPU: few launches, each large enough to fill the chip.
+
+Queries and output are projected for all rows at once, over the memory of the result. Keys and values are lifted
+straight from the input, a chunk of batch items or a group of heads at a time, by one kernel that keeps their rank space
+on chip; ranks beyond that kernel go through the library and a rank-space intermediate in the workspace.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..kernels import attention as attention_kernel
+from ..kernels import projection as projection_kernel
+from ..kernels import rotary as rotary_kernel
+from ..kernels.target import target_of
+from . import projection as proj
+from .attention_region import UNLIMITED, Attention
+from .projection import Projection
+from .workspace import Workspace, affine_into, project_rows, rows_that_fit
+
+Lift = Callable[[int, int], tuple[Tensor, Tensor]]
+"""``lift(first, count)``: keys and values of a group of heads, ``[items, kv_len, count, dim]`` each."""
+
+
+def supported(x: Tensor, attn: Attention) -> bool:
+    """Whether our own kernels compute the region: no arbitrary mask, one size of heads, a positive scale."""
+    in_place = attn.queries_in_place and attn.heads_in_place and x.numel() > 0
+    plain = attn.mask is None and attn.scale > 0
+    return in_place and plain and attention_kernel.supported(x.device, x.dtype)
+
+
+def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> Tensor:
+    """The region's result; besides it only one workspace exists. See :func:`supported`."""
+    batch, q_len, _ = x.shape
+    result = x.new_empty(batch, q_len, attn.out_features)
+    chunk = _chunking(context, attn, workspace_bytes // x.element_size())
+    workspace = Workspace(chunk.elements, like=x)
+    _project(_rows(result), _rows(x), attn.q, workspace)
+    heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
+    _rotate_(heads, attn)
+    bounds = None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding)
+    for first in range(0, batch, chunk.items):
+        items = slice(first, min(first + chunk.items, batch))
+        part = attn.of_items(items)
+        workspace.reset()
+        lift = _lifter(context[items], part, workspace)
+        mark = workspace.mark()
+        for first_head in range(0, attn.num_kv_heads, chunk.kv_heads):
+            workspace.reset(mark)
+            count = min(chunk.kv_heads, attn.num_kv_heads - first_head)
+            k, v = lift(first_head, count)
+            group = heads[items, :, first_head * attn.group : (first_head + count) * attn.group]
+            _attend(group, _rotate_(k, part), v, part, None if bounds is None else bounds[items])
+    workspace.reset()
+    if attn.out is not None:
+        _project(_rows(result), _rows(result), attn.out, workspace)
+    return result
+
+
+def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor | None) -> None:
+    """Attention of lifted heads, ``[items, len, heads, dim]`` each; the outputs replace the queries in ``heads``."""
+    if _vendor_is_faster(k, attn):
+        q, k, v = (tensor.transpose(1, 2) for tensor in (heads, k, v))
+        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
+            outputs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=attn.scale)
+        heads.copy_(outputs.transpose(1, 2))
+        return
+    attention_kernel.attention(
+        heads,
+        k,
+        v,
+        heads,
+        key_padding=attn.key_padding,
+        bounds=bounds,
+        scale=attn.scale,
+        window_left=attn.window_left,
+        window_right=attn.window_right,
+    )
+
+
+def _vendor_is_faster(context: Tensor, attn: Attention) -> bool:
+    """Plain causal attention of wide heads: cuDNN is 14 % ahead of our kernel at 4096 keys, 33 % at 16384 (sm_90)."""
+    plain = attn.key_padding is None and (attn.window_left, attn.window_right) == (UNLIMITED, 0)
+    wide = attn.head_dim == 128 and context.shape[1] >= 2048 and attn.group == 1
+    return plain and wide and context.dtype != torch.float32 and target_of(context.device).name == "sm_90"
+
+
+class _Chunk(NamedTuple):
+    """Batch items and key heads lifted at a time, and the elements of workspace that takes."""
+
+    items: int
+    kv_heads: int
+    elements: int
+
+
+def _chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
+    """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group."""
+    batch, kv_len, _ = context.shape
+    latent = 0 if _fused(context, attn.k, attn.v) else kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
+    head = kv_len * (attn.head_dim + attn.value_dim)
+    if _vendor_is_faster(context, attn):
+        head += kv_len * attn.value_dim  # its own outputs
+    item = latent + attn.num_kv_heads * head
+    if item <= elements:
+        items = rows_that_fit(elements, item, batch)
+        return _Chunk(items, attn.num_kv_heads, items * item)
+    kv_heads = rows_that_fit(elements - latent, head, attn.num_kv_heads)
+    return _Chunk(1, kv_heads, latent + kv_heads * head)
+
+
+def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
+    """Whether the projection kernel takes these projections of ``x``."""
+    ranks = [proj.rank(projection) for projection in projections]
+    return x.dtype != torch.float32 and projection_kernel.supported(ranks, x.dtype, x.device)
+
+
+def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> None:
+    """``out[rows, features] = projection(x)``; ``out`` may be ``x`` itself."""
+    if _fused(x, projection):
+        projection_kernel.project(x, _map(projection, slice(None), out))
+    else:
+        project_rows(out, x, projection, workspace)
+
+
+def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projection_kernel.Map:
+    """Some features of a low-rank projection, as the kernel takes it."""
+    assert projection.down is not None
+    bias = None if projection.up_bias is None else projection.up_bias[features]
+    return projection_kernel.Map(projection.down, projection.down_bias, projection.up[features], bias, out)
+
+
+def _lifter(context: Tensor, attn: Attention, workspace: Workspace) -> Lift:
+    """How keys and values of these items come out of rank space."""
+    items, kv_len, _ = context.shape
+    rows = _rows(context)
+
+    def take(count: int) -> tuple[Tensor, Tensor]:
+        return (
+            workspace.take(items, kv_len, count, attn.head_dim),
+            workspace.take(items, kv_len, count, attn.value_dim),
+        )
+
+    def features(first: int, count: int, dim: int) -> slice:
+        return slice(first * dim, (first + count) * dim)
+
+    def fused(first: int, count: int) -> tuple[Tensor, Tensor]:
+        k, v = take(count)
+        projection_kernel.project(
+            rows,
+            _map(attn.k, features(first, count, attn.head_dim), k.view(len(rows), -1)),
+            _map(attn.v, features(first, count, attn.value_dim), v.view(len(rows), -1)),
+        )
+        return k, v
+
+    if _fused(context, attn.k, attn.v):
+        return fused
+    latents = [_latent(rows, projection, workspace) for projection in (attn.k, attn.v)]
+
+    def by_library(first: int, count: int) -> tuple[Tensor, Tensor]:
+        lifted = take(count)
+        for out, latent, projection in zip(lifted, latents, (attn.k, attn.v), strict=True):
+            some = features(first, count, out.shape[-1])
+            bias = None if projection.up_bias is None else projection.up_bias[some]
+            affine_into(out.view(len(rows), -1), latent, projection.up[some], bias)
+        return lifted
+
+    return by_library
+
+
+def _latent(rows: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
+    """``[rows, rank]``; the rows themselves for a dense projection."""
+    if projection.down is None:
+        return rows
+    latent = workspace.take(len(rows), proj.rank(projection))
+    return affine_into(latent, rows, projection.down, projection.down_bias)
+
+
+def _rotate_(heads: Tensor, attn: Attention) -> Tensor:
+    """Rotary position embedding of ``[items, len, heads, dim]``, in place; nothing without ``cos`` and ``sin``."""
+    if attn.cos is None or attn.sin is None:
+        return heads
+    return rotary_kernel.rotate_(heads, attn.cos, attn.sin, attn.interleaved)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])

@@ -1,0 +1,67 @@
+"""``flashsvd::linear_v1``: one low-rank projection without its rank-space intermediate at full size."""
+
+from torch import Tensor
+
+from ..errors import ShapeError
+from ..options import Strategy
+from . import projection as proj
+from .backward import Chunked, by_rows, differentiable
+from .projection import Projection
+from .registry import register
+from .workspace import Workspace, project_into, rows_that_fit, validate_execution
+
+SCHEMA = f"(Tensor x, {proj.schema_of('w')}, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+
+
+def reference(x: Tensor, *arguments) -> Tensor:
+    """The specification: ``x[..., in_features]`` to a contiguous ``[..., out_features]``."""
+    weight, _, _ = _parse(x, arguments)
+    return proj.apply(x, weight).contiguous()
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    weight, _, _ = _parse(x, arguments)
+    return x.new_empty((*x.shape[:-1], proj.out_features(weight)))
+
+
+def _implementation(x: Tensor, *arguments) -> Tensor:
+    weight, strategy, workspace_bytes = _parse(x, arguments)
+    if strategy == Strategy.MERGED:
+        weight = proj.merge_if_dearer(weight)
+    return streamed(x, weight, workspace_bytes)
+
+
+def streamed(x: Tensor, weight: Projection[Tensor], workspace_bytes: int) -> Tensor:
+    """Chunks of rows; the rank-space intermediate of one chunk lives in the workspace."""
+    rows_in = x.reshape(-1, x.shape[-1])
+    out = x.new_empty((*x.shape[:-1], proj.out_features(weight)))
+    rows_out = out.view(-1, out.shape[-1])
+    total = rows_in.shape[0]
+    if total == 0:
+        return out
+    chunk = rows_that_fit(workspace_bytes, proj.rank(weight) * x.element_size(), total)
+    workspace = Workspace(proj.rank(weight) * chunk, like=x)
+    for start in range(0, total, chunk):
+        rows = slice(start, min(start + chunk, total))
+        workspace.reset()
+        project_into(rows_out[rows], rows_in[rows], weight, workspace)
+    return out
+
+
+def _cut(grad: Tensor, arguments: tuple) -> Chunked:
+    weight, _, workspace_bytes = _parse(arguments[0], arguments[1:])
+    return by_rows(grad, arguments, proj.rank(weight) + proj.out_features(weight), workspace_bytes)
+
+
+def _parse(x: Tensor, arguments: tuple) -> tuple[Projection[Tensor], str, int]:
+    *tensors, strategy, workspace_bytes = arguments
+    (weight,) = proj.group(tuple(tensors))
+    if weight is None:
+        raise ShapeError("projection 'w'", None, "a projection")
+    proj.validate("w", weight, x.shape[-1], x.dtype)
+    validate_execution(strategy, workspace_bytes)
+    return weight, strategy, workspace_bytes
+
+
+linear = register("linear_v1", SCHEMA, reference=reference, fake=_fake, cpu=_implementation, cuda=_implementation)
+differentiable(linear, reference, _cut)

@@ -1,0 +1,250 @@
+"""``flashsvd::mlp_v1``: a two-layer or gated MLP out of (low-rank) projections, as one operator.
+
+    y = out(act(hidden(x)))                    without gate
+    y = out(act(gate(x)) * hidden(x))          with gate
+
+The hidden tensor exists for a chunk of rows at a time.
+"""
+
+from typing import NamedTuple
+
+from torch import Tensor
+from torch.nn.functional import linear
+
+from ..errors import ShapeError
+from ..kernels import mlp as triton_mlp
+from ..kernels.tiles import empty_with_aligned_rows
+from ..options import Strategy
+from . import projection as proj
+from .activation import activate_, activation_of, gate_
+from .backward import Chunked, by_rows, differentiable
+from .projection import Projection
+from .registry import register
+from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
+
+ROLES = ("hidden", "gate", "out")
+SCHEMA = (
+    f"(Tensor x, {', '.join(map(proj.schema_of, ROLES))}, "
+    "str activation='gelu', str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+)
+CPU_COLUMNS = 512
+"""Narrower tiles starve the products; wider ones leave room for fewer rows, and the library packs weights again for
+each chunk of rows."""
+
+
+class Mlp(NamedTuple):
+    """The projections of one MLP region; ``gate`` is ``None`` for a plain two-layer MLP."""
+
+    hidden: Projection[Tensor]
+    gate: Projection[Tensor] | None
+    out: Projection[Tensor]
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden layer, d_ff."""
+        return proj.out_features(self.hidden)
+
+    def merged(self) -> "Mlp":
+        """The region with each projection dense whose factors cost more."""
+        return Mlp(*(p and proj.merge_if_dearer(p) for p in self))  # pyright: ignore[reportArgumentType]
+
+
+def reference(x: Tensor, *arguments) -> Tensor:
+    """The specification, in plain PyTorch and with every intermediate at full size.
+
+    Args:
+        x: ``[..., in_features]``.
+        arguments: the four tensors of ``hidden``, ``gate`` and ``out`` (see :class:`Projection`), then the names of
+            activation and strategy and the workspace bound.
+
+    Returns:
+        ``[..., out_features]``, contiguous, dtype of ``x``.
+    """
+    mlp, activation, _, _ = _parse(x, arguments)
+    act = activation_of(activation)
+    hidden = proj.apply(x, mlp.hidden)
+    hidden = act(hidden) if mlp.gate is None else act(proj.apply(x, mlp.gate)) * hidden
+    return proj.apply(hidden, mlp.out).contiguous()
+
+
+def _fake(x: Tensor, *arguments) -> Tensor:
+    mlp, *_ = _parse(x, arguments)
+    return x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
+
+
+def _cpu(x: Tensor, *arguments) -> Tensor:
+    mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
+    mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
+    if scratch_as_a_whole(x, mlp) <= workspace_bytes:
+        return _as_a_whole(x, mlp, activation)
+    columns = CPU_COLUMNS if x.element_size() >= 4 else None
+    return streamed(x, mlp, activation, workspace_bytes, columns)
+
+
+def _cuda(x: Tensor, *arguments) -> Tensor:
+    mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
+    mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
+    if strategy == Strategy.FUSED and _fusible(x, mlp):
+        return _fused(x, mlp, activation, workspace_bytes)
+    return streamed(x, mlp, activation, workspace_bytes)
+
+
+def _fusible(x: Tensor, mlp: Mlp) -> bool:
+    """Whether the fused kernel has a configuration: both projections low-rank, no gate, ranks that fit the chip."""
+    if mlp.gate is not None or mlp.hidden.down is None or mlp.out.down is None or x.numel() == 0:
+        return False
+    return triton_mlp.supported(proj.rank(mlp.hidden), proj.rank(mlp.out), x.dtype, x.device)
+
+
+def _fused(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor:
+    """Two narrow library products around one kernel that keeps the hidden layer on chip."""
+    rows_in = x.reshape(-1, x.shape[-1])
+    rows, rank_out = rows_in.shape[0], proj.rank(mlp.out)
+    assert mlp.hidden.down is not None and mlp.out.down is not None
+    latent = empty_with_aligned_rows(rows, proj.rank(mlp.hidden), x)
+    affine_into(latent, rows_in, mlp.hidden.down, mlp.hidden.down_bias)
+    max_splits = max(1, workspace_bytes // (rows * rank_out * x.element_size()))
+    latent = triton_mlp.mlp_core(latent, mlp.hidden.up, mlp.hidden.up_bias, mlp.out.down, activation, max_splits)
+    if mlp.out.down_bias is not None:
+        latent += mlp.out.down_bias
+    out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
+    affine_into(out.view(rows, -1), latent, mlp.out.up, mlp.out.up_bias)
+    return out
+
+
+def _as_a_whole(x: Tensor, mlp: Mlp, activation: str) -> Tensor:
+    """A small region, whose time is that of launching operations: as few of them as there can be."""
+    hidden = proj.apply(x, mlp.hidden)
+    if mlp.gate is None:
+        activate_(activation, hidden)
+    else:
+        hidden = gate_(activation, proj.apply(x, mlp.gate), hidden)
+    if mlp.out.down is not None:
+        hidden = linear(hidden, mlp.out.down, mlp.out.down_bias)  # lets go of the hidden layer before the result
+    return linear(hidden, mlp.out.up, mlp.out.up_bias).contiguous()
+
+
+def scratch_as_a_whole(x: Tensor, mlp: Mlp) -> int:
+    """Bytes that :func:`_as_a_whole` holds next to its result."""
+    rows = x.numel() // max(1, x.shape[-1])
+    return rows * workspace_elements_per_row(mlp) * x.element_size()
+
+
+class Tile(NamedTuple):
+    """Rows, and columns of the hidden layer, that :func:`streamed` computes at a time."""
+
+    rows: int
+    columns: int
+    elements: int
+    """Elements of workspace that this needs."""
+
+
+def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int) -> Tile:
+    """As many rows as fit with ``columns`` of the hidden layer, then as many columns as fit with these rows."""
+    into_hidden = [mlp.hidden] if mlp.gate is None else [mlp.hidden, mlp.gate]
+    latent, copies = sum(map(proj.rank, into_hidden)) + proj.rank(mlp.out), len(into_hidden)
+    columns = min(columns, mlp.width)
+    rows = rows_that_fit(workspace_elements, latent + copies * columns, rows)
+    columns = max(columns, rows_that_fit(workspace_elements // rows - latent, copies, mlp.width))
+    return Tile(rows, columns, rows * (latent + copies * columns))
+
+
+def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, columns: int | None = None) -> Tensor:
+    """Tiles of the hidden layer through one workspace; nothing of size ``rows x width`` ever exists.
+
+    A tile is written, activated and read while it is still in cache. Its contribution is summed up in the rank space
+    of ``out``, or in the result where ``out`` is dense.
+
+    Args:
+        columns: least width of a tile; ``None`` keeps the hidden layer whole, as half precision needs, where a sum
+            that is stored after each tile is rounded each time.
+    """
+    rows_in = x.reshape(-1, x.shape[-1])
+    out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
+    rows_out = out.view(-1, out.shape[-1])
+    total = rows_in.shape[0]
+    if total == 0:
+        return out
+    tile = tiling(mlp, total, workspace_bytes // x.element_size(), columns or mlp.width)
+    workspace = Workspace(tile.elements, like=x)
+    for start in range(0, total, tile.rows):
+        rows = slice(start, min(start + tile.rows, total))
+        workspace.reset()
+        _stream_rows(rows_out[rows], rows_in[rows], mlp, activation, tile.columns, workspace)
+    return out
+
+
+def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int, workspace: Workspace) -> None:
+    hidden_latent = _latent(x, mlp.hidden, workspace)
+    gate_latent = x if mlp.gate is None else _latent(x, mlp.gate, workspace)
+    into, bias, total = mlp.out.up, mlp.out.up_bias, out
+    if mlp.out.down is not None:
+        into, bias, total = mlp.out.down, mlp.out.down_bias, workspace.take(x.shape[0], proj.rank(mlp.out))
+    mark = workspace.mark()
+    for first in range(0, mlp.width, columns):
+        workspace.reset(mark)
+        features = slice(first, min(first + columns, mlp.width))
+        hidden = _lift(hidden_latent, mlp.hidden, features, workspace)
+        if mlp.gate is None:
+            activate_(activation, hidden)
+        else:
+            gate = _lift(gate_latent, mlp.gate, features, workspace)
+            hidden = gate_(activation, gate, hidden)
+        if first == 0:
+            affine_into(total, hidden, into[:, features], bias)
+        else:
+            total.addmm_(hidden, into[:, features].t())
+    if mlp.out.down is not None:
+        affine_into(out, total, mlp.out.up, mlp.out.up_bias)
+
+
+def _latent(x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
+    """``[rows, rank]``; the input itself for a dense projection."""
+    if projection.down is None:
+        return x
+    return affine_into(workspace.take(x.shape[0], proj.rank(projection)), x, projection.down, projection.down_bias)
+
+
+def _lift(latent: Tensor, projection: Projection[Tensor], features: slice, workspace: Workspace) -> Tensor:
+    """``[rows, features]``: some features of a projection out of its rank space."""
+    bias = None if projection.up_bias is None else projection.up_bias[features]
+    lifted = workspace.take(latent.shape[0], features.stop - features.start)
+    return affine_into(lifted, latent, projection.up[features], bias)
+
+
+def workspace_elements_per_row(mlp: Mlp) -> int:
+    """Elements of scratch one row needs in :func:`streamed`."""
+    into_hidden = [mlp.hidden] if mlp.gate is None else [mlp.hidden, mlp.gate]
+    return sum(proj.rank(p) + mlp.width for p in into_hidden) + proj.rank(mlp.out)
+
+
+def _cut(grad: Tensor, arguments: tuple) -> Chunked:
+    mlp, _, _, workspace_bytes = _parse(arguments[0], arguments[1:])
+    return by_rows(grad, arguments, workspace_elements_per_row(mlp), workspace_bytes)
+
+
+def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, str, int]:
+    """Undo the schema's flattening and check that everything fits.
+
+    Raises:
+        ShapeError, DtypeError: a projection is missing or does not fit.
+        InvalidOptionError: unknown activation or strategy, no workspace.
+    """
+    *tensors, activation, strategy, workspace_bytes = arguments
+    hidden, gate, out = proj.group(tuple(tensors))
+    if hidden is None or out is None:
+        raise ShapeError("projection 'hidden' or 'out'", None, "a projection")
+    mlp = Mlp(hidden, gate, out)
+    proj.validate("hidden", hidden, x.shape[-1], x.dtype)
+    if gate is not None:
+        proj.validate("gate", gate, x.shape[-1], x.dtype)
+        if proj.out_features(gate) != mlp.width:
+            raise ShapeError("width of gate", proj.out_features(gate), mlp.width)
+    proj.validate("out", out, mlp.width, x.dtype)
+    activation_of(activation)
+    validate_execution(strategy, workspace_bytes)
+    return mlp, activation, strategy, workspace_bytes
+
+
+mlp = register("mlp_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+differentiable(mlp, reference, _cut)

@@ -1,0 +1,116 @@
+"""PyTorch's own attention kernels as the core of a streamed region.
+
+They differ from device to device in what they allocate: all of the scores where the head sizes of keys and values
+differ, a dense additive copy of any boolean mask. Blocks of queries keep both small.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from .attention_region import UNLIMITED, Attention, full_mask
+
+Core = Callable[[Tensor, Tensor, Tensor, Tensor, Attention], None]
+"""``core(out, q, k, v, attn)`` attends for lifted heads, ``[items, len, heads, dim]`` each, into ``out``.
+
+``out`` and ``q`` may be the same memory: a block of queries is read before its outputs are written.
+"""
+
+QUERY_BLOCK = 512
+"""Queries at a time; longer blocks are no faster on a CPU."""
+SCORES_PER_BLOCK = 1 << 18
+"""Bound of queries times keys where a mask or the scores themselves become a tensor."""
+
+
+def sdpa_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
+    """A core for any device, without a look at the values of the mask."""
+    _attend(out, q, k, v, attn, slice(0, k.shape[1]))
+
+
+def cpu_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
+    """A core that reads the padding: keys beyond an item's first and last visible one are left out, not masked."""
+    for items, keys in visible_keys(attn.key_padding, q.shape[0], k.shape[1]):
+        part = attn.of_items(items)
+        if keys is None:
+            _attend(out[items], q[items], k[items], v[items], part, slice(0, k.shape[1]))
+        else:
+            _attend(out[items], q[items], k[items], v[items], part._replace(key_padding=None), keys)
+
+
+def visible_keys(key_padding: Tensor | None, batch: int, kv_len: int) -> Iterator[tuple[slice, slice | None]]:
+    """Runs of batch items with the one range of keys that they see; ``None`` where that range has holes."""
+    if key_padding is None or kv_len == 0:
+        yield slice(0, batch), slice(0, kv_len)
+        return
+    visible = key_padding.to(torch.uint8)
+    ranges = zip(
+        visible.argmax(1).tolist(),
+        (kv_len - visible.flip(1).argmax(1)).tolist(),
+        visible.sum(1).tolist(),
+        strict=True,
+    )
+    start = 0
+    for (first, stop, count), run in groupby(ranges):
+        items = slice(start, start + len(list(run)))
+        start = items.stop
+        if count == 0:
+            yield items, slice(0, 0)
+        else:
+            yield items, slice(first, stop) if stop - first == count else None
+
+
+def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys: slice) -> None:
+    """Attend to a range of keys, a block of queries at a time; positions count from the first of all keys."""
+    one_kernel = q.shape[-1] == v.shape[-1]
+    windowed = (attn.window_left, attn.window_right) != (UNLIMITED, UNLIMITED)
+    if attn.mask is None and attn.key_padding is None and is_causal(attn) and one_kernel:
+        out[:, : keys.start] = 0.0
+        visible = slice(keys.start, None)
+        _causal(out[:, visible], q[:, visible], k[:, keys], v[:, keys], attn)
+        return
+    step = QUERY_BLOCK
+    if windowed or attn.mask is not None or not one_kernel:
+        step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[1])))
+    for start in range(0, q.shape[1], step):
+        queries = slice(start, min(start + step, q.shape[1]))
+        block = _in_window(attn, queries, keys)
+        mask = full_mask(attn, queries, block, q)
+        _sdpa(out[:, queries], q[:, queries], k[:, block], v[:, block], attn, mask)
+
+
+def _causal(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
+    """All queries at once, as the kernel counts positions from the first; long ones a head at a time instead."""
+    if q.shape[1] <= QUERY_BLOCK:
+        _sdpa(out, q, k, v, attn, is_causal=True)
+        return
+    for head in range(q.shape[2]):
+        query, key = slice(head, head + 1), slice(head // attn.group, head // attn.group + 1)
+        _sdpa(out[:, :, query], q[:, :, query], k[:, :, key], v[:, :, key], attn, is_causal=True)
+
+
+def is_causal(attn: Attention) -> bool:
+    """Whether the window is that of causal attention, and nothing narrower."""
+    return (attn.window_left, attn.window_right) == (UNLIMITED, 0)
+
+
+def _in_window(attn: Attention, queries: slice, keys: slice) -> slice:
+    """The keys that any of the queries can see through the window."""
+    start, stop = keys.start, keys.stop
+    if attn.window_left != UNLIMITED:
+        start = max(start, queries.start - attn.window_left)
+    if attn.window_right != UNLIMITED:
+        stop = min(stop, queries.stop + attn.window_right)
+    return slice(min(start, stop), stop)
+
+
+def _sdpa(
+    out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, mask: Tensor | None = None, is_causal: bool = False
+) -> None:
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    heads = scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=attn.scale, enable_gqa=q.shape[1] > k.shape[1]
+    )
+    out.copy_(heads.transpose(1, 2))

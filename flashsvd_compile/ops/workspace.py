@@ -1,0 +1,92 @@
+"""Reusable scratch memory of a streaming operator, and products written into it."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from ..errors import InvalidOptionError
+from ..options import Strategy
+from .projection import Projection, rank
+
+
+class Workspace:
+    """One allocation, handed out front to back; ``reset`` starts the next chunk.
+
+    A single block keeps the allocator's peak equal to its size whatever the number of chunks.
+    """
+
+    def __init__(self, elements: int, like: Tensor):
+        self._memory = like.new_empty(elements)
+        self._used = 0
+
+    def mark(self) -> int:
+        """The present fill, to :meth:`reset` to."""
+        return self._used
+
+    def left(self) -> int:
+        """Elements not taken yet."""
+        return self._memory.numel() - self._used
+
+    def reset(self, mark: int = 0) -> None:
+        """Free everything taken since ``mark``."""
+        self._used = mark
+
+    def take(self, *shape: int) -> Tensor:
+        """An uninitialised contiguous tensor of the given shape."""
+        size = prod(shape)
+        tensor = self._memory[self._used : self._used + size].view(shape)
+        self._used += size
+        return tensor
+
+
+def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """``out = x @ weight.T + bias`` for ``x[rows, in]``, ``weight[out, in]``, ``out[rows, out]``."""
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def project_into(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
+    """``out = projection(x)`` with the rank-space intermediate in the workspace."""
+    if projection.down is None:
+        return affine_into(out, x, projection.up, projection.up_bias)
+    latent = workspace.take(x.shape[0], rank(projection))
+    affine_into(latent, x, projection.down, projection.down_bias)
+    return affine_into(out, latent, projection.up, projection.up_bias)
+
+
+def rows_that_fit(workspace: int, per_row: int, rows: int) -> int:
+    """Rows of a chunk: as many as fit the workspace, at least one, evenly cut so that no short rest remains."""
+    if per_row == 0 or rows == 0:
+        return max(1, rows)
+    fitting = max(1, workspace // per_row)
+    chunks = -(-rows // fitting)
+    return -(-rows // chunks)
+
+
+def project_rows(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> None:
+    """``out[rows, features] = projection(x)`` within what is left of the workspace; ``out`` may be ``x`` itself."""
+    mark = workspace.mark()
+    copied = projection.down is None and out.data_ptr() == x.data_ptr()
+    per_row = x.shape[1] if copied else rank(projection)
+    step = rows_that_fit(workspace.left(), per_row, out.shape[0])
+    for start in range(0, out.shape[0], step):
+        workspace.reset(mark)
+        rows = slice(start, min(start + step, out.shape[0]))
+        source = workspace.take(*x[rows].shape).copy_(x[rows]) if copied else x[rows]
+        project_into(out[rows], source, projection, workspace)
+    workspace.reset(mark)
+
+
+def validate_execution(strategy: str, workspace_bytes: int) -> None:
+    """Check how an operator is asked to run.
+
+    Raises:
+        InvalidOptionError: no such strategy, or no workspace at all.
+    """
+    valid = tuple(map(str, Strategy))
+    if strategy not in valid:
+        raise InvalidOptionError("strategy", strategy, ", ".join(map(repr, valid)))
+    if workspace_bytes < 1:
+        raise InvalidOptionError("workspace_bytes", workspace_bytes, "a positive number of bytes")

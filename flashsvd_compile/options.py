@@ -1,0 +1,113 @@
+"""The options of the backend: parsed once, validated, immutable."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from .errors import InvalidOptionError, UnknownOptionError
+
+
+class Strategy(StrEnum):
+    """How a matched region is computed. See docs/strategies.md."""
+
+    FUSED = "fused"
+    STREAMED = "streamed"
+    ABSORBED = "absorbed"
+    MERGED = "merged"
+    KEPT = "kept"
+
+
+AUTO = "auto"
+RULES = ("attention", "mlp", "linear")
+INNER_BACKENDS = ("inductor", "aot_eager", "eager")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validated options of ``torch.compile(model, backend="flashsvd", options=...)``.
+
+    Attributes:
+        debug: print the report and the graph before and after; a directory path writes them there instead.
+        strategy: ``"auto"`` lets the planner choose; a :class:`Strategy` forces one where it applies.
+        disable: names of rules that must not run (see ``RULES``).
+        inner: backend that compiles the rewritten graph.
+        mode: a mode of ``torch.compile`` for the inner Inductor. ``torch.compile`` forbids ``mode=`` next to
+            ``options=``, hence this key.
+        memory_budget: upper bound, in bytes, for an operator's own workspace. ``None`` lets the planner choose.
+    """
+
+    debug: bool | Path = False
+    strategy: str = AUTO
+    disable: frozenset[str] = frozenset()
+    inner: str = "inductor"
+    mode: str | None = None
+    memory_budget: int | None = None
+
+    @classmethod
+    def parse(cls, raw: Mapping[str, Any] | None = None, mode: str | None = None) -> "Options":
+        """Validate what ``torch.compile`` was given.
+
+        Raises:
+            UnknownOptionError: a key that is no option.
+            InvalidOptionError: a value that the option cannot take.
+        """
+        raw = dict(raw or {})
+        valid_keys = {field.name for field in fields(cls)}
+        for key in raw:
+            if key not in valid_keys:
+                raise UnknownOptionError(key, valid_keys)
+        if mode is not None:
+            raw["mode"] = mode
+        return cls(**{key: _CHECKS[key](value) for key, value in raw.items()})
+
+
+def _debug(value: Any) -> bool | Path:
+    if isinstance(value, bool):
+        return value
+    if isinstance(value, (str, os.PathLike)):
+        return Path(value)
+    raise InvalidOptionError("debug", value, "True, False or a directory")
+
+
+def _one_of(key: str, valid: tuple[str, ...]):
+    def check(value: Any) -> str:
+        if value not in valid:
+            raise InvalidOptionError(key, value, ", ".join(map(repr, valid)))
+        return str(value)
+
+    return check
+
+
+def _disable(value: Any) -> frozenset[str]:
+    names = [value] if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple, set, frozenset)) or not set(names) <= set(RULES):
+        raise InvalidOptionError("disable", value, f"a list of rule names out of {', '.join(RULES)}")
+    return frozenset(names)
+
+
+def _mode(value: Any) -> str | None:
+    from torch._inductor import list_mode_options  # deferred: importing options must not import torch
+
+    valid = (*list_mode_options(), "default")
+    if value is not None and value not in valid:
+        raise InvalidOptionError("mode", value, ", ".join(map(repr, valid)))
+    return None if value == "default" else value
+
+
+def _memory_budget(value: Any) -> int | None:
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+        return value
+    raise InvalidOptionError("memory_budget", value, "a positive number of bytes, or None")
+
+
+_CHECKS = {
+    "debug": _debug,
+    "strategy": _one_of("strategy", (AUTO, *map(str, Strategy))),
+    "disable": _disable,
+    "inner": _one_of("inner", INNER_BACKENDS),
+    "mode": _mode,
+    "memory_budget": _memory_budget,
+}

@@ -1,0 +1,176 @@
+"""Recognises an activation by its values, not by its spelling.
+
+GELU alone is written in a dozen ways. Instead of one pattern a spelling, the elementwise chain between two projections
+is evaluated at sample points in float64 and compared with the activations that the operators know. The samples reach
+far beyond the range where any of them bends, so that a clipped variant is told apart.
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.fx import Node
+from torch.fx.node import map_arg
+
+from ..ops.activation import ACTIVATIONS
+from .values import number_of, shape_of, tensor_of
+from .vocabulary import read
+
+_ELEMENTWISE = {
+    "add", "sub", "rsub", "mul", "div", "pow", "square", "neg", "tanh", "sigmoid", "erf", "exp", "abs", "sqrt", "rsqrt",
+    "reciprocal", "clamp", "clamp_min", "relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "softplus", "mish",
+    "hardswish", "maximum",
+}  # fmt: skip
+_IDENTITIES = {"to", "float", "half", "bfloat16", "type_as", "clone", "contiguous", "dropout"}
+_MAX_NODES = 24
+_TOLERANCE = 1e-8  # published constants such as 0.7978845608 are rounded at the tenth digit
+
+
+class Elementwise(NamedTuple):
+    """A chain of elementwise operations: the tensors it reads and its nodes, in order of execution."""
+
+    leaves: tuple[Node, ...]
+    nodes: tuple[Node, ...]
+
+
+class Activation(NamedTuple):
+    """``name(source)``, times ``gate_source`` left linear when the MLP is gated.
+
+    Attributes:
+        name: key of :data:`~flashsvd_compile.ops.activation.ACTIVATIONS`, ``None`` for one that is not known.
+        activated: the tensor the activation is applied to.
+        linear: the tensor the result is multiplied with, or ``None``.
+        nodes: the elementwise nodes.
+    """
+
+    name: str | None
+    activated: Node
+    linear: Node | None
+    nodes: tuple[Node, ...]
+
+
+def read_activation(node: Node, is_leaf: Callable[[Node], bool]) -> Activation | None:
+    """``node`` as an elementwise function of one tensor, or of two where it is linear in one of them.
+
+    Args:
+        node: the result.
+        is_leaf: whether a node is a projection's result, at which the walk has to stop.
+    """
+    chain = collect(node, is_leaf)
+    if chain is None or not chain.nodes or len(chain.leaves) not in (1, 2):
+        return None
+    if len(chain.leaves) == 1:
+        (source,) = chain.leaves
+        return Activation(_name(chain), source, None, chain.nodes)
+    for activated, linear in (chain.leaves, chain.leaves[::-1]):
+        name = _gated_name(chain, activated, linear)
+        if name is not None:
+            return Activation(name, activated, linear, chain.nodes)
+    return Activation(None, chain.leaves[0], chain.leaves[1], chain.nodes)
+
+
+def collect(node: Node, is_leaf: Callable[[Node], bool]) -> Elementwise | None:
+    """The maximal elementwise chain above ``node`` over tensors of its shape."""
+    shape, tensor = shape_of(node), tensor_of(node)
+    if tensor is None or not tensor.is_floating_point():
+        return None
+    leaves: dict[Node, None] = {}
+    nodes: dict[Node, None] = {}
+
+    def visit(node: Node) -> bool:
+        if node in nodes or node in leaves:
+            return True
+        inputs = [argument for argument in node.all_input_nodes if tensor_of(argument) is not None]
+        if is_leaf(node) or not _is_elementwise(node) or any(shape_of(i) != shape for i in inputs):
+            leaves[node] = None
+            return True
+        if not all(visit(argument) for argument in inputs) or len(nodes) == _MAX_NODES:
+            return False
+        nodes[node] = None
+        return True
+
+    return Elementwise(tuple(leaves), tuple(nodes)) if visit(node) else None
+
+
+def _is_elementwise(node: Node) -> bool:
+    call = read(node)
+    if call is None:
+        return False
+    if call.op in _IDENTITIES:
+        return _keeps_precision(node)
+    return call.op in _ELEMENTWISE
+
+
+def _keeps_precision(node: Node) -> bool:
+    """A conversion may widen, and may narrow back; the chain's own result decides (see the dtype check)."""
+    value = tensor_of(node)
+    return value is not None and value.is_floating_point()
+
+
+def evaluate(chain: Elementwise, samples: dict[Node, Tensor]) -> Tensor | None:
+    """The chain's result for given leaves, in their dtype; ``None`` when an argument is no number."""
+    values: dict[Node, Any] = dict(samples)
+
+    def load(node: Node):
+        if node in values:
+            return values[node].clone()  # a node of the chain may work in place
+        number = number_of(node)
+        if number is None:
+            raise _NoNumberError
+        return number
+
+    try:
+        with unset_fake_temporarily(), torch.no_grad():
+            for node in chain.nodes:
+                call = read(node)
+                if call is not None and call.op in _IDENTITIES:
+                    values[node] = load(call.input)
+                    continue
+                args, kwargs = map_arg((node.args, node.kwargs), load)
+                if node.op == "call_method":
+                    values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                else:
+                    assert callable(node.target)
+                    values[node] = node.target(*args, **kwargs)
+    except _NoNumberError:
+        return None
+    return values[chain.nodes[-1]]
+
+
+class _NoNumberError(Exception):
+    """A symbolic scalar without a value."""
+
+
+@lru_cache(maxsize=1)
+def _samples() -> Tensor:
+    with unset_fake_temporarily():
+        near = torch.linspace(-7.03, 6.97, 57, dtype=torch.float64, device="cpu")
+        far = torch.tensor([-1e3, -101.5, -31.7, -12.3, 11.9, 33.1, 99.5, 1e3], dtype=torch.float64, device="cpu")
+        return torch.cat((near, far))
+
+
+def _name(chain: Elementwise) -> str | None:
+    x = _samples()
+    result = evaluate(chain, {chain.leaves[0]: x})
+    return None if result is None else _known(result, x)
+
+
+def _gated_name(chain: Elementwise, activated: Node, linear: Node) -> str | None:
+    """The activation when the chain is ``act(activated) * linear``."""
+    x = _samples()
+    names = set()
+    for other in (0.37, -2.9):
+        result = evaluate(chain, {activated: x, linear: torch.full_like(x, other)})
+        names.add(None if result is None else _known(result / other, x))
+    return names.pop() if len(names) == 1 else None
+
+
+def _known(values: Tensor, x: Tensor) -> str | None:
+    with unset_fake_temporarily(), torch.no_grad():
+        for name, activation in ACTIVATIONS.items():
+            if values.shape == x.shape and torch.allclose(values, activation(x), rtol=_TOLERANCE, atol=_TOLERANCE):
+                return name
+    return None

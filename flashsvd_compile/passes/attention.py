@@ -1,0 +1,159 @@
+"""Rule: attention with at least one low-rank projection becomes one operator call.
+
+Before::
+
+    q = linear(linear(x, q_down), q_up, q_bias).view(b, l, h, d).transpose(1, 2)    # k and v likewise
+    heads = scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    y = linear(linear(heads.transpose(1, 2).reshape(b, l, h * d), out_down), out_up, out_bias)
+
+After::
+
+    y = flashsvd.attention_v1(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
+
+The output projection joins in when the heads go nowhere else.
+"""
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from .. import ops
+from ..planner import AttentionShape, plan_attention
+from ..report import RefusalReason
+from .affine import read_affine
+from .axes import extent, named
+from .concatenation import read_merges, read_out
+from .factored import Factored, Obstacle
+from .factors import read_pair
+from .heads import Member, read_member
+from .masking import Scores, mask_arguments
+from .region import Deferred, Region, present, sizes_of
+from .rope import Table
+from .scores import Core, read_core
+from .values import shape_of, tensor_of
+
+_NEIGHBOURHOOD = 200
+
+
+def read_attention(node: Node) -> Region | Obstacle | None:
+    """The attention whose core's result is ``node``; an obstacle only where something low-rank leads to it."""
+    found = _read_region(node)
+    return None if isinstance(found, Obstacle) and not _near_low_rank(node) else found
+
+
+def _near_low_rank(node: Node) -> bool:
+    """Whether the first projections met on the way back from ``node`` include a pair of factors."""
+    seen, waiting = {node}, [node]
+    while waiting and len(seen) < _NEIGHBOURHOOD:
+        current = waiting.pop()
+        if read_affine(current) is not None:
+            if read_pair(current) is not None:
+                return True
+            continue
+        waiting += [above for above in current.all_input_nodes if above not in seen]
+        seen.update(waiting)
+    return False
+
+
+def _read_region(node: Node) -> Region | Obstacle | None:
+    core = read_core(node)
+    if not isinstance(core, Core):
+        return core
+    q, k, v = found = [read_member(operand) for operand in (core.q, core.k, core.v)]
+    if q is None or k is None or v is None:
+        missing = " and ".join(name for name, member in zip("qkv", found, strict=True) if member is None)
+        return _unsupported(f"{missing} of {node.name!r} cannot be followed to a projection of [batch, len, features]")
+    merges = read_merges(core)
+    if not merges:
+        return _unsupported(f"the heads of {node.name!r} are not concatenated to [batch, len, features]")
+    out, output, out_nodes = read_out(merges)
+    members = present(q=q.factored, k=k.factored, v=v.factored, out=out)
+    if not any(member.rank is not None for member in members.values()):
+        return None
+    obstacle = _mismatch(node, q, k, v)
+    if obstacle is not None:
+        return obstacle
+    nodes = (*q.nodes, *k.nodes, *v.nodes, *core.nodes, *out_nodes)
+    inputs = {"x": q.factored.source}
+    if k.factored.source is not q.factored.source:
+        inputs["context"] = k.factored.source
+    constants = _constants(core, q, k)
+    if isinstance(constants, Obstacle):
+        return constants
+    return Region(
+        kind="attention",
+        operator=ops.attention,
+        inputs=inputs,
+        members=members,
+        constants=constants,
+        nodes=tuple(dict.fromkeys(nodes)),
+        plan=partial(plan_attention, _shape(q, k, members)),
+        output=output,
+    )
+
+
+def _mismatch(node: Node, q: Member, k: Member, v: Member) -> Obstacle | None:
+    if k.factored.source is not v.factored.source:
+        return _unsupported(f"keys and values of {node.name!r} are projections of different tensors")
+    if k.heads != v.heads or q.heads % k.heads:
+        return _unsupported(f"{node.name!r} has {q.heads} query, {k.heads} key and {v.heads} value heads")
+    if (shape_of(q.factored.source) or ())[:1] != (shape_of(k.factored.source) or ())[:1]:
+        return _unsupported(f"queries and keys of {node.name!r} are of different batches")
+    if v.rope is not None or v.scale != 1.0:
+        return _unsupported(f"the values of {node.name!r} are scaled or rotated")
+    if _rotation(q) != _rotation(k):
+        return _unsupported(f"queries and keys of {node.name!r} are rotated differently")
+    return None
+
+
+def _rotation(member: Member) -> tuple[Table, Table, bool] | None:
+    rope = member.rope
+    return None if rope is None else (rope.cos, rope.sin, rope.interleaved)
+
+
+def _constants(core: Core, q: Member, k: Member) -> dict[str, Any] | Obstacle:
+    constants: dict[str, Any] = {
+        "num_heads": q.heads,
+        "num_kv_heads": k.heads,
+        "scale": core.scale * q.scale * k.scale,
+    }
+    if q.rope is not None:
+        constants |= {"cos": _table(q.rope.cos), "sin": _table(q.rope.sin), "interleaved": q.rope.interleaved}
+    if core.causal:
+        constants["window_right"] = 0
+    masks = mask_arguments(core.masks, _scores(core, q))
+    return masks if isinstance(masks, Obstacle) else constants | masks
+
+
+def _scores(core: Core, q: Member) -> Scores:
+    queries, x = tensor_of(core.q.node), tensor_of(q.factored.source)
+    assert queries is not None
+    assert x is not None
+    square = extent(named(core.q.layout, "query")) == extent(named(core.k.layout, "key"))
+    autocast = torch.float32 in (x.dtype, q.factored.projection.up.value.dtype) and queries.dtype != torch.float32
+    is_sdpa = len(core.nodes) == 1
+    return Scores(q.factored.source, queries.dtype, square, casts_mask=autocast and is_sdpa)
+
+
+def _table(table: Table) -> Deferred:
+    return Deferred(table.build, (table.node,))
+
+
+def _shape(q: Member, k: Member, members: dict[str, Factored]) -> AttentionShape:
+    queries, keys = shape_of(q.factored.source), shape_of(k.factored.source)
+    assert queries is not None
+    assert keys is not None
+    return AttentionShape(
+        **sizes_of(q.factored.source, members),
+        batch=queries[0],
+        q_len=queries[1],
+        kv_len=keys[1],
+        num_heads=q.heads,
+        num_kv_heads=k.heads,
+    )
+
+
+def _unsupported(sentence: str) -> Obstacle:
+    return Obstacle(RefusalReason.UNSUPPORTED_ATTENTION, sentence)

@@ -1,0 +1,106 @@
+"""From the queries, keys and values of an attention back to the projections that compute them."""
+
+from typing import NamedTuple
+
+from torch.fx import Node
+
+from .axes import Layout, extent, named, visible
+from .factored import Factored
+from .factors import read_projection
+from .per_head import read_per_head
+from .rope import Rope, read_rope
+from .scores import Operand
+from .values import number_of, tensor_of
+from .views import trace, with_rows
+from .vocabulary import read
+
+
+class Member(NamedTuple):
+    """One of q, k, v followed back to its projection.
+
+    Attributes:
+        factored: the projection, its rows restricted to what the core reads.
+        heads: number of heads.
+        scale: constant factor met on the way.
+        rope: rotation met on the way, or ``None``.
+        nodes: all nodes between the projection's input and the core.
+    """
+
+    factored: Factored
+    heads: int
+    scale: float
+    rope: Rope | None
+    nodes: tuple[Node, ...]
+
+
+def read_member(operand: Operand) -> Member | None:
+    """Follow q, k or v back through views, constant factors and one rotation to its projection."""
+    node, layout = operand
+    nodes: tuple[Node, ...] = ()
+    scale, rope = 1.0, None
+    while True:
+        node, layout, passed = trace(node, layout)
+        nodes = passed + nodes
+        factor = _constant_factor(node)
+        if factor is not None:
+            nodes, scale = (node, *nodes), scale * factor[1]
+            node = factor[0]
+        elif rope is None and (rope := read_rope(node, _heads_dim(layout))) is not None:
+            nodes = rope.nodes + nodes
+            node = rope.source
+        else:
+            break
+    found = _projection_per_head(node, layout, operand.layout) or _projection_of_heads(node, layout, operand.layout)
+    if found is None:
+        return None
+    factored, heads = found
+    return Member(factored, heads, scale, rope, factored.nodes + nodes)
+
+
+def _heads_dim(layout: Layout) -> int:
+    """Where the heads are in a tensor of four dimensions whose second or third they are."""
+    by_position = any(axis.name in ("query", "key") for dim in layout[1:2] for axis in visible(dim))
+    return 2 if by_position else 1
+
+
+def _constant_factor(node: Node) -> tuple[Node, float] | None:
+    call = read(node)
+    if call is None or call.op not in ("mul", "div"):
+        return None
+    pairs = [(call.input, call["other"])] + ([(call["other"], call.input)] if call.op == "mul" else [])
+    for tensor, factor in pairs:
+        number = number_of(factor)
+        if number and isinstance(tensor, Node) and tensor_of(tensor) is not None:
+            return tensor, number if call.op == "mul" else 1 / number
+    return None
+
+
+def _projection_of_heads(node: Node, layout: Layout, operand: Layout) -> tuple[Factored, int] | None:
+    """The projection that computes ``node``, if its features are heads by dims and its rows batch by position."""
+    *rows, features = layout
+    batch, position, dim = (named(operand, *names) for names in (("batch",), ("query", "key"), ("dim", "value")))
+    if tuple(axis for row in rows for axis in row) != batch + position:
+        return None
+    axes = visible(features)
+    heads = axes[: len(axes) - len(dim)]
+    if axes[len(heads) :] != dim or tuple(axis.name for axis in heads) not in ((), ("head",), ("head.outer",)):
+        return None
+    factored = read_projection(node)
+    source = None if factored is None else with_rows(factored.source, (extent(batch), extent(position)))
+    if factored is None or source is None:
+        return None
+    tensor, views = source
+    selected = factored.rows(features)
+    return selected._replace(source=tensor, nodes=views + selected.nodes), int(extent(heads))
+
+
+def _projection_per_head(node: Node, layout: Layout, operand: Layout) -> tuple[Factored, int] | None:
+    """The same, where the result of the projection itself has a dimension of heads."""
+    found = read_per_head(node)
+    if found is None:
+        return None
+    dims = dict(zip(found.letters, layout, strict=True))
+    wanted = {"b": ("batch",), "h": ("head",), "m": ("query", "key"), "d": ("dim", "value")}
+    if any(dims[letter] != named(operand, *names) for letter, names in wanted.items()):
+        return None
+    return found.factored, int(extent(dims["h"]))

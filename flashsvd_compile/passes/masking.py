@@ -1,0 +1,163 @@
+"""How scores are masked, and what the attention operator is told about it.
+
+scaled_dot_product_attention(q, k, v, attn_mask=mask)
+softmax(scores + mask)
+softmax(scores.masked_fill(forbidden, -inf))
+softmax(where(visible, scores, -inf))
+"""
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch.fx import Graph, Node
+
+from ..ops.attention_region import UNLIMITED
+from ..report import RefusalReason
+from .emit import emit
+from .factored import Obstacle
+from .masks import MaskReading, read_mask
+from .region import Deferred
+from .values import number_of, shape_of, tensor_of
+from .vocabulary import read
+
+_CERTAINLY_ZERO = -1e9
+"""A score this low has no weight next to any score that a model computes."""
+
+
+class Mask(NamedTuple):
+    """One restriction of the scores.
+
+    Attributes:
+        node: a boolean or additive mask as ``scaled_dot_product_attention`` takes it; a condition if there is a fill.
+        fill: what replaces the scores of keys that must not be seen, or ``None``.
+        inverted: the condition is true where a key must not be seen.
+    """
+
+    node: Node
+    fill: float | None = None
+    inverted: bool = False
+
+    @property
+    def visible(self) -> Node | None:
+        """The graph's boolean node that is true where a key is visible, if there is one."""
+        if not self.inverted:
+            return self.node
+        call = read(self.node)
+        if call is None or not _is_boolean(call.input):
+            return None
+        is_negation = call.op == "logical_not" or (call.op == "eq" and number_of(call["other"]) == 0)
+        return call.input if is_negation else None
+
+
+def read_fill(node: Node) -> tuple[Node, Mask] | None:
+    """``node`` as scores with some of them replaced by a low number: ``(scores, mask)``."""
+    call = read(node)
+    if call is None:
+        return None
+    if call.op == "masked_fill":
+        scores, condition, fill, inverted = call.input, call["mask"], _number(call["value"]), True
+    elif call.op == "where" and node.op == "call_function":
+        scores, condition, fill, inverted = call["input"], call["condition"], _number(call["other"]), False
+    else:
+        return None
+    if fill is None or fill > _CERTAINLY_ZERO or not _is_boolean(condition) or shape_of(scores) != shape_of(node):
+        return None
+    return scores, Mask(condition, fill, inverted)
+
+
+def _number(value: object) -> float | None:
+    """A number, also one held by a tensor of no dimension that the graph makes."""
+    number = number_of(value)
+    call = read(value) if number is None else None
+    if call is None or shape_of(value) != ():
+        return number
+    return number_of(call.get("fill_value", call.get("data")))
+
+
+def _is_boolean(node: object) -> bool:
+    value = tensor_of(node)
+    return value is not None and value.dtype == torch.bool
+
+
+class Scores(NamedTuple):
+    """What decides whether a mask can be told to the operator.
+
+    Attributes:
+        x: the operator's input, whose first dimension is the batch.
+        dtype: dtype of the queries and keys.
+        square: there are as many keys as queries.
+        casts_mask: the core casts its mask to that dtype, as ``scaled_dot_product_attention`` does under autocast.
+    """
+
+    x: Node
+    dtype: torch.dtype
+    square: bool
+    casts_mask: bool
+
+
+def mask_arguments(masks: tuple[Mask, ...], scores: Scores) -> dict[str, Any] | Obstacle:
+    """The operator's arguments for all masks together."""
+    arguments: dict[str, Any] = {}
+    for mask in masks:
+        found = _arguments_of_fill(mask, scores) if mask.fill is not None else _arguments(mask, scores)
+        if isinstance(found, Obstacle):
+            return found
+        if arguments.keys() & found.keys():
+            return _unknown(mask, "is one of two masks that cannot be told to the operator together")
+        arguments |= found
+    return arguments
+
+
+def _arguments(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
+    value, arguments = tensor_of(mask.node), _structure(read_mask(mask.node), scores.x)
+    other_dtype = value is not None and value.dtype not in (torch.bool, scores.dtype)
+    if "mask" in arguments and other_dtype and not scores.casts_mask:
+        return _unknown(mask, f"is not of the queries' dtype {scores.dtype}")
+    return arguments
+
+
+def _arguments_of_fill(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
+    visible, fill = mask.visible, mask.fill
+    assert fill is not None
+    reading = MaskReading(residual=mask.node) if visible is None else read_mask(visible)
+    if fill == float("-inf"):
+        return {"mask": _call("logical_not", mask.node)} if visible is None else _structure(reading, scores.x)
+    if scores.square and reading.residual is None and not reading.key_paddings:  # every query sees at least itself
+        return _structure(reading, scores.x)
+    x = tensor_of(scores.x)
+    if x is None or x.dtype != scores.dtype or fill > torch.finfo(scores.dtype).min:
+        return _unknown(mask, f"puts {fill:g} for scores, where a row may be masked completely")
+    return {"mask": Deferred(partial(_additive, mask, scores.dtype), (mask.node,))}
+
+
+def _structure(reading: MaskReading, x: Node) -> dict[str, Any]:
+    """What was understood, by the operator's names; the mask as it is where nothing was."""
+    if reading.residual is not None:
+        return {"mask": reading.residual}
+    sides = {"window_left": reading.window_left, "window_right": reading.window_right}
+    arguments: dict[str, Any] = {name: side for name, side in sides.items() if side != UNLIMITED}
+    if reading.key_paddings:
+        nodes = tuple(padding.node for padding in reading.key_paddings)
+        arguments["key_padding"] = Deferred(partial(_key_padding, reading, x), nodes)
+    return arguments
+
+
+def _key_padding(reading: MaskReading, x: Node, graph: Graph) -> Node:
+    padding = reading.materialize(graph, x)
+    assert padding is not None
+    return padding
+
+
+def _call(method: str, node: Node) -> Deferred:
+    return Deferred(lambda graph: emit(graph, method, node), (node,))
+
+
+def _additive(mask: Mask, dtype: torch.dtype, graph: Graph) -> Node:
+    """0 where a key is visible, else the fill: so low that adding a score to it changes nothing."""
+    forbidden = mask.node if mask.inverted else emit(graph, "logical_not", mask.node)
+    return emit(graph, "mul", emit(graph, "to", forbidden, dtype), mask.fill)
+
+
+def _unknown(mask: Mask, sentence: str) -> Obstacle:
+    return Obstacle(RefusalReason.UNKNOWN_MASK, f"{mask.node.name!r} {sentence}")

@@ -1,0 +1,130 @@
+"""Projections with factors of their own for each head, whose result has a dimension of heads.
+
+    h = einsum("bmd,hdr->bhmr", x, down)            y[:, head] = x @ down[head] @ up[head]
+    y = einsum("bhmr,hrd->bhmd", h, up)
+
+As two matrices they would be ``down`` of all heads and a block-diagonal ``up``, mostly zeros. Instead they are
+multiplied out to one dense matrix, on the weights' side and inside the graph: one small product a head.
+"""
+
+from typing import NamedTuple
+
+from torch.fx import Node
+
+from ..ops.projection import Projection
+from .factored import Factored
+from .values import shape_of, tensor_of
+from .views import Regroup, read_view
+from .vocabulary import read
+from .weights import Weight, is_weight
+
+
+class PerHead(NamedTuple):
+    """A projection whose result has the heads as a dimension of their own.
+
+    Attributes:
+        factored: dense, rows head by head; its rank is that of one head.
+        letters: the result's dimensions: ``b`` and ``m`` the rows, ``h`` the heads, ``d`` the features of a head.
+    """
+
+    factored: Factored
+    letters: str
+
+
+class _Stage(NamedTuple):
+    """``result[..., h, out] = source[..., in] * weight[h, in, out]``."""
+
+    source: Node
+    source_letters: str
+    weight: Weight
+    letters: str
+    bias: Weight | None
+    nodes: tuple[Node, ...]
+
+
+def read_per_head(node: Node) -> PerHead | None:
+    """``node`` as a projection with separate factors, or one separate matrix, for each head."""
+    outer = _stage(node)
+    if outer is None:
+        return None
+    inner = None if "h" not in outer.source_letters else _stage(outer.source)
+    if inner is None:
+        return None if "h" in outer.source_letters else _dense(outer, outer.weight, None, outer.nodes)
+    if "h" in inner.source_letters or inner.bias is not None or inner.letters != outer.source_letters:
+        return None
+    if any(user not in outer.nodes for node in inner.nodes[-1:] for user in node.users):
+        return None
+    rank = inner.weight.shape[2]
+    if rank >= min(inner.weight.shape[1], outer.weight.shape[2]):
+        return None
+    whole = Weight.call("matmul", inner.weight, outer.weight)
+    return _dense(outer._replace(source=inner.source), whole, rank, inner.nodes + outer.nodes)
+
+
+def _dense(outer: _Stage, weight: Weight, rank: int | None, nodes: tuple[Node, ...]) -> PerHead:
+    """From ``weight[h, in, out]`` to ``[h * out, in]``."""
+    rows = Weight.call("flatten", Weight.call("transpose", weight, 1, 2), 0, 1)
+    return PerHead(Factored(outer.source, Projection(None, None, rows, outer.bias), nodes, rank), outer.letters)
+
+
+def _stage(node: Node) -> _Stage | None:
+    call = read(node)
+    if call is None:
+        return None
+    if call.op == "einsum":
+        return _einsum(call["equation"], call["operands"], node)
+    if call.op == "matmul" and is_weight(call["other"], 3):
+        return _matmul(call.input, call["other"], node)
+    if call.op == "add":
+        return _biased(call.input, call["other"], node) or _biased(call["other"], call.input, node)
+    return None
+
+
+def _einsum(equation: object, operands: tuple, node: Node) -> _Stage | None:
+    """``'bmd,hdr->bhmr'`` and the like, renamed to rows b and m, heads h, contracted c and kept d."""
+    if not isinstance(equation, str) or len(operands) != 2 or not is_weight(operands[1], 3):
+        return None
+    inputs, _, result = equation.replace(" ", "").partition("->")
+    source, _, weight = inputs.partition(",")
+    heads = [x for x in weight if x in result and (x in source or weight.index(x) == 0)]
+    contracted = [x for x in weight if x in source and x not in result]
+    kept = [x for x in weight if x in result and x not in source and x not in heads]
+    rows = [x for x in result if x in source and x not in weight]
+    if [len(x) for x in (heads, contracted, kept, rows)] != [1, 1, 1, 2] or len(set(source)) != len(source):
+        return None
+    names = {heads[0]: "h", contracted[0]: "c", kept[0]: "d", rows[0]: "b", rows[1]: "m"}
+    if set(source) | set(weight) != set(names) or set(result) != {heads[0], kept[0], *rows}:
+        return None
+    order = tuple(weight.index(x) for x in (heads[0], contracted[0], kept[0]))
+    value = Weight.of(operands[1])
+    value = value if order == (0, 1, 2) else Weight.call("permute", value, order)
+    source, result = ("".join(names[x] for x in letters) for letters in (source, result))
+    return _Stage(operands[0], source.replace("c", "d"), value, result, None, (node,))
+
+
+def _matmul(source: Node, weight: Node, node: Node) -> _Stage | None:
+    """``[b, 1 or h, m, c] @ [h, c, d]``; the dimension of size 1 is peeled off."""
+    shape, heads = shape_of(source), (shape_of(weight) or (None,))[0]
+    if shape is None or len(shape) != 4:
+        return None
+    if shape[1] == heads:
+        return _Stage(source, "bhmd", Weight.of(weight), "bhmd", None, (node,))
+    view = read_view(source)
+    if shape[1] != 1 or view is None or not all(isinstance(step, Regroup) for step in view.steps):
+        return None
+    if shape_of(view.source) != (shape[0], *shape[2:]):
+        return None
+    return _Stage(view.source, "bmd", Weight.of(weight), "bhmd", None, (*view.nodes, node))
+
+
+def _biased(stage: object, bias: object, node: Node) -> _Stage | None:
+    """A bias ``[h, 1, d]`` or ``[1, h, 1, d]`` added to ``[b, h, m, d]``."""
+    inner = _stage(stage) if isinstance(stage, Node) and is_weight(bias) and len(stage.users) == 1 else None
+    value = tensor_of(bias)
+    if inner is None or inner.letters != "bhmd" or inner.bias is not None or value is None:
+        return None
+    assert isinstance(bias, Node)
+    heads, _, features = inner.weight.shape
+    if value.shape[-3:] != (heads, 1, features) or value.numel() != heads * features:
+        return None
+    return inner._replace(bias=Weight.call("reshape", Weight.of(bias), (-1,)), nodes=(*inner.nodes, node))

@@ -1,0 +1,180 @@
+"""A region that a rule has read, ready to be checked and replaced."""
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from ..ops.projection import argument_names
+from ..options import Options
+from ..planner import Plan, Workspace
+from ..report import FULL_RANK, Match
+from .emit import emit
+from .factored import Factored
+from .values import shape_of, tensor_of, value_of
+from .weights import Weight
+
+ROTATION = ("cos", "sin")
+"""Arguments that keep their dtype: a rotation may be computed in a wider one."""
+
+
+@dataclass(frozen=True)
+class Deferred:
+    """An argument whose graph nodes are made only when the region is replaced.
+
+    Attributes:
+        build: makes them at the graph's insertion point and returns the last.
+        leaves: nodes it reads.
+    """
+
+    build: Callable[[Graph], Node]
+    leaves: tuple[Node, ...]
+
+
+@dataclass(frozen=True)
+class Region:
+    """Nodes that one operator call replaces.
+
+    Attributes:
+        kind: ``"attention"``, ``"mlp"`` or ``"linear"``.
+        operator: the overload that replaces them.
+        inputs: the activations the operator reads, first ``x``.
+        members: projections by role, as the operator names them.
+        constants: remaining keyword arguments: plain values, nodes, or nodes still to be made.
+        nodes: everything the operator computes.
+        plan: asks the planner for a strategy.
+        output: the one of the nodes that is the result.
+    """
+
+    kind: str
+    operator: torch._ops.OpOverload
+    inputs: dict[str, Node]
+    members: dict[str, Factored]
+    constants: dict[str, Any]
+    nodes: tuple[Node, ...]
+    plan: Callable[[Options], Plan]
+    output: Node
+
+    @property
+    def weights(self) -> list[Weight]:
+        """All factors and biases."""
+        return [weight for member in self.members.values() for weight in member.projection if weight is not None]
+
+    @property
+    def reads(self) -> list[Node]:
+        """Nodes outside the region whose tensors the operator reads."""
+        nodes = [value for value in self.constants.values() if isinstance(value, Node)]
+        deferred = [value for value in self.constants.values() if isinstance(value, Deferred)]
+        leaves = [leaf for item in (*self.weights, *deferred) for leaf in item.leaves]
+        return list(dict.fromkeys([*self.inputs.values(), *leaves, *nodes]))
+
+    def emit(self, graph: Graph, plan: Plan) -> Node:
+        """Write the operator call at the graph's insertion point; its rows flattened if the result's rows are."""
+        arguments: dict[str, Any] = dict(self.inputs)
+        for role, member in self.members.items():
+            for name, weight in zip(argument_names(role), member.projection, strict=True):
+                if weight is not None:
+                    arguments[name] = weight.build(graph)
+        for name, value in self.constants.items():
+            arguments[name] = value.build(graph) if isinstance(value, Deferred) else value
+        arguments |= {name: self._cast(graph, value) for name, value in arguments.items() if name not in ROTATION}
+        arguments["strategy"] = str(plan.strategy)
+        arguments["workspace_bytes"] = _workspace_bytes(graph, self.inputs["x"], plan.workspace)
+        keywords = self._in_schema_order(arguments)
+        node = graph.create_node("call_function", self.operator, kwargs=keywords, name=self.kind)
+        node.meta = dict(self.output.meta)
+        values = map_arg(node.kwargs, value_of)
+        with torch.no_grad():
+            node.meta["example_value"] = self.operator(**values)
+        flattened = len(shape_of(node) or ()) == len(shape_of(self.output) or ()) + 1
+        return emit(graph, "flatten", node, 0, 1) if flattened else node
+
+    def _cast(self, graph: Graph, argument: Any) -> Any:
+        """A floating tensor in the result's dtype, from which it differs under autocast only."""
+        tensor, result = tensor_of(argument), tensor_of(self.output)
+        if tensor is None or result is None or not tensor.is_floating_point() or tensor.dtype == result.dtype:
+            return argument
+        return emit(graph, "to", argument, result.dtype)
+
+    def match(self, plan: Plan) -> Match:
+        """The line of the report."""
+        ranks = {role: FULL_RANK if member.rank is None else member.rank for role, member in self.members.items()}
+        return Match(
+            kind=self.kind,
+            module=module_of(self.nodes, self.output),
+            ranks=ranks,
+            strategy=plan.strategy,
+            reason=plan.reason,
+            transient_before=plan.transient_before,
+            transient_after=plan.transient_after,
+        )
+
+    def _in_schema_order(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        defaults = {a.name: a.default_value for a in self.operator._schema.arguments}
+        given = {name: arguments[name] for name in defaults if name in arguments}
+        return {name: value for name, value in given.items() if isinstance(value, Node) or value != defaults[name]}
+
+
+def _workspace_bytes(graph: Graph, x: Node, workspace: Workspace) -> int | Node:
+    """The planner's bound for this input: a number, or nodes that compute it where the shape is dynamic."""
+    elements = value_of(x).numel()
+    if isinstance(elements, int):
+        return max(workspace.least, workspace.per_element * elements)
+    if not workspace.per_element:
+        return workspace.least
+    needed = emit(graph, operator.mul, emit(graph, "numel", x), workspace.per_element)
+    return emit(graph, torch.sym_max, workspace.least, needed)
+
+
+def present(**members: Factored | None) -> dict[str, Factored]:
+    """The projections of a region by role, absent ones left out."""
+    return {role: member for role, member in members.items() if member is not None}
+
+
+def module_of(nodes: tuple[Node, ...], output: Node) -> str:
+    """The path of the innermost module that all nodes come from; the output's name where the graph has no paths."""
+    paths = [path for path in map(_path_of, nodes) if path is not None]
+    if not paths:
+        return output.name
+    common = paths[0]
+    for path in paths[1:]:
+        common = [part for part, _ in takewhile(lambda pair: pair[0] == pair[1], zip(common, path, strict=False))]
+    return ".".join(common) or "model"
+
+
+def _path_of(node: Node) -> list[str] | None:
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return None
+    path, _ = list(stack.values())[-1]
+    path = path.replace("L['self']", "").replace("L['fn']", "").replace("_modules['", "").replace("']", "")
+    path = path.replace("[", ".").replace("]", "")
+    return [part for part in path.split(".") if part]
+
+
+def sizes_of(x: Node, members: dict[str, Factored]) -> dict[str, Any]:
+    """The part of a planner's shape that all regions share."""
+    projections = {role: member.projection for role, member in members.items()}
+    tensor, shape = tensor_of(x), shape_of(x)
+    assert tensor is not None
+    assert shape is not None
+    return {
+        "ranks": {role: None if p.down is None else p.down.shape[0] for role, p in projections.items()},
+        "features": {role: p.up.shape[0] for role, p in projections.items()},
+        "in_features": shape[-1],
+        "itemsize": tensor.element_size(),
+        "device": tensor.device.type,
+    }
+
+
+def rows_of(node: Node) -> sympy.Expr:
+    """Number of rows of a tensor: the product of its leading dimensions."""
+    shape = shape_of(node)
+    assert shape is not None
+    return sympy.Mul(*shape[:-1])

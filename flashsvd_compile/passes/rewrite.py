@@ -1,0 +1,120 @@
+"""Runs the rules over a graph, in order, and reports what they did."""
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch.fx import Graph, GraphModule, Node
+
+from ..options import Options, Strategy
+from ..report import Match, Refusal, RefusalReason, RewriteReport
+from .attention import read_attention
+from .factored import Obstacle
+from .linear import read_linear
+from .mlp import read_mlp
+from .mutation import mutated_arguments
+from .region import Region, module_of
+from .safety import obstacle_to
+from .values import tensor_of
+
+logger = logging.getLogger(__name__)
+
+Rule = Callable[[Node], Region | Obstacle | None]
+RULES: dict[str, Rule] = {"attention": read_attention, "mlp": read_mlp, "linear": read_linear}
+
+
+def rewrite(
+    graph_module: GraphModule, example_inputs: Sequence[Any] | None = None, options: Options | dict | None = None
+) -> RewriteReport:
+    """Replace the low-rank regions of a graph by operators, in place.
+
+    Args:
+        graph_module: a graph by Dynamo or ``torch.export``; its nodes must carry example values.
+        example_inputs: unused by the rules, which read the nodes' own metadata; kept so that a compiler's arguments
+            can be passed on.
+        options: see :class:`~flashsvd_compile.Options`.
+
+    Returns:
+        What was rewritten, and why the rest was not. A second run over the result changes nothing.
+
+    Raises:
+        UnknownOptionError, InvalidOptionError: bad options.
+    """
+    options = options if isinstance(options, Options) else Options.parse(options)
+    report = RewriteReport()
+    for body in graph_module.children():
+        if isinstance(body, GraphModule):  # of a higher-order operator, such as activation checkpointing
+            report += rewrite(body, None, options)
+    graph = graph_module.graph
+    follow_in_place_results(graph)
+    for name, rule in RULES.items():
+        if name not in options.disable:
+            report += _apply(rule, graph, options)
+    if report.matches:
+        graph.lint()
+        graph_module.recompile()
+    logger.debug("%s", report)
+    return report
+
+
+def _apply(rule: Rule, graph: Graph, options: Options) -> RewriteReport:
+    """Run one rule at every node, last node first: the outermost projection sees the whole region."""
+    report = RewriteReport()
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in reversed(order):
+        found = None if node._erased else rule(node)
+        outcome = _replace(found, graph, order, options) if isinstance(found, Region) else found
+        if isinstance(outcome, Match):
+            report.matches.insert(0, outcome)
+        elif isinstance(outcome, Obstacle) and outcome.sentence not in {known.sentence for known in report.refusals}:
+            site = module_of(found.nodes if isinstance(found, Region) else (node,), node)
+            report.refusals.insert(0, Refusal(outcome.reason, site, outcome.sentence))
+        if outcome is not None:
+            logger.debug("%s: %s", node.name, outcome)
+    return report
+
+
+def _replace(region: Region, graph: Graph, order: dict[Node, int], options: Options) -> Match | Obstacle:
+    """Put the operator in the region's place, unless that would be wrong or a loss."""
+    obstacle = obstacle_to(region, order)
+    if obstacle is not None:
+        return obstacle
+    plan = region.plan(options)
+    if plan.strategy == Strategy.KEPT:
+        return Obstacle(RefusalReason.UNPROFITABLE, plan.reason)
+    match = region.match(plan)
+    with graph.inserting_before(region.output):
+        operator = region.emit(graph, plan)
+    region.output.replace_all_uses_with(operator)
+    _erase(sorted(region.nodes, key=order.__getitem__), graph)
+    return match
+
+
+def _erase(nodes: Sequence[Node], graph: Graph) -> None:
+    """Remove the region's nodes, which nothing uses any more, and views of weights that only they used."""
+    for node in reversed(nodes):
+        inputs = node.all_input_nodes
+        if node._erased or node.users:
+            continue
+        graph.erase_node(node)
+        dead = [i for i in inputs if not i.users and i.op in ("call_function", "call_method") and _is_pure_view(i)]
+        _erase(dead, graph)
+
+
+def _is_pure_view(node: Node) -> bool:
+    return tensor_of(node) is not None and not mutated_arguments(node)
+
+
+def follow_in_place_results(graph: Graph) -> None:
+    """Let later readers of an overwritten tensor read the overwriting node instead.
+
+    ``y.add_(b)`` returns ``y`` itself, so the graph computes the same; but the flow of data becomes visible::
+
+        y = linear(x, w); y.add_(b); z = gelu(y)        ->        y = linear(x, w); y1 = y.add_(b); z = gelu(y1)
+    """
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    for node in order:
+        for written in mutated_arguments(node):
+            returned = node.args[:1] == (written,) and tensor_of(node) is not None
+            if returned and written.op != "placeholder":
+                written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])

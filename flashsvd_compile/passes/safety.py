@@ -1,0 +1,161 @@
+"""What must hold before a region may be replaced.
+
+The operator runs where the region's last node stood and reads its inputs there. That is the same computation only if no
+intermediate is wanted elsewhere and nothing that the region reads or computes is overwritten between its first node and
+its last.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from ..report import RefusalReason
+from .affine import read_affine
+from .factored import Obstacle
+from .mutation import mutated_arguments
+from .region import Region
+from .values import tensor_of
+from .vocabulary import live_dropout
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DEVICES = ("cpu", "cuda")
+_MODE_SWITCHES = {
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+    "_saved_tensors_hooks_disable",
+    "_saved_tensors_hooks_enable",
+}
+
+
+def obstacle_to(region: Region, order: dict[Node, int]) -> Obstacle | None:
+    """The first reason not to replace ``region``; ``order`` numbers the graph's nodes in order of execution."""
+    return (
+        other_user(region)
+        or tensor_subclass(region)
+        or dropout(region)
+        or mode_change(region, order)
+        or mutation(region, order)
+        or device(region)
+        or dtype(region)
+    )
+
+
+def other_user(region: Region) -> Obstacle | None:
+    """An intermediate that something outside the region reads."""
+    inside = set(region.nodes)
+    for node in region.nodes:
+        if node is region.output:
+            continue
+        for user in node.users:
+            if user not in inside:
+                sentence = f"the intermediate {node.name!r} is also used by {user.name!r}"
+                return Obstacle(RefusalReason.OTHER_USER, sentence)
+    return None
+
+
+def dropout(region: Region) -> Obstacle | None:
+    """A dropout that is not provably off."""
+    for node in region.nodes:
+        if live_dropout(node):
+            return Obstacle(RefusalReason.LIVE_DROPOUT, f"{node.name!r} may drop elements")
+    return None
+
+
+def mode_change(region: Region, order: dict[Node, int]) -> Obstacle | None:
+    """A switch of grad mode, autocast or the like while the region is being computed."""
+    first, last = min(order[node] for node in region.nodes), order[region.output]
+    for node in order:
+        if first < order[node] < last and getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+            sentence = f"{node.name!r} changes a mode of PyTorch before {region.output.name!r}"
+            return Obstacle(RefusalReason.MODE_CHANGED, sentence)
+    return None
+
+
+def mutation(region: Region, order: dict[Node, int]) -> Obstacle | None:
+    """An in-place write to anything the region reads or computes, while it is being computed."""
+    inside = set(region.nodes)
+    first = min(order[node] for node in region.nodes)
+    last = order[region.output]
+    behind_views = [node for node in region.reads if node not in region.inputs.values()]
+    for node in order:
+        if order[node] >= last or node in inside:
+            continue
+        # Views of weights and tables were made before the region's first node: what is behind them is read later now.
+        watched = (*region.reads, *region.nodes) if order[node] > first else behind_views
+        for written in mutated_arguments(node):
+            if written in watched:
+                return Obstacle(RefusalReason.MUTATED, f"{node.name!r} overwrites {written.name!r} before it is read")
+            alias = _alias_among(watched, written)
+            if alias is not None:
+                sentence = f"{node.name!r} overwrites {written.name!r}, which shares memory with {alias.name!r}"
+                return Obstacle(RefusalReason.ALIASED, sentence)
+    return None
+
+
+def _alias_among(watched: Sequence[Node], written: Node) -> Node | None:
+    memory = _storage(written)
+    return next((node for node in watched if memory is not None and _storage(node) == memory), None)
+
+
+def _storage(node: Node) -> StorageWeakRef | None:
+    tensor = tensor_of(node)
+    return None if tensor is None or tensor.layout != torch.strided else StorageWeakRef(tensor.untyped_storage())
+
+
+def _tensors(region: Region) -> list[tuple[str, Tensor]]:
+    """The floating tensors that the operator takes and returns, by name."""
+    nodes = [(node.name, tensor_of(node)) for node in (*region.inputs.values(), region.output)]
+    weights = [(weight.leaves[0].name, weight.value) for weight in region.weights]
+    return [(name, tensor) for name, tensor in (*nodes, *weights) if tensor is not None]
+
+
+def tensor_subclass(region: Region) -> Obstacle | None:
+    """DTensor and the like, whose operations mean more than their local tensors'."""
+    for name, tensor in _tensors(region):
+        wrapped = is_traceable_wrapper_subclass(tensor)
+        if wrapped or type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor):
+            return Obstacle(RefusalReason.TENSOR_SUBCLASS, f"{name!r} is a {type(tensor).__name__}")
+    return None
+
+
+def device(region: Region) -> Obstacle | None:
+    """Devices without an implementation, or a mixture of devices."""
+    devices = {tensor.device for _, tensor in _tensors(region)}
+    for found in devices:
+        if found.type not in DEVICES:
+            return Obstacle(RefusalReason.UNSUPPORTED_DEVICE, f"no implementation for {found.type!r}")
+    if len(devices) > 1:
+        return Obstacle(RefusalReason.UNSUPPORTED_DEVICE, f"tensors on {', '.join(sorted(map(str, devices)))}")
+    return None
+
+
+def dtype(region: Region) -> Obstacle | None:
+    """A dtype that the operators do not compute in, or a conversion between the factors.
+
+    Autocast leaves no trace in the graph except that a projection's result is narrower than what goes into it; the
+    operator's inputs are then cast as autocast does (see :meth:`Region.emit`).
+    """
+    result = tensor_of(region.output)
+    assert result is not None
+    if result.dtype not in DTYPES:
+        return Obstacle(RefusalReason.UNSUPPORTED_DTYPE, f"{result.dtype} is left to the inner backend")
+    for name, tensor in _tensors(region):
+        by_autocast = tensor.dtype == torch.float32 and result.dtype != torch.float32
+        if tensor.dtype != result.dtype and not by_autocast:
+            return Obstacle(RefusalReason.UNSUPPORTED_DTYPE, f"{name!r} is {tensor.dtype}, the result {result.dtype}")
+    for node in region.nodes:
+        tensor = tensor_of(node)
+        if tensor is None or not tensor.is_floating_point() or tensor.dtype == result.dtype:
+            continue
+        if tensor.element_size() <= result.element_size() or read_affine(node) is not None:
+            sentence = f"{node.name!r} is {tensor.dtype}, the result {result.dtype}"
+            return Obstacle(RefusalReason.UNSUPPORTED_DTYPE, sentence)
+    return None

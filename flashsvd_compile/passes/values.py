@@ -1,0 +1,43 @@
+"""What is known of a node's value before the graph runs: example tensors, shapes in the graph's symbols, numbers."""
+
+from typing import Any
+
+import sympy
+import torch
+from torch.fx import Node
+from torch.utils._sympy.symbol import SymT, symbol_is_type
+
+
+def value_of(node: Node) -> Any:
+    """The example value that Dynamo (``example_value``) or export (``val``) left on a node."""
+    return node.meta.get("example_value", node.meta.get("val"))
+
+
+def tensor_of(node: object) -> torch.Tensor | None:
+    """The example tensor of a node, ``None`` for anything that is no tensor."""
+    value = value_of(node) if isinstance(node, Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def shape_of(node: object) -> tuple[sympy.Expr, ...] | None:
+    """Shape of a node's tensor as sympy expressions, in the graph's own symbols."""
+    tensor = tensor_of(node)
+    return None if tensor is None else tuple(map(size_of, tensor.shape))
+
+
+def size_of(size: int | torch.SymInt) -> sympy.Expr:
+    """A size as a sympy expression."""
+    return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
+
+
+def number_of(argument: object) -> float | None:
+    """A Python number, also one that ``dynamic=True`` turned into an ``.item()`` node; not what a size decides.
+
+    Reading a symbolic float guards on its value: a changed attribute then recompiles instead of being ignored.
+    """
+    if isinstance(argument, Node):
+        argument = value_of(argument)
+    if isinstance(argument, (torch.SymFloat, torch.SymInt)):
+        symbols = argument.node.expr.free_symbols
+        return float(argument) if all(symbol_is_type(symbol, SymT.FLOAT) for symbol in symbols) else None
+    return float(argument) if isinstance(argument, (int, float)) and not isinstance(argument, bool) else None

@@ -1,0 +1,60 @@
+"""The README's tables are those of the records."""
+
+from pathlib import Path
+
+from benchmarks import record, tables
+from benchmarks.rows import Row
+
+
+def found() -> dict:
+    rows = [
+        Row("4x8", "factored eager", False, {}, {}, "none", "float32", time_ms=4.0, units=11.0, error=1e-6),
+        Row("4x8", "factored Inductor", False, {}, {}, "none", "float32", time_ms=3.0, units=8.0, error=1e-6),
+        Row("4x8", "flashsvd", True, {}, {}, "none", "float32", time_ms=5.0, units=2.0, error=2e-6),
+        Row("4x8", "flashsvd graph", True, {}, {}, "none", "float32", graph=True, time_ms=1.5, units=2.0),
+        Row("4x8", "operator streamed", True, {}, {}, "none", "float32", time_ms=0.5, units=1.0),
+    ]
+    return {
+        "name": "bert",
+        "device": "a device",
+        "versions": {"torch": "2.13.0"},
+        "commit": "abc",
+        "command": "python -m benchmarks.bert",
+        "rows": [vars(row) for row in rows],
+    }
+
+
+def test_line_of_a_case():
+    (case,) = tables.cases_of(found())
+    cells = "4x8 | 3 ms (factored Inductor) | 5 ms | 1.5 ms | 0.50 | 11 | 8 | 2 | 1.0e-06 | 2.0e-06"
+    assert case.line() == f"| {cells} |"
+    assert case.memory_ratio == 0.25
+
+
+def test_what_was_not_measured_is_a_dash():
+    case = tables.Case("4x8", [])
+    assert case.line() == f"| 4x8 |{' - |' * (len(tables.COLUMNS) - 1)}"
+
+
+def test_only_the_marked_place_changes():
+    text = "before\n<!-- records -->\nold\n<!-- /records -->\nafter\n"
+    new = tables.filled(text, {"bert": found()})
+    assert new.startswith("before\n<!-- records -->\n")
+    assert new.endswith("<!-- /records -->\nafter\n")
+    assert "old" not in new
+    assert "**BERT-base, padded**, float32, a device, torch 2.13.0; memory in units; commit abc" in new
+
+
+def test_plot_is_small_and_the_same_each_time(tmp_path: Path):
+    for file in ("first.svg", "second.svg"):
+        tables.plot("bert", found(), tmp_path / file)
+    first, second = ((tmp_path / file).read_bytes() for file in ("first.svg", "second.svg"))
+    assert first == second
+    assert 1000 < len(first) < 200_000
+
+
+def test_readme_shows_every_record():
+    """``python -m benchmarks.tables`` was run after the last record."""
+    text = tables.README.read_text()
+    assert tables.filled(text, tables.shown()) == text
+    assert record.RESULTS.exists()

@@ -1,0 +1,87 @@
+"""Factored checkpoints come back as they were, and mismatches are named."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flashsvd_compile.compress import LowRankLinear, compress, load_factored, save_factored
+from flashsvd_compile.errors import CheckpointError
+
+
+def make(width: int = 24, depth: int = 2) -> nn.Sequential:
+    return nn.Sequential(*(nn.Linear(width, width, bias=bool(i % 2)) for i in range(depth)))
+
+
+def test_round_trip(tmp_path: Path):
+    small = compress(make(), ranks={"0": 5, "1": 3})
+    save_factored(small, tmp_path / "model.safetensors")
+    dense = make()
+    loaded = load_factored(dense, tmp_path / "model.safetensors")
+    x = torch.randn(4, 24)
+    assert torch.equal(loaded(x), small(x))
+    assert type(dense[0]) is nn.Linear
+
+
+def test_round_trip_of_a_model_with_a_dense_layer_and_a_bias_on_the_first_factor(tmp_path: Path):
+    small = nn.Sequential(LowRankLinear(nn.Linear(24, 5), nn.Linear(5, 24)), nn.Linear(24, 24))
+    save_factored(small, tmp_path / "model.safetensors")
+    loaded = load_factored(nn.Sequential(nn.Linear(24, 24), nn.Linear(24, 24)), tmp_path / "model.safetensors")
+    x = torch.randn(4, 24)
+    assert torch.equal(loaded(x), small(x))
+
+
+def test_round_trip_with_tied_weights(tmp_path: Path):
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=16)
+    small = compress(GPT2LMHeadModel(config).eval())
+    save_factored(small, tmp_path / "model.safetensors")
+    loaded = load_factored(GPT2LMHeadModel(config).eval(), tmp_path / "model.safetensors")
+    ids = torch.arange(10)[None]
+    assert torch.equal(loaded(ids).logits, small(ids).logits)
+    assert loaded.lm_head.weight is loaded.transformer.wte.weight
+
+
+def test_dtype_is_the_models(tmp_path: Path):
+    save_factored(compress(make()), tmp_path / "model.safetensors")
+    loaded = load_factored(make().to(torch.bfloat16), tmp_path / "model.safetensors")
+    assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
+
+
+class TestRefusals:
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        save_factored(compress(make()), tmp_path / "model.safetensors")
+        return tmp_path / "model.safetensors"
+
+    def test_dense_model_is_not_saved(self, tmp_path: Path):
+        with pytest.raises(CheckpointError, match="no low-rank layer"):
+            save_factored(make(), tmp_path / "model.safetensors")
+
+    def test_no_such_file(self, tmp_path: Path):
+        with pytest.raises(CheckpointError, match="absent"):
+            load_factored(make(), tmp_path / "absent.safetensors")
+
+    def test_no_safetensors_file(self, tmp_path: Path):
+        (tmp_path / "text").write_text("no tensors here")
+        with pytest.raises(CheckpointError, match="text"):
+            load_factored(make(), tmp_path / "text")
+
+    def test_dense_checkpoint(self, tmp_path: Path):
+        save_file(make().state_dict(), tmp_path / "dense.safetensors")
+        with pytest.raises(CheckpointError, match="no factored checkpoint"):
+            load_factored(make(), tmp_path / "dense.safetensors")
+
+    def test_layer_not_in_the_model(self, path: Path):
+        with pytest.raises(CheckpointError, match="no dense layer '1'"):
+            load_factored(make(depth=1), path)
+
+    def test_layer_of_another_shape(self, path: Path):
+        with pytest.raises(CheckpointError, match=r"layer '0'.*24.*32"):
+            load_factored(make(width=32), path)
+
+    def test_model_with_more_layers(self, path: Path):
+        with pytest.raises(CheckpointError, match=r"2\.weight"):
+            load_factored(make(depth=3), path)

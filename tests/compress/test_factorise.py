@@ -1,0 +1,188 @@
+"""Which layers ``compress`` factors, to which rank, and what it refuses."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from flashsvd_compile.compress import LowRankLinear, compress
+from flashsvd_compile.errors import CompressionError
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.query = nn.Linear(48, 48)
+        self.up = nn.Linear(48, 96, bias=False)
+        self.down = nn.Linear(96, 48)
+        self.classifier = nn.Linear(48, 40)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.classifier(x + self.down(self.up(self.query(x)).relu()))
+
+
+def ranks_of(model: nn.Module) -> dict[str, int]:
+    return {name: module.rank for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
+
+
+@pytest.fixture
+def block() -> Block:
+    torch.manual_seed(0)
+    return Block()
+
+
+@pytest.mark.parametrize("keep_ratio", [0.001, 0.3, 0.5, 0.99])
+def test_rank_keeps_the_share_of_parameters(block: Block, keep_ratio: float):
+    small = compress(block, keep_ratio)
+    assert ranks_of(small) == {
+        "query": max(1, math.floor(keep_ratio * 48 * 48 / 96)),
+        "up": max(1, math.floor(keep_ratio * 48 * 96 / 144)),
+        "down": max(1, math.floor(keep_ratio * 48 * 96 / 144)),
+    }
+
+
+def test_the_model_given_stays_as_it_was(block: Block):
+    before = copy.deepcopy(block.state_dict())
+    small = compress(block)
+    assert ranks_of(block) == {}
+    for name, tensor in block.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    assert small.classifier.weight is not block.classifier.weight
+
+
+def test_output_is_near_the_dense_output_at_high_rank(block: Block):
+    x = torch.randn(5, 48)
+    nearly_full = compress(block, 0.99, ranks={"query": 23})
+    bias_only = compress(block, 0.02)
+    dense = block(x)
+    assert torch.linalg.norm(nearly_full(x) - dense) < torch.linalg.norm(bias_only(x) - dense)
+
+
+def test_low_rank_weight_is_reproduced(block: Block):
+    """A weight that has the rank already loses nothing."""
+    with torch.no_grad():
+        block.up.weight.copy_(torch.randn(96, 4) @ torch.randn(4, 48))
+    small = compress(block, ranks={"up": 4}, targets=["up"])
+    x = torch.randn(2, 3, 48)
+    torch.testing.assert_close(small(x), block(x))
+
+
+def test_ranks_by_pattern_first_fit_counts(block: Block):
+    small = compress(block, 0.5, ranks={"up": 7, "u*": 8, "query": 3})
+    assert ranks_of(small) == {"query": 3, "up": 7, "down": 16}
+
+
+def test_targets_and_skip(block: Block):
+    assert set(ranks_of(compress(block, targets=["up", "down"]))) == {"up", "down"}
+    assert set(ranks_of(compress(block, skip=["up"]))) == {"query", "down", "classifier"}
+
+
+def test_layer_that_would_not_shrink_stays_dense(block: Block):
+    small = compress(block, ranks={"query": 24, "up": 31})
+    assert ranks_of(small) == {"up": 31, "down": 16}
+    assert type(small.query) is nn.Linear
+
+
+def test_dtype_bias_mode_and_trainability_are_kept(block: Block):
+    block.eval().to(torch.bfloat16)
+    block.query.requires_grad_(False)
+    small = compress(block)
+    assert {p.dtype for p in small.parameters()} == {torch.bfloat16}
+    assert small.up.bias is None
+    assert not any(module.training for module in small.modules())
+    assert not any(p.requires_grad for p in small.query.parameters())
+    assert all(p.requires_grad for p in small.down.parameters())
+
+
+def test_gpt2_conv1d_and_tied_head():
+    config = GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=50, n_positions=16)
+    model = GPT2LMHeadModel(config).eval()
+    small = compress(model, 0.9, skip=())
+    assert sorted(ranks_of(small)) == [
+        "transformer.h.0.attn.c_attn",
+        "transformer.h.0.attn.c_proj",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.0.mlp.c_proj",
+    ]
+    assert small.lm_head.weight is small.transformer.wte.weight
+    ids = torch.arange(10)[None]
+    assert torch.linalg.norm(small(ids).logits - model(ids).logits) < 0.2 * torch.linalg.norm(model(ids).logits)
+
+
+def test_module_used_twice_is_factored_once():
+    shared = nn.Linear(16, 16)
+    small = compress(nn.Sequential(shared, nn.ReLU(), shared))
+    assert isinstance(small[0], LowRankLinear)
+    assert small[0] is small[2]
+
+
+def test_layers_other_code_reads_stay_dense():
+    """Attention's own projection is a subclass; a hook would be lost."""
+    model = nn.ModuleDict({"mha": nn.MultiheadAttention(16, 2), "hooked": nn.Linear(16, 16), "free": nn.Linear(16, 16)})
+    model["hooked"].register_forward_hook(lambda *_: None)
+    assert set(ranks_of(compress(model))) == {"free"}
+
+
+def test_the_model_may_be_a_single_layer():
+    small = compress(nn.Linear(16, 16))
+    assert isinstance(small, LowRankLinear)
+    torch.testing.assert_close(small.weight, small.up.weight @ small.down.weight)
+    assert (small.in_features, small.out_features, small.rank) == (16, 16, 4)
+
+
+class TestCalibrated:
+    def test_outputs_are_closer_than_by_plain_svd(self, block: Block):
+        x = torch.randn(500, 48) * torch.logspace(0, -3, 48)
+        plain = compress(block, 0.3)
+        calibrated = compress(block, 0.3, calibrate=lambda model: model(x))
+        dense = block(x)
+        assert torch.linalg.norm(calibrated(x) - dense) < 0.5 * torch.linalg.norm(plain(x) - dense)
+
+    def test_layers_that_do_not_run_get_the_plain_decomposition(self, block: Block):
+        plain = compress(block)
+        calibrated = compress(block, calibrate=lambda model: model.query(torch.randn(100, 48)))
+        by_plain, by_data = plain.state_dict(), calibrated.state_dict()
+        assert torch.equal(by_plain["up.up.weight"], by_data["up.up.weight"])
+        assert not torch.equal(by_plain["query.up.weight"], by_data["query.up.weight"])
+
+    def test_no_hook_remains(self, block: Block):
+        def interrupted(model: Block):
+            raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            compress(block, calibrate=interrupted)
+        assert not any(module._forward_pre_hooks for module in block.modules())
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("keep_ratio", [0, 1, 1.5, -0.1, math.nan])
+    def test_keep_ratio_out_of_range(self, block: Block, keep_ratio: float):
+        with pytest.raises(CompressionError, match=rf"keep_ratio.*{keep_ratio}"):
+            compress(block, keep_ratio)
+
+    @pytest.mark.parametrize("rank", [0, -3, 2.5, True])
+    def test_rank_no_positive_integer(self, block: Block, rank: int):
+        with pytest.raises(CompressionError, match=rf"'query'.*{rank}"):
+            compress(block, ranks={"query": rank})
+
+    @pytest.mark.parametrize("where", [{"ranks": {"nowhere.*": 4}}, {"targets": ["nowhere.*"]}])
+    def test_pattern_fits_nothing(self, block: Block, where: dict):
+        with pytest.raises(CompressionError, match=r"'nowhere\.\*'"):
+            compress(block, **where)
+
+    @pytest.mark.parametrize("model", [nn.LayerNorm(8), nn.Linear(1, 1)])
+    def test_nothing_to_factor(self, model: nn.Module):
+        with pytest.raises(CompressionError):
+            compress(model)
+
+    def test_weight_not_finite(self, block: Block):
+        block.up.weight.data[0, 0] = math.inf
+        with pytest.raises(CompressionError, match="'up'"):
+            compress(block)
+
+    def test_weight_without_data(self):
+        with pytest.raises(CompressionError, match="meta"):
+            compress(nn.Linear(16, 16, device="meta"))

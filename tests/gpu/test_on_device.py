@@ -1,0 +1,222 @@
+"""Operators and whole models on a GPU: right by the error rule, without host synchronisation, replayable, small."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertModel, LlamaConfig, LlamaModel
+
+import flashsvd_compile as fsvd
+from flashsvd_compile import ops
+from flashsvd_compile.ops import attention_gpu, attention_region
+from tests.ops.accuracy import assert_within_error_rule, relative_error
+from tests.ops.regions import attention_arguments, mlp_arguments, random
+
+pytestmark = pytest.mark.gpu
+HALVES = (torch.bfloat16, torch.float16)
+DTYPES = (*HALVES, torch.float32)
+
+
+@pytest.fixture(autouse=True)
+def unfused_in_full_precision():
+    """The reference must not round float32 to tf32, nor the fused form."""
+    torch.manual_seed(0)
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+def on_gpu(arguments: tuple) -> tuple:
+    return tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
+
+
+def reference_of(operator):
+    """The eager reference of an operator."""
+    name = operator._schema.name.removeprefix("flashsvd::").removesuffix("_v1")
+    return import_module(f"flashsvd_compile.ops.{name}").reference
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("ranks", [(24, None, 40), (192, None, 304), (384, None, 96), (250, None, 7), (1, None, 5)])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_fused_mlp(dtype, ranks, layout):
+    shape: dict[str, Any] = {"width": 1024, "out_features": 768, "strategy": "fused", "layout": layout, "dtype": dtype}
+    arguments = on_gpu(mlp_arguments(1, 513, 768, ranks=ranks, **shape))
+    assert_within_error_rule(ops.mlp(*arguments), reference_of(ops.mlp), arguments)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "relu_squared", "quick_gelu"])
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_mlp_activations(activation, gated, dtype):
+    how: dict[str, Any] = {
+        "width": 512,
+        "out_features": 256,
+        "gated": gated,
+        "activation": activation,
+        "strategy": "fused",
+    }
+    arguments = on_gpu(mlp_arguments(300, 256, ranks=(64, 48, 80), dtype=dtype, workspace_bytes=1 << 18, **how))
+    assert_within_error_rule(ops.mlp(*arguments), reference_of(ops.mlp), arguments)
+
+
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "padded": {"q_len": 200, "num_heads": 4, "head_dim": 64, "features": 256},
+    "causal-gqa-80": {
+        "q_len": 333, "num_heads": 4, "num_kv_heads": 2, "head_dim": 80, "features": 320, "window": (-1, 0),
+    },
+    "window-mqa-128": {
+        "q_len": 300, "num_heads": 4, "num_kv_heads": 1, "head_dim": 128, "features": 512, "window": (64, 0),
+    },
+    "llama": {
+        "batch": 1, "q_len": 2100, "num_heads": 4, "head_dim": 128, "features": 512, "window": (-1, 0),
+        "rotary_dim": 128,
+    },
+    "partial-interleaved": {
+        "q_len": 130, "num_heads": 2, "head_dim": 64, "features": 128, "rotary_dim": 32, "interleaved": True,
+    },
+    "odd-ranks": {"q_len": 129, "num_heads": 12, "head_dim": 64, "features": 768, "ranks": (33, 150, 201, 97)},
+    "beyond-the-kernel": {"q_len": 257, "num_heads": 8, "head_dim": 64, "features": 512, "ranks": (400, 400, 410, 400)},
+    "dense-member": {"q_len": 65, "num_heads": 4, "head_dim": 96, "features": 384, "ranks": (48, None, None, 40)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace_bytes", [1 << 24, 1 << 15])
+def test_attention(name, dtype, workspace_bytes):
+    how: dict[str, Any] = {"ranks": (48, 40, 33, 56), **ATTENTIONS[name]}
+    batch, length = how.pop("batch", 3), how["q_len"]
+    padding = None
+    if name not in ("llama", "window-mqa-128"):
+        padding = torch.rand(batch, length) < 0.8
+        padding[:, 0] = True  # torch's own kernels disagree about queries that see nothing
+    arguments = attention_arguments(batch, key_padding=padding, dtype=dtype, workspace_bytes=workspace_bytes, **how)
+    arguments = on_gpu(arguments)
+    assert_within_error_rule(ops.attention(*arguments), reference_of(ops.attention), arguments)
+
+
+def test_padding_by_item_and_left_padding():
+    lengths = torch.tensor([1, 77, 128, 250])
+    right = torch.arange(250)[None] < lengths[:, None]
+    for padding in (right, right.flip(1)):
+        arguments = attention_arguments(4, 250, features=256, head_dim=64, ranks=(48, 40, 33, 56), key_padding=padding)
+        arguments = on_gpu(tuple(a.half() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments))
+        assert_within_error_rule(ops.attention(*arguments), reference_of(ops.attention), arguments)
+
+
+def test_query_that_sees_no_key_gives_zeros():
+    padding = torch.zeros(2, 100, dtype=torch.bool)
+    arguments = attention_arguments(2, 100, features=128, head_dim=32, out=False, key_padding=padding, dtype=torch.half)
+    assert not ops.attention(*on_gpu(arguments)).any()
+
+
+def test_every_element_is_written():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        mlp = on_gpu(mlp_arguments(333, 256, width=512, ranks=(96, None, 40), strategy="fused", dtype=torch.bfloat16))
+        attention = on_gpu(attention_arguments(3, 130, features=256, head_dim=64, dtype=torch.bfloat16))
+        assert not ops.mlp(*mlp).isnan().any()
+        assert not ops.attention(*attention).isnan().any()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def cases() -> list[tuple]:
+    padding = torch.arange(256)[None] < torch.tensor([[200], [256]])
+    mlp = mlp_arguments(
+        2, 256, 256, width=1024, out_features=256, ranks=(96, None, 80), strategy="fused", dtype=torch.half
+    )
+    how: dict[str, Any] = {"features": 256, "head_dim": 64, "ranks": (48, 40, 33, 56), "dtype": torch.half}
+    attention = attention_arguments(2, 256, key_padding=padding, **how)
+    return [(ops.mlp, on_gpu(mlp)), (ops.attention, on_gpu(attention))]
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["mlp", "attention"])
+def test_replays_in_a_cuda_graph_without_synchronising(index):
+    operator, arguments = cases()[index]
+    operator(*arguments)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        operator(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = operator(*arguments)
+    arguments[0].copy_(torch.randn_like(arguments[0]))
+    graph.replay()
+    torch.testing.assert_close(captured, operator(*arguments), rtol=0, atol=0)
+
+
+def test_attention_needs_its_result_and_the_workspace():
+    how: dict[str, Any] = {
+        "features": 768,
+        "num_heads": 12,
+        "head_dim": 64,
+        "ranks": (192,) * 4,
+        "dtype": torch.bfloat16,
+    }
+    workspace = 4 << 20
+    arguments = on_gpu(attention_arguments(8, 512, workspace_bytes=workspace, **how))
+    _, attn, _, _ = attention_region.parse(arguments[0], arguments[1:])
+    assert attention_gpu.supported(arguments[0], attn)
+    size = ops.attention(*arguments).nbytes
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    ops.attention(*arguments)
+    assert torch.cuda.max_memory_allocated() - before <= size + workspace + (1 << 20)
+
+
+def bert(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    config = BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024)
+    mask = torch.arange(200)[None] < torch.tensor([[150], [200], [33]])
+    return model_of(BertModel(config), dtype), {"attention_mask": mask.long().cuda(), **ids(3, 200)}
+
+
+def llama(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
+    heads: dict[str, Any] = {"num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(hidden_size=512, num_hidden_layers=2, intermediate_size=1024, vocab_size=1000, **heads)
+    config.use_cache = False
+    return model_of(LlamaModel(config), dtype), ids(2, 300)
+
+
+def ids(batch: int, length: int) -> dict[str, Tensor]:
+    return {"input_ids": torch.randint(0, 1000, (batch, length), device="cuda")}
+
+
+def model_of(model: torch.nn.Module, dtype: torch.dtype) -> torch.nn.Module:
+    return fsvd.compress(model.requires_grad_(False).eval(), keep_ratio=0.5).to("cuda", dtype)
+
+
+@pytest.mark.parametrize("build", [bert, llama])
+@pytest.mark.parametrize("how", [{}, {"mode": "reduce-overhead"}, {"dynamic": True}], ids=["plain", "graph", "dynamic"])
+def test_models(build, how):
+    model, inputs = build(torch.bfloat16)
+    torch._dynamo.reset()
+    fast = torch.compile(model, backend="flashsvd", **how)
+    exact_model = build(torch.float64)[0]
+    exact_model.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        for _ in range(3):
+            result = fast(**inputs)[0].clone()
+        exact = exact_model(**inputs)[0]
+        unfused = relative_error(model(**inputs)[0], exact)
+    report = fsvd.last_report()
+    assert report is not None
+    assert (report.count("attention"), report.count("mlp")) == (2, 2)
+    assert relative_error(result, exact) <= 1.25 * unfused
+
+
+def test_gradients():
+    arguments = on_gpu(mlp_arguments(300, 128, width=256, out_features=128, ranks=(32, None, 48), strategy="fused"))
+    leaves = [a.requires_grad_() for a in arguments if isinstance(a, Tensor)]
+    grad = random(300, 128, dtype=torch.float32).cuda()
+    ours = torch.autograd.grad(ops.mlp(*arguments), leaves, grad)
+    eager = torch.autograd.grad(reference_of(ops.mlp)(*arguments), leaves, grad)
+    for mine, theirs in zip(ours, eager, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4)

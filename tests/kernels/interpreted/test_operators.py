@@ -1,0 +1,130 @@
+"""What the operators do on a GPU, with the interpreter in its place: every path, tiny workspaces."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashsvd_compile.ops.attention import _cuda as attention_on_gpu
+from flashsvd_compile.ops.attention import reference as attention_reference
+from flashsvd_compile.ops.mlp import _cuda as mlp_on_gpu
+from flashsvd_compile.ops.mlp import reference as mlp_reference
+from tests.kernels.chips import INTERPRETED, running_on
+from tests.ops.accuracy import assert_within_error_rule
+from tests.ops.regions import attention_arguments, laid_out, mlp_arguments, padding
+
+LAYOUTS = ("contiguous", "transposed", "strided")
+WORKSPACES = (1, 1 << 20)
+DTYPES = (torch.float16, torch.float32)
+RANKS = st.integers(1, 40)
+CANCELLATION = 8
+"""Units of the dtype's resolution that pass where few numbers, or equal ones, make up a result."""
+
+
+def assert_attention_right(arguments: tuple, chip: str, ulps: int = 2) -> None:
+    with running_on(INTERPRETED[chip]):
+        result = attention_on_gpu(*arguments)
+    assert_within_error_rule(result, attention_reference, arguments, ulps=ulps)
+
+
+def assert_mlp_right(arguments: tuple, chip: str, ulps: int = 2) -> None:
+    with running_on(INTERPRETED[chip]):
+        result = mlp_on_gpu(*arguments)
+    assert_within_error_rule(result, mlp_reference, arguments, ulps=ulps)
+
+
+ATTENTIONS = {
+    "plain": {},
+    "padded": {"key_padding": padding(33, 23, total=33)},
+    "left padded": {"key_padding": padding(33, 23, total=33, left=True)},
+    "nothing visible": {"key_padding": padding(33, 0, total=33)},
+    "holes": {"key_padding": torch.arange(66).view(2, 33) % 3 > 0},
+    "causal rotary": {"window": (-1, 0), "rotary_dim": 16},
+    "partial interleaved rotary": {"rotary_dim": 8, "interleaved": True, "rotation_per_item": True},
+    "window": {"window": (7, 0)},
+    "grouped": {"num_kv_heads": 2},
+    "one key head": {"num_kv_heads": 1, "window": (-1, 0)},
+    "cross": {"kv_len": 53, "key_padding": padding(53, 9, total=53)},
+    "dense queries and output": {"ranks": (None, 12, 10, None)},
+    "dense keys": {"ranks": (12, None, 10, 11)},
+    "ranks beyond the kernel": {"ranks": (400, 12, 390, 385)},
+    "no output projection": {"out": False},
+    "down biases": {"down_bias": True},
+    "no biases": {"bias": False},
+    "arbitrary mask": {"mask": torch.rand(1, 1, 33, 33) < 0.5},
+    "values of another size": {"value_dim": 8},
+}
+
+
+@pytest.mark.parametrize("workspace_bytes", WORKSPACES)
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention(name, workspace_bytes):
+    how = {"num_heads": 4, "head_dim": 16, "ranks": (12, 10, 9, 11), "workspace_bytes": workspace_bytes}
+    options = {"kv_len": None} | how | ATTENTIONS[name]
+    kv_len = options.pop("kv_len")
+    for dtype in DTYPES:
+        assert_attention_right(attention_arguments(2, 33, kv_len, 64, dtype=dtype, **options), "pointers")
+
+
+@given(
+    batch=st.integers(1, 3),
+    q_len=st.integers(1, 40),
+    ranks=st.tuples(RANKS, RANKS, RANKS, RANKS),
+    kv_heads=st.integers(1, 2),
+    group=st.integers(1, 2),
+    head_dim=st.sampled_from((8, 16, 24)),
+    window=st.tuples(st.integers(-1, 9), st.integers(-1, 9)),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    chip=st.sampled_from(("pointers", "descriptors")),
+    workspace_bytes=st.integers(1, 20_000),
+)
+def test_any_attention(batch, q_len, kv_heads, group, head_dim, chip, **how):
+    heads = {"num_heads": kv_heads * group, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    features = kv_heads * group * head_dim
+    assert_attention_right(attention_arguments(batch, q_len, None, features, **heads, **how), chip, CANCELLATION)
+
+
+@given(
+    shape=st.lists(st.integers(1, 12), min_size=1, max_size=2),
+    features=st.integers(8, 50),
+    width=st.integers(8, 100),
+    out_features=st.integers(8, 50),
+    ranks=st.tuples(RANKS, st.none(), RANKS),
+    bias=st.booleans(),
+    down_bias=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+    chip=st.sampled_from(tuple(INTERPRETED)),
+    workspace_bytes=st.integers(1, 20_000),
+)
+def test_any_fused_mlp(shape, features, chip, **how):
+    assert_mlp_right(mlp_arguments(*shape, features, strategy="fused", **how), chip, CANCELLATION)
+
+
+@pytest.mark.parametrize("chip", INTERPRETED)
+def test_one_item_for_the_whole_batch(chip):
+    x, *rest = attention_arguments(3, 9, None, 32, head_dim=8, dtype=torch.float16)
+    assert_attention_right((laid_out(x, "expanded"), *rest), chip)
+    x, *rest = mlp_arguments(3, 1, 24, strategy="fused", dtype=torch.float16)
+    assert_mlp_right((laid_out(x, "expanded"), *rest), chip)
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{"gated": True}, {"ranks": (None, None, 6)}, {"ranks": (5, None, None)}, {"ranks": (400, None, 6)}],
+    ids=["gated", "dense hidden", "dense out", "rank beyond the kernel"],
+)
+def test_mlps_that_cannot_be_fused_are_streamed(how):
+    assert_mlp_right(mlp_arguments(9, 24, strategy="fused", dtype=torch.float16, **how), "pointers")
+
+
+@pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])
+def test_no_rows(shape):
+    assert mlp_on_gpu(*mlp_arguments(*shape, strategy="fused", dtype=torch.float16)).shape == (*shape[:-1], 16)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(0, 5), (2, 0)])
+def test_no_queries(batch, length):
+    arguments = attention_arguments(batch, length, dtype=torch.float16)
+    assert attention_on_gpu(*arguments).shape == (batch, length, 32)

@@ -1,0 +1,23 @@
+"""Starts Triton's interpreter on the tests in ``interpreted``, one process a file.
+
+``TRITON_INTERPRET`` must be set before Triton is imported, since it decides what ``@triton.jit`` makes of Triton's own
+library too, and a process that has it set can compile nothing. Hence processes of their own, which collect what this
+one leaves out (``interpreted/conftest.py``). By hand: ``TRITON_INTERPRET=1 pytest tests/kernels/interpreted``.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_in_the_interpreter(file, pytestconfig):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

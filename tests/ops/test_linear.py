@@ -1,0 +1,43 @@
+"""``linear_v1`` computes the specification, whatever the shape, rank, dtype, strides and workspace."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flashsvd_compile import ops
+from flashsvd_compile.ops.linear import reference
+
+from .accuracy import assert_within_error_rule
+from .regions import LAYOUTS, linear_arguments
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    features=st.integers(1, 33),
+    out_features=st.integers(1, 33),
+    rank=st.none() | st.integers(1, 19),
+    bias=st.booleans(),
+    down_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    strategy=st.sampled_from(("streamed", "merged")),
+    workspace_bytes=st.integers(1, 500),
+)
+def test_equals_reference(shape, features, out_features, rank, **how):
+    arguments = linear_arguments(*shape, features, out_features=out_features, rank=rank, **how)
+    assert_within_error_rule(ops.linear(*arguments), reference, arguments, ulps=8)
+
+
+@pytest.mark.parametrize("workspace_bytes", [1, 20, 40, 60, 100, 10_000])
+def test_every_chunk_boundary(workspace_bytes):
+    arguments = linear_arguments(11, 16, rank=5, workspace_bytes=workspace_bytes)
+    assert_within_error_rule(ops.linear(*arguments), reference, arguments)
+
+
+def test_a_vector_is_a_row():
+    arguments = linear_arguments(16)
+    assert ops.linear(*arguments).shape == (24,)
+    assert_within_error_rule(ops.linear(*arguments), reference, arguments)

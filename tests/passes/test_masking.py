@@ -1,0 +1,158 @@
+"""Every way to mask scores reaches the operator as what it means, or costs the region."""
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from flashsvd_compile import RefusalReason
+
+from .builder import rewritten, tensor
+
+BATCH, LENGTH, HEADS, DIM = 2, 6, 4, 8
+WIDTH = HEADS * DIM
+X = tensor(BATCH, LENGTH, WIDTH)
+WEIGHTS = tensor(4, WIDTH), tensor(WIDTH, 4), tensor(WIDTH, WIDTH)
+MIN = torch.finfo(torch.float32).min
+
+
+def masked_attention(mask_scores):
+    """Spelled-out self-attention; ``mask_scores(scores, *masks)`` restricts it."""
+
+    def function(x, down, up, out, *masks):
+        q = linear(linear(x, down), up).view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2)
+        k, v = (linear(linear(x, down), up).view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2) for _ in range(2))
+        scores = mask_scores(q @ k.transpose(2, 3) * 0.3, *masks)
+        return linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), out)
+
+    return function
+
+
+def run(mask_scores, *masks):
+    attend = masked_attention(mask_scores)
+    if len(masks) == 1:
+        return rewritten(lambda x, a, b, c, mask: attend(x, a, b, c, mask), X, *WEIGHTS, *masks)
+    if len(masks) == 2:
+        return rewritten(lambda x, a, b, c, m, n: attend(x, a, b, c, m, n), X, *WEIGHTS, *masks)
+    return rewritten(lambda x, a, b, c: attend(x, a, b, c), X, *WEIGHTS)
+
+
+def arguments_of(result) -> set[str]:
+    assert result.count("attention") == 1, result.report
+    result.assert_same_result()
+    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v1.default)
+    return set(call.kwargs) & {"mask", "key_padding", "window_left", "window_right"}
+
+
+PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
+RANDOM = torch.rand(BATCH, HEADS, LENGTH, LENGTH, generator=torch.Generator().manual_seed(0)) > 0.4
+RANDOM[..., 0] = True
+INF = float("-inf")
+
+
+def causal():
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+
+
+STRUCTURED = {
+    "padding, filled where it is not": (
+        {"key_padding"}, lambda s, p: s.masked_fill(~p[:, None, None, :], INF), PADDING,
+    ),
+    "padding equal to 0": ({"key_padding"}, lambda s, p: s.masked_fill(p[:, None, None, :] == 0, INF), PADDING),
+    "where padding": ({"key_padding"}, lambda s, p: torch.where(p[:, None, None, :], s, INF), PADDING),
+    "causal, filled": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), INF)),
+    "causal, filled with the least number": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), MIN)),
+    "causal, filled with -1e9": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), -1e9)),
+    "where causal": ({"window_right"}, lambda s: torch.where(causal_of(s), s, torch.full((), MIN))),
+    "causal and padding in turn": (
+        {"window_right", "key_padding"},
+        lambda s, p: s.masked_fill(~causal_of(s), INF).masked_fill(~p[:, None, None, :], INF),
+        PADDING,
+    ),
+}  # fmt: skip
+
+
+def causal_of(scores):
+    i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+    return (j <= i)[None, None]
+
+
+@pytest.mark.parametrize("spelling", STRUCTURED)
+def test_structure_is_recovered_from_fills(spelling):
+    wanted, mask_scores, *masks = STRUCTURED[spelling]
+    assert arguments_of(run(mask_scores, *masks)) == wanted
+
+
+DENSE = {
+    "forbidden": (lambda s, m: s.masked_fill(m, INF), ~RANDOM),
+    "forbidden, least number": (lambda s, m: s.masked_fill(m, MIN), ~RANDOM),
+    "visible": (lambda s, m: torch.where(m, s, INF), RANDOM),
+    "visible, least number": (lambda s, m: torch.where(m, s, MIN), RANDOM),
+    "negated": (lambda s, m: s.masked_fill(~m, INF), RANDOM),
+    "a row masked completely": (lambda s, m: s.masked_fill(m, MIN), torch.ones_like(RANDOM)),
+    "padding, least number": (lambda s, p: s.masked_fill(~p[:, None, None, :], MIN), PADDING),
+    "additive": (lambda s, m: s + m, torch.where(RANDOM, 0.0, MIN)),
+}
+
+
+@pytest.mark.parametrize("spelling", DENSE)
+def test_other_fills_become_a_mask(spelling):
+    mask_scores, mask = DENSE[spelling]
+    assert arguments_of(run(mask_scores, mask)) == {"mask"}
+
+
+def test_a_bias_and_a_fill_together():
+    result = run(
+        lambda s, b, p: (s + b).masked_fill(~p[:, None, None, :], INF), tensor(1, HEADS, LENGTH, LENGTH), PADDING
+    )
+    assert arguments_of(result) == {"mask", "key_padding"}
+
+
+NOT_UNDERSTOOD = {
+    "a fill that is not low": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s.masked_fill(m, -5.0), ~RANDOM),
+    "rows that -1e9 may fill": (RefusalReason.UNKNOWN_MASK, lambda s, m: s.masked_fill(m, -1e9), ~RANDOM),
+    "a condition added": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s + m, RANDOM),
+    "two biases": (RefusalReason.UNKNOWN_MASK, lambda s, b, c: s + b + c, tensor(LENGTH, LENGTH), tensor(LENGTH)),
+    "a wider bias": (
+        RefusalReason.UNSUPPORTED_ATTENTION, lambda s, b: (s.double() + b).float(), tensor(LENGTH, LENGTH).double(),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", NOT_UNDERSTOOD)
+def test_what_is_not_understood_is_not_guessed(spelling):
+    reason, mask_scores, *masks = NOT_UNDERSTOOD[spelling]
+    result = run(mask_scores, *masks)
+    assert result.count("attention") == 0
+    assert result.count("linear") == 3
+    assert result.reasons == [reason]
+    result.assert_same_result()
+
+
+def test_a_mask_that_makes_more_batch_items_out_of_one_is_refused():
+    def function(x, down, up, mask):
+        q = linear(linear(x, down), up).view(1, LENGTH, HEADS, DIM).transpose(1, 2)
+        v = linear(linear(x, down), up).view(1, LENGTH, HEADS, DIM).transpose(1, 2).expand(BATCH, -1, -1, -1)
+        k = linear(linear(x, down), up).view(1, LENGTH, HEADS, DIM).transpose(1, 2)
+        return ((q @ k.mT + mask).softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    result = rewritten(function, X[:1], *WEIGHTS[:2], torch.where(RANDOM, 0.0, INF))
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
+def test_a_wide_mask_beside_half_precision_queries():
+    def function(x, down, up, mask):
+        q, k, v = (linear(linear(x, down), up).view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2) for _ in range(3))
+        return scaled_dot_product_attention(q, k, v, mask).transpose(1, 2).flatten(2)
+
+    half = [value.bfloat16() for value in (X, *WEIGHTS[:2])]
+    result = rewritten(function, *half, tensor(BATCH, HEADS, LENGTH, LENGTH))
+    assert result.count("attention") == 0
+    assert result.reasons == [RefusalReason.UNKNOWN_MASK]
+
+
+def test_a_softmax_over_the_queries_is_refused():
+    result = run(lambda s: functional.softmax(s, dim=-2))
+    assert result.count("attention") == 0
+    result.assert_same_result()

@@ -1,0 +1,299 @@
+"""Whatever is read off a mask, rebuilding the mask from it must give the same mask."""
+
+import math
+
+import pytest
+import torch
+
+from flashsvd_compile.ops.attention_region import UNLIMITED, Attention, full_mask
+from flashsvd_compile.ops.projection import Projection
+from flashsvd_compile.passes.masks import MaskReading, read_mask
+
+from .capture import Captured, dynamo, exported
+
+BATCH, HEADS, LENGTH, DIM = 3, 2, 9, 4
+MIN, INF = torch.finfo(torch.float32).min, math.inf
+
+
+@pytest.fixture
+def query() -> torch.Tensor:
+    return torch.randn(BATCH, HEADS, LENGTH, DIM)
+
+
+@pytest.fixture
+def padding() -> torch.Tensor:
+    """Right padded, left padded, and not at all."""
+    mask = torch.ones(BATCH, LENGTH, dtype=torch.long)
+    mask[0, 6:] = 0
+    mask[1, :4] = 0
+    return mask
+
+
+def rebuilt(captured: Captured, reading: MaskReading) -> torch.Tensor:
+    """The mask as the operator sees it, ``[batch, 1, q_len, kv_len]`` bool."""
+    graph = captured.module.graph
+    placeholder, query = captured.argument(lambda tensor: tensor.dim() == 4)
+    with graph.inserting_before(graph.output_node()):
+        vector = reading.materialize(graph, placeholder)
+    key_padding = None if vector is None else captured.run(vector)
+    if key_padding is not None:
+        assert key_padding.shape == (BATCH, LENGTH) and key_padding.dtype == torch.bool
+    nothing = Projection(None, None, query, None)
+    attention = Attention(
+        q=nothing, k=nothing, v=nothing, out=None, key_padding=key_padding, mask=None, cos=None, sin=None,
+        interleaved=False, num_heads=1, num_kv_heads=1, scale=1.0,
+        window_left=reading.window_left, window_right=reading.window_right,
+    )  # fmt: skip
+    mask = full_mask(attention, slice(0, query.shape[2]), slice(0, LENGTH), query)
+    return (torch.tensor(True) if mask is None else mask).expand(BATCH, 1, query.shape[2], LENGTH)
+
+
+def understood(captured: Captured, left: int = UNLIMITED, right: int = UNLIMITED, paddings: int = 0) -> None:
+    """The mask is read completely and as expected, and the reading means the same mask."""
+    mask = captured.run()
+    reading = read_mask(captured.output)
+    assert reading.residual is None, reading.reason
+    assert (reading.window_left, reading.window_right, len(reading.key_paddings)) == (left, right, paddings)
+    again = rebuilt(captured, reading)
+    visible = mask if mask.dtype == torch.bool else mask == 0
+    assert torch.equal(visible.expand_as(again), again)
+
+
+def left_as_it_is(captured: Captured, because: str) -> None:
+    """The mask is passed on whole, with its reason."""
+    reading = read_mask(captured.output)
+    assert reading == MaskReading(residual=captured.output, reason=reading.reason)
+    assert because in reading.reason
+
+
+def indices(query, offset: int = 0):
+    """``(batch, q, kv)`` as transformers makes them."""
+    batch = torch.arange(query.shape[0])[:, None, None, None]
+    q = (torch.arange(query.shape[2]) + offset)[None, None, :, None]
+    kv = (torch.arange(LENGTH) + 0)[None, None, None, :]
+    return batch, q, kv
+
+
+def static(function, query, *arguments) -> Captured:
+    """A graph with the query among its inputs whether the mask needs it or not."""
+    return dynamo(lambda query, *arguments: (query.neg(), function(query, *arguments)), query, *arguments)
+
+
+def dynamic(function, query, *arguments) -> Captured:
+    """The same with symbolic sizes."""
+    return dynamo(lambda query, *arguments: (query.neg(), function(query, *arguments)), query, *arguments, dynamic=True)
+
+
+every_capture = pytest.mark.parametrize("capture", [static, dynamic, exported])
+
+
+@every_capture
+def test_a_mask_that_is_always_true_vanishes(capture, query):
+    def mask(query):
+        _, q, kv = indices(query)
+        result = q.new_ones((), dtype=torch.bool) & (q >= 0) & (kv < LENGTH)
+        return result.expand(query.shape[0], -1, query.shape[2], LENGTH)
+
+    understood(capture(mask, query))
+
+
+@every_capture
+def test_causal(capture, query):
+    def mask(query):
+        _, q, kv = indices(query)
+        return (q.new_ones((), dtype=torch.bool) & (kv <= q)).expand(query.shape[0], -1, -1, -1)
+
+    understood(capture(mask, query), right=0)
+
+
+@every_capture
+def test_key_padding_by_a_gather(capture, query, padding):
+    def mask(query, padding):
+        batch, q, kv = indices(query)
+        return (q >= 0) & padding.to(torch.bool)[batch, kv]
+
+    understood(capture(mask, query, padding), paddings=1)
+
+
+@every_capture
+def test_sliding_window_and_key_padding(capture, query, padding):
+    def mask(query, padding):
+        batch, q, kv = indices(query)
+        return (kv > q - 4) & (kv <= q) & padding.to(torch.bool)[batch, kv]
+
+    understood(capture(mask, query, padding), left=3, right=0, paddings=1)
+
+
+@every_capture
+def test_a_distance_is_a_window_on_both_sides(capture, query):
+    def mask(query):
+        _, q, kv = indices(query)
+        return (q - kv).abs() <= 2
+
+    understood(capture(mask, query), left=2, right=2)
+
+
+def test_a_window_wider_than_the_keys_vanishes(query):
+    def mask(query):
+        _, q, kv = indices(query)
+        return (q - kv).abs() < LENGTH
+
+    understood(static(mask, query))
+
+
+def test_two_windows_are_the_narrower_one(query):
+    def mask(query):
+        _, q, kv = indices(query)
+        return (kv <= q + 3) & (kv <= q + 1) & (q - kv <= 2)
+
+    understood(static(mask, query), left=2, right=1)
+
+
+def test_queries_that_begin_later_see_further(query):
+    def mask(query):
+        _, q, kv = indices(query, offset=LENGTH - 5)
+        return kv <= q
+
+    understood(static(mask, query[:, :, :5]), right=LENGTH - 5)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda padding: padding.bool()[:, None, None, :],
+        lambda padding: (padding != 0).unsqueeze(1).unsqueeze(2),
+        lambda padding: padding.eq(1).view(BATCH, 1, 1, LENGTH),
+        lambda padding: padding.bool()[:, None, :].expand(-1, LENGTH, -1).unsqueeze(1),
+        lambda padding: ~(padding == 0)[:, None, None, :],
+        lambda padding: torch.logical_not(padding == 0)[:, None, None, :] & padding.new_ones((), dtype=torch.bool),
+        lambda padding: torch.where((padding == 0)[:, None, None, :], -INF, 0.0),
+        lambda padding: torch.zeros(BATCH, 1, 1, LENGTH).masked_fill((padding == 0)[:, None, None, :], -INF),
+        lambda padding: torch.arange(LENGTH)[None, None, None] < padding.sum(-1)[:, None, None, None],
+    ],
+)
+def test_key_padding_spelled_by_hand(spelling, query, padding):
+    understood(static(lambda query, padding: spelling(padding), query, padding), paddings=1)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda: torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(),
+        lambda: torch.ones(LENGTH, LENGTH).tril().bool(),
+        lambda: torch.tril(torch.ones(1, 1, LENGTH, LENGTH)) == 1,
+        lambda: torch.triu(torch.ones(LENGTH, LENGTH), diagonal=1) == 0,
+        lambda: torch.full((LENGTH, LENGTH), -INF).triu(1),
+        lambda: torch.full((LENGTH, LENGTH), MIN).triu(diagonal=1)[None, None],
+        lambda: torch.zeros(LENGTH, LENGTH).masked_fill(torch.ones(LENGTH, LENGTH).tril() == 0, -INF),
+        lambda: (1.0 - torch.tril(torch.ones(LENGTH, LENGTH))) * MIN,
+        lambda: torch.where(torch.arange(LENGTH) <= torch.arange(LENGTH)[:, None], 0.0, MIN),
+    ],
+)
+def test_causal_spelled_by_hand(spelling, query):
+    understood(static(lambda query: spelling(), query), right=0)
+
+
+def test_a_sum_of_additive_masks_is_a_conjunction(query, padding):
+    def mask(query, padding):
+        causal = torch.full((LENGTH, LENGTH), -INF).triu(1)
+        return causal + torch.where(padding.bool(), 0.0, -INF)[:, None, None, :]
+
+    understood(static(mask, query, padding), right=0, paddings=1)
+
+
+def test_paddings_of_several_kinds_are_combined(query, padding):
+    def mask(query, padding):
+        batch, _, kv = indices(query)
+        common = torch.tensor([True] * 7 + [False] * 2)
+        dropped = padding.flip(0) == 0
+        return padding.bool()[batch, kv] & common[kv] & ~dropped[:, None, None, :]
+
+    understood(static(mask, query, padding), paddings=3)
+
+
+def test_a_longer_padding_vector_is_cut_to_the_keys(query, padding):
+    longer = torch.cat((torch.zeros(BATCH, 2, dtype=torch.long), padding, padding), dim=1)
+
+    def mask(query, longer):
+        batch, _, kv = indices(query)
+        return longer.bool()[batch, kv + 2]
+
+    understood(static(mask, query, longer), paddings=1)
+
+
+def test_a_padding_vector_common_to_a_dynamic_batch(query):
+    def mask(query, common):
+        return common.bool().expand(query.shape[0], 1, query.shape[2], LENGTH)
+
+    understood(dynamic(mask, query, torch.arange(LENGTH) > 3), paddings=1)
+
+
+def test_packed_documents_stay_a_mask(query, padding):
+    def mask(query, documents):
+        batch, q, kv = indices(query)
+        return (kv <= q) & (documents[batch, q] == documents[batch, kv])
+
+    left_as_it_is(static(mask, query, padding), "packed documents")
+
+
+def test_an_unknown_offset_stays_a_mask(query):
+    def mask(query, prefix):
+        _, q, kv = indices(query)
+        return kv <= q + prefix.shape[0]
+
+    left_as_it_is(dynamic(mask, query, torch.ones(5)), "offset")
+
+
+def test_a_strictly_causal_mask_stays_a_mask(query):
+    def mask(query):
+        _, q, kv = indices(query)
+        return kv < q
+
+    left_as_it_is(static(mask, query), "offset -1")
+
+
+def test_a_disjunction_stays_a_mask(query, padding):
+    def mask(query, padding):
+        batch, q, kv = indices(query)
+        return (kv <= q) | padding.bool()[batch, kv]
+
+    left_as_it_is(static(mask, query, padding), "no vector over the keys")
+
+
+def test_chunks_stay_a_mask(query):
+    def mask(query):
+        _, q, kv = indices(query)
+        return (kv // 4 == q // 4) & (kv <= q)
+
+    left_as_it_is(static(mask, query), "")
+
+
+def test_a_mask_over_queries_stays_a_mask(query, padding):
+    def mask(query, padding):
+        return padding.bool()[:, None, :, None].expand(-1, 1, -1, LENGTH)
+
+    left_as_it_is(static(mask, query, padding), "no vector over the keys")
+
+
+def test_a_bias_stays_a_mask(query):
+    def mask(query):
+        return torch.arange(LENGTH, dtype=torch.float32).expand(1, 1, LENGTH, LENGTH) * -0.5
+
+    left_as_it_is(static(mask, query), "no rule explains")
+
+
+@pytest.mark.parametrize("low", [MIN, -1e4])
+def test_finite_padding_stays_a_mask_because_a_row_may_be_masked_completely(low, query, padding):
+    def mask(query, padding):
+        return (1.0 - padding.bool()[:, None, None, :].float()) * low
+
+    left_as_it_is(static(mask, query, padding), "masked completely" if low == MIN else "other levels")
+
+
+def test_a_mask_written_in_place_stays_a_mask(query):
+    def mask(query):
+        mask = torch.zeros(LENGTH, LENGTH)
+        mask[:, :].fill_(-INF)
+        return mask
+
+    left_as_it_is(static(mask, query), "written in place")

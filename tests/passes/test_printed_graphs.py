@@ -1,0 +1,161 @@
+# ruff: noqa: E501
+"""Golden files: how rewritten graphs read. ``EXPECTTEST_ACCEPT=1 pytest`` accepts what has changed."""
+
+import torch
+from expecttest import TestCase
+from torch.nn import functional
+from torch.nn.functional import linear, scaled_dot_product_attention
+
+from .builder import rewritten as rewritten_with
+from .builder import tensor
+
+X = tensor(2, 6, 32)
+
+
+def rewritten(function, *inputs):
+    """With a fixed budget, so that the planner's workspace does not show."""
+    return rewritten_with(function, *inputs, memory_budget=1 << 20)
+
+
+def low_rank(x, down, up, bias=None):
+    return linear(linear(x, down), up, bias)
+
+
+class PrintedGraphs(TestCase):
+    maxDiff = None
+
+    def test_linear(self):
+        def function(x, down, up, bias):
+            return low_rank(x, down, up, bias)
+
+        code = rewritten(function, X, tensor(4, 32), tensor(24, 4), tensor(24)).code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, down, up, bias):
+    linear_2 = torch.ops.flashsvd.linear_v1.default(x = x, w_down = down, w_up = up, w_up_bias = bias, workspace_bytes = 1048576)
+    return linear_2""",
+        )
+
+    def test_transposed_weights_and_a_diagonal(self):
+        def function(x, u, s, v):
+            return ((x @ u) * s) @ v
+
+        code = rewritten(function, X, tensor(32, 4), tensor(4), tensor(4, 24)).code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, u, s, v):
+    t = u.t()
+    unsqueeze = s.unsqueeze(1)
+    mul_1 = t.mul(unsqueeze)
+    t_1 = v.t()
+    linear = torch.ops.flashsvd.linear_v1.default(x = x, w_down = mul_1, w_up = t_1, workspace_bytes = 1048576)
+    return linear""",
+        )
+
+    def test_product_of_weights(self):
+        def function(x, up, down, bias):
+            return linear(x, up @ down, bias)
+
+        code = rewritten(function, X, tensor(24, 4), tensor(4, 32), tensor(24)).code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, up, down, bias):
+    linear_1 = torch.ops.flashsvd.linear_v1.default(x = x, w_down = down, w_up = up, w_up_bias = bias, workspace_bytes = 1048576)
+    return linear_1""",
+        )
+
+    def test_mlp(self):
+        def function(x, down1, up1, bias1, down2, up2, bias2):
+            return low_rank(functional.relu(low_rank(x, down1, up1, bias1)), down2, up2, bias2) + x
+
+        weights = tensor(4, 32), tensor(48, 4), tensor(48), tensor(5, 48), tensor(32, 5), tensor(32)
+        self.assertExpectedInline(
+            rewritten(function, X, *weights).code,
+            """\
+def forward(self, x, down1, up1, bias1, down2, up2, bias2):
+    mlp = torch.ops.flashsvd.mlp_v1.default(x = x, hidden_down = down1, hidden_up = up1, hidden_up_bias = bias1, out_down = down2, out_up = up2, out_up_bias = bias2, activation = 'relu', workspace_bytes = 1048576)
+    add = mlp + x
+    return add""",
+        )
+
+    def test_packed_gated_mlp(self):
+        def function(x, down1, up1, down2, up2):
+            packed = low_rank(x, down1, up1).chunk(2, dim=-1)
+            return low_rank(functional.silu(packed[0]) * packed[1], down2, up2)
+
+        weights = tensor(4, 32), tensor(96, 4), tensor(5, 48), tensor(32, 5)
+        self.assertExpectedInline(
+            rewritten(function, X, *weights).code,
+            """\
+def forward(self, x, down1, up1, down2, up2):
+    narrow = up1.narrow(0, 48, 48)
+    narrow_1 = up1.narrow(0, 0, 48)
+    mlp = torch.ops.flashsvd.mlp_v1.default(x = x, hidden_down = down1, hidden_up = narrow, gate_down = down1, gate_up = narrow_1, out_down = down2, out_up = up2, activation = 'silu', workspace_bytes = 1048576)
+    return mlp""",
+        )
+
+    def test_attention(self):
+        def function(x, mask, q_down, q_up, k_down, k_up, v, out_down, out_up):
+            q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in (
+                low_rank(x, q_down, q_up), low_rank(x, k_down, k_up), linear(x, v)
+            ))  # fmt: skip
+            heads = scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+            return low_rank(heads.transpose(1, 2).flatten(2), out_down, out_up)
+
+        mask = torch.ones(2, 6, dtype=torch.bool)
+        weights = (
+            tensor(4, 32),
+            tensor(32, 4),
+            tensor(5, 32),
+            tensor(32, 5),
+            tensor(32, 32),
+            tensor(6, 32),
+            tensor(32, 6),
+        )
+        self.assertExpectedInline(
+            rewritten(function, X, mask, *weights).code,
+            """\
+def forward(self, x, mask, q_down, q_up, k_down, k_up, v, out_down, out_up):
+    attention = torch.ops.flashsvd.attention_v1.default(x = x, q_down = q_down, q_up = q_up, k_down = k_down, k_up = k_up, v_up = v, out_down = out_down, out_up = out_up, key_padding = mask, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, workspace_bytes = 1048576)
+    return attention""",
+        )
+
+    def test_attention_with_packed_projections_and_rotation(self):
+        def function(x, cos, sin, down, up):
+            def rotate(y):
+                turned = torch.cat((-y[..., 4:], y[..., :4]), dim=-1)
+                return y * cos.unsqueeze(1) + turned * sin.unsqueeze(1)
+
+            packed = low_rank(x, down, up)
+            q, k, v = (packed[..., 32 * i : 32 * i + 32].view(2, 6, 4, 8).transpose(1, 2) for i in range(3))
+            heads = scaled_dot_product_attention(rotate(q), rotate(k), v, is_causal=True)
+            return heads.transpose(1, 2).reshape(2, 6, 32)
+
+        code = rewritten(function, X, tensor(1, 6, 8), tensor(1, 6, 8), tensor(4, 32), tensor(96, 4)).code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, cos, sin, down, up):
+    narrow = up.narrow(0, 0, 32)
+    narrow_1 = up.narrow(0, 32, 32)
+    narrow_2 = up.narrow(0, 64, 32)
+    attention = torch.ops.flashsvd.attention_v1.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, cos = cos, sin = sin, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, window_right = 0, workspace_bytes = 1048576)
+    return attention""",
+        )
+
+    def test_refused_region(self):
+        def function(x, down, up):
+            hidden = linear(x, down)
+            return linear(hidden, up), hidden
+
+        self.assertExpectedInline(
+            rewritten(function, X, tensor(4, 32), tensor(24, 4)).code,
+            """\
+def forward(self, x, down, up):
+    linear = torch._C._nn.linear(x, down)
+    linear_1 = torch._C._nn.linear(linear, up)
+    return (linear_1, linear)""",
+        )

@@ -1,0 +1,285 @@
+"""What must be left alone is left alone, with its reason, and still computes what it did."""
+
+import operator
+
+import pytest
+import torch
+from torch.nn import functional
+from torch.nn.functional import linear
+
+from flashsvd_compile import RefusalReason, rewrite
+
+from .builder import call, graph_of, rewritten, tensor
+
+IN, WIDTH, RANK, OUT = 24, 32, 4, 20
+X = tensor(2, 5, IN)
+DOWN, UP, BIAS = tensor(RANK, IN, seed=1), tensor(OUT, RANK, seed=2), tensor(OUT, seed=3)
+MLP = (tensor(RANK, IN, seed=4), tensor(WIDTH, RANK, seed=5), tensor(RANK, WIDTH, seed=6), tensor(IN, RANK, seed=7))
+
+
+def mlp(x, d1, u1, d2, u2):
+    return linear(linear(functional.gelu(linear(linear(x, d1), u1)), d2), u2)
+
+
+def mutates_the_input(x, down, up):
+    h = linear(x, down)
+    x.mul_(2.0)
+    return linear(h, up)
+
+
+def zeroes_the_input_between_the_factors(x, u, v):
+    h = x @ v
+    x.mul_(0)
+    return h @ u
+
+
+def mutates_the_input_by_an_operator(x, down, up):
+    h = linear(x, down)
+    call(operator.iadd, x, 1)
+    return linear(h, up), x
+
+
+def mutates_the_input_by_an_index(x, down, up):
+    h = linear(x, down)
+    call(operator.setitem, x, 0, 0.0)
+    return linear(h, up)
+
+
+def mutates_the_input_by_out(x, down, up):
+    h = linear(x, down)
+    torch.exp(x, out=x)
+    return linear(h, up)
+
+
+def mutates_a_weight(x, down, up):
+    h = linear(x, down)
+    down.zero_()
+    return linear(h, up)
+
+
+def mutates_a_view_of_the_input(x, down, up):
+    flat = x.view(-1)
+    h = linear(x, down)
+    flat.mul_(0.0)
+    return linear(h, up)
+
+
+def mutates_a_view_of_the_input_made_before(x, down, up):
+    first = x[0]
+    h = linear(x, down)
+    first.add_(1.0)
+    return linear(h, up)
+
+
+def mutates_what_the_input_is_a_view_of(x, down, up):
+    part = x[:, 1:]
+    h = linear(part, down)
+    x.mul_(0.5)
+    return linear(h, up)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (mutates_the_input, RefusalReason.MUTATED),
+        (zeroes_the_input_between_the_factors, RefusalReason.MUTATED),
+        (mutates_the_input_by_an_operator, RefusalReason.MUTATED),
+        (mutates_the_input_by_an_index, RefusalReason.MUTATED),
+        (mutates_the_input_by_out, RefusalReason.MUTATED),
+        (mutates_a_weight, RefusalReason.MUTATED),
+        (mutates_a_view_of_the_input, RefusalReason.ALIASED),
+        (mutates_a_view_of_the_input_made_before, RefusalReason.ALIASED),
+        (mutates_what_the_input_is_a_view_of, RefusalReason.ALIASED),
+    ],
+)
+def test_a_write_between_the_first_and_the_last_node(function, reason):
+    weights = (tensor(RANK, OUT, seed=8), tensor(IN, RANK, seed=9)) if "factors" in function.__name__ else (DOWN, UP)
+    result = rewritten(function, X, *weights)
+    assert result.report.matches == []
+    assert result.reasons == [reason]
+    result.assert_same_result()
+
+
+def test_a_write_before_or_after_the_region_does_no_harm():
+    def function(x, down, up):
+        x = x * 1.0
+        x.add_(1.0)
+        y = linear(linear(x, down), up)
+        x.mul_(0.0)
+        y.mul_(2.0)
+        return y, x
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.count("linear") == 1
+    result.assert_same_result()
+
+
+def test_a_write_to_an_intermediate_by_a_view():
+    def function(x, down, up):
+        h = linear(x, down)
+        h[0].mul_(2.0)
+        return linear(h, up)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.OTHER_USER]
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("place", ["output", "another operation"])
+def test_a_rank_space_intermediate_with_another_user(place):
+    def function(x, down, up):
+        h = linear(x, down)
+        return (linear(h, up), h) if place == "output" else (linear(h, up), h.sum())
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.OTHER_USER]
+    assert "also used by" in result.report.refusals[0].sentence
+    result.assert_same_result()
+
+
+def test_a_hidden_tensor_with_another_user_costs_the_mlp_but_not_its_projections():
+    def function(x, d1, u1, d2, u2):
+        hidden = functional.gelu(linear(linear(x, d1), u1))
+        return linear(linear(hidden, d2), u2), hidden
+
+    result = rewritten(function, X, *MLP)
+    assert result.count("mlp") == 0
+    assert result.count("linear") == 2
+    assert result.reasons == [RefusalReason.OTHER_USER]
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("rank", [OUT, OUT + 1, 3 * IN])
+def test_two_linear_layers_without_a_bottleneck_are_not_low_rank(rank):
+    result = rewritten(lambda x, d, u: linear(linear(x, d), u), X, tensor(rank, IN), tensor(OUT, rank))
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.RANK_NOT_LOW]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, w, a, b: linear(x, w) + linear(linear(x, a), b),
+        lambda x, w, a, b: linear(linear(x, a), b) + linear(x, w),
+        lambda x, w, a, b: linear(x, w) + 2.0 * linear(linear(x, a), b),
+        lambda x, w, a, b: linear(x, w) + linear(linear(functional.dropout(x, 0.1, training=False), a), b) * 0.5,
+        lambda x, w, a, b: torch.add(linear(x, w), linear(linear(x, a), b) / 4.0),
+    ],
+)
+def test_base_plus_lora(function):
+    result = rewritten(function, X, tensor(OUT, IN), DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.LORA_SUM]
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"training": True}, {"p": 0.2}])
+def test_dropout_that_may_be_on(arguments):
+    result = rewritten(lambda x, d, u: linear(functional.dropout(linear(x, d), **arguments), u), X, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.LIVE_DROPOUT]
+
+
+def test_dropout_that_may_be_on_inside_an_mlp():
+    def function(x, d1, u1, d2, u2):
+        return linear(linear(functional.dropout(functional.gelu(linear(linear(x, d1), u1)), 0.1), d2), u2)
+
+    result = rewritten(function, X, *MLP)
+    assert result.count("mlp") == 0
+    assert result.count("linear") == 2
+    assert RefusalReason.LIVE_DROPOUT in result.reasons
+
+
+def test_float64_is_left_to_the_inner_backend():
+    result = rewritten(mlp, X.double(), *(weight.double() for weight in MLP))
+    assert result.report.matches == []
+    assert set(result.reasons) == {RefusalReason.UNSUPPORTED_DTYPE}
+
+
+def test_dtypes_mixed_within_a_region():
+    def function(x, down, up):
+        return linear(linear(x, down).to(torch.bfloat16), up)
+
+    result = rewritten(function, X, DOWN, UP.bfloat16())
+    assert result.report.matches == []
+
+
+def test_a_narrower_dtype_inside_a_region():
+    def function(x, d1, u1, d2, u2):
+        hidden = linear(linear(x, d1), u1).to(torch.bfloat16)
+        return linear(linear(functional.gelu(hidden).to(torch.float32), d2), u2)
+
+    result = rewritten(function, X, *MLP)
+    assert result.count("mlp") == 0
+    assert result.count("linear") == 2
+    assert result.reasons == [RefusalReason.UNSUPPORTED_DTYPE]
+    result.assert_same_result()
+
+
+def test_a_device_without_an_implementation():
+    on_meta = [value.to("meta") for value in (X, *MLP)]
+    result = rewritten(mlp, *on_meta)
+    assert result.report.matches == []
+    assert set(result.reasons) == {RefusalReason.UNSUPPORTED_DEVICE}
+
+
+def test_a_tensor_subclass():
+    class Tagged(torch.Tensor):
+        pass
+
+    graph = graph_of(mlp, X, *MLP)
+    for node in graph.graph.nodes:
+        if node.op == "placeholder" and node.name == "x":
+            node.meta["example_value"] = X.as_subclass(Tagged)
+    report = rewrite(graph)
+    assert report.count("mlp") == 0
+    assert {refusal.reason for refusal in report.refusals} == {RefusalReason.TENSOR_SUBCLASS}
+
+
+def test_nothing_low_rank_means_nothing_reported():
+    result = rewritten(lambda x, w: functional.gelu(linear(x, w)), X, tensor(OUT, IN))
+    assert result.report.matches == []
+    assert result.report.refusals == []
+    assert "no low-rank projection found" in str(result.report)
+
+
+def test_a_write_to_a_weight_after_a_view_of_it_was_taken():
+    def function(x, u, down, up):
+        product = up @ down
+        down.mul_(2.0)
+        return linear(x, product)
+
+    result = rewritten(function, X, UP, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.MUTATED]
+    result.assert_same_result()
+
+
+def untouched(x):
+    return x
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: functional.hardtanh(x, -0.1, 0.1, True),
+        lambda x: functional.hardtanh(x, inplace=True),
+        lambda x: torch.sigmoid_(x),
+        lambda x: x.zero_(),
+        lambda x: torch.ops.aten.mul_.Tensor(x, 2.0),
+        lambda x: torch.ops.aten.mul_(x, 2.0),
+        lambda x: call(untouched, x),
+    ],
+)
+def test_writes_in_every_spelling_and_functions_that_may_do_anything(write):
+    def function(x, down, up):
+        h = linear(x, down)
+        write(x)
+        return linear(h, up)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.MUTATED]
+    result.assert_same_result()

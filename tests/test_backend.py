@@ -1,0 +1,290 @@
+"""The backend end to end, on small modules with factored linear layers."""
+
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
+
+import flashsvd_compile
+from flashsvd_compile import RefusalReason, RewriteReport, explain, last_report
+
+FEATURES, WIDTH, RANK, HEADS = 32, 64, 6, 4
+
+
+class LowRank(nn.Module):
+    def __init__(self, in_features, out_features, rank=RANK):
+        super().__init__()
+        self.down = nn.Linear(in_features, rank, bias=False)
+        self.up = nn.Linear(rank, out_features)
+
+    def forward(self, x):
+        return self.up(self.down(x))
+
+
+class Block(nn.Module):
+    """A transformer block before its normalisations became fashionable."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v, self.out = (LowRank(FEATURES, FEATURES) for _ in range(4))
+        self.norm = nn.LayerNorm(FEATURES)
+        self.fc1, self.fc2 = LowRank(FEATURES, WIDTH), LowRank(WIDTH, FEATURES)
+
+    def heads(self, y):
+        return y.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+
+    def forward(self, x):
+        q, k, v = (self.heads(member(x)) for member in (self.q, self.k, self.v))
+        attended = functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = self.norm(x + self.out(attended))
+        return x + self.fc2(functional.gelu(self.fc1(x)))
+
+
+@pytest.fixture
+def block():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    return nn.Sequential(Block(), Block()).eval()
+
+
+def latest() -> RewriteReport:
+    report = last_report()
+    assert report is not None
+    return report
+
+
+def sample(batch=2, length=7):
+    return torch.randn(batch, length, FEATURES, generator=torch.Generator().manual_seed(batch * 100 + length))
+
+
+def compiled(model, dynamic=None, mode=None, **options):
+    if mode is not None:
+        return torch.compile(model, backend="flashsvd", dynamic=dynamic, mode=mode)
+    return torch.compile(model, backend="flashsvd", dynamic=dynamic, options={"inner": "eager", **options})
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_a_model_gives_the_same_result_under_every_inner_backend(block, inner):
+    x = sample()
+    with torch.no_grad():
+        result = compiled(block, inner=inner)(x)
+        torch.testing.assert_close(result, block(x))
+    report = latest()
+    assert (report.count("attention"), report.count("mlp"), report.count("linear")) == (2, 2, 0)
+    assert [match.module for match in report.matches] == ["0", "1", "0", "1"]
+
+
+def test_a_mode_reaches_inductor(block):
+    with torch.inference_mode():
+        x = sample()
+        torch.testing.assert_close(compiled(block, mode="max-autotune-no-cudagraphs")(x), block(x))
+
+
+def test_a_mode_among_the_options_reaches_inductor(block, monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    seen = []
+    monkeypatch.setattr(
+        inductor, "compile_fx", lambda gm, *_, config_patches: seen.append(config_patches) or gm.forward
+    )
+    with torch.no_grad():
+        compiled(block, inner="inductor", mode=None)(sample())
+        torch.compiler.reset()
+        torch.compile(block, backend="flashsvd", options={"mode": "reduce-overhead"})(sample())
+    assert seen == [{}, {"triton.cudagraphs": True}]
+
+
+def test_one_graph_serves_all_lengths_and_batches(block):
+    graphs = []
+
+    def counting(graph_module, example_inputs, **kwargs):
+        graphs.append(graph_module)
+        return flashsvd_compile.backend.flashsvd(graph_module, example_inputs, options={"inner": "eager"})
+
+    fast = torch.compile(block, backend=counting, dynamic=True)
+    with torch.no_grad():
+        for batch, length in ((2, 7), (3, 5), (4, 19), (2, 64)):
+            torch.testing.assert_close(fast(sample(batch, length)), block(sample(batch, length)))
+    assert len(graphs) == 1
+
+
+def test_mark_dynamic_needs_one_graph(block):
+    fast = compiled(block)
+    with torch.no_grad():
+        x = sample(2, 8)
+        torch._dynamo.mark_dynamic(x, 1)
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for length in (8, 5, 33):
+                x = sample(2, length)
+                torch._dynamo.mark_dynamic(x, 1)
+                torch.testing.assert_close(fast(x), block(x))
+    assert latest().count("attention") == 2
+
+
+def test_the_report_of_a_dynamic_graph_has_formulas(block):
+    with torch.no_grad():
+        compiled(block, dynamic=True)(sample())
+    assert all(match.transient_before.free_symbols for match in latest().matches)
+    assert "bytes" in str(latest())
+
+
+def test_a_reloaded_state_dict_gives_the_new_weights_answer(block):
+    fast = compiled(block, inner="aot_eager")
+    with torch.no_grad():
+        fast(sample())
+        torch.manual_seed(1)
+        block.load_state_dict(nn.Sequential(Block(), Block()).state_dict())
+        torch.testing.assert_close(fast(sample()), block(sample()))
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager", "inductor"])
+def test_gradients_are_those_of_the_plain_model(block, inner):
+    fast, x = compiled(block.train(), inner=inner), sample().requires_grad_()
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    actual = torch.autograd.grad(fast(x).square().sum(), [x, *block.parameters()])
+    assert latest().count("mlp") == 2
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_regions_under_activation_checkpointing(block, inner):
+    def checkpointed(x):
+        return checkpoint(block, x, use_reentrant=False)
+
+    x = sample().requires_grad_()
+    expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
+    actual = torch.autograd.grad(compiled(checkpointed, inner=inner)(x).square().sum(), [x, *block.parameters()])
+    assert latest().count("attention") == 2
+    torch.testing.assert_close(actual, expected)
+    assert explain(checkpointed, x).count("mlp") == 2
+
+
+def test_a_first_factor_without_gradients_stays_without(block):
+    layer = block[0].q
+
+    def function(x):
+        with torch.no_grad():
+            latent = layer.down(x)
+        return layer.up(latent)
+
+    x = sample().requires_grad_()
+    function(x).square().sum().backward()
+    expected = layer.up.weight.grad.clone()
+    layer.zero_grad()
+    compiled(function)(x).square().sum().backward()
+    assert [refusal.reason for refusal in latest().refusals] == [RefusalReason.MODE_CHANGED]
+    assert layer.down.weight.grad is x.grad is None
+    torch.testing.assert_close(layer.up.weight.grad, expected)
+
+
+def test_a_module_called_twice_in_one_graph(block):
+    def twice(x):
+        return block(block(x))
+
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(twice)(sample()), twice(sample()))
+    assert latest().count("attention") == 4
+
+
+def test_disabled_rules_do_not_run(block):
+    with torch.no_grad():
+        compiled(block, disable=["attention", "mlp"])(sample())
+        assert (latest().count("attention"), latest().count("mlp"), latest().count("linear")) == (
+            0,
+            0,
+            12,
+        )
+        torch.compiler.reset()
+        compiled(block, disable=["attention", "mlp", "linear"])(sample())
+        assert latest().matches == []
+
+
+def test_strategy_kept_leaves_the_graph_alone(block):
+    with torch.no_grad():
+        compiled(block, strategy="kept")(sample())
+    assert latest().matches == []
+    assert {refusal.reason for refusal in latest().refusals} == {RefusalReason.UNPROFITABLE}
+
+
+@pytest.mark.parametrize("strategy", ["fused", "streamed", "merged", "absorbed"])
+def test_every_strategy_gives_the_same_result(block, strategy):
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(block, strategy=strategy)(sample()), block(sample()))
+    assert latest().count("mlp") == 2
+
+
+def test_a_small_memory_budget_gives_the_same_result(block):
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(block, memory_budget=4096)(sample()), block(sample()))
+
+
+def test_a_dense_model_compiles_and_the_report_says_that_nothing_matched():
+    model = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, inner="inductor")(x), model(x))
+    assert latest().matches == latest().refusals == []
+
+
+def test_autocast_computes_as_the_plain_model(block):
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        x = sample()
+        torch.testing.assert_close(compiled(block)(x), block(x))
+
+
+def test_explain_reports_and_compiles_nothing(block):
+    before = last_report()
+    with torch.no_grad():
+        report = explain(block, sample())
+    assert (report.count("attention"), report.count("mlp")) == (2, 2)
+    assert last_report() is before
+
+
+def test_explain_takes_options_and_keywords(block):
+    with torch.no_grad():
+        assert explain(lambda x: block(x), x=sample(), options={"disable": "mlp"}).count("mlp") == 0
+
+
+def test_debug_prints_the_report_and_both_graphs(block, capsys):
+    with torch.no_grad():
+        compiled(block[0], debug=True)(sample())
+    printed = capsys.readouterr().out
+    assert "scaled_dot_product_attention" in printed.split("# after")[0]
+    assert "torch.ops.flashsvd.attention_v1" in printed.split("# after")[1]
+    assert "2 regions rewritten" in printed
+
+
+def test_debug_writes_a_directory_per_graph(block, tmp_path):
+    with torch.no_grad():
+        compiled(block[0], debug=tmp_path)(sample())
+        torch.compiler.reset()
+        compiled(block[1], debug=str(tmp_path))(sample())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph_0", "graph_1"]
+    assert "scaled_dot_product_attention" in (tmp_path / "graph_0" / "before.py").read_text()
+    assert "flashsvd.attention_v1" in (tmp_path / "graph_1" / "after.py").read_text()
+    assert "2 regions rewritten" in (tmp_path / "graph_1" / "report.txt").read_text()
+
+
+def test_the_log_shows_the_passes_at_work(block, caplog):
+    with caplog.at_level(logging.DEBUG, logger="flashsvd_compile"), torch.no_grad():
+        compiled(block)(sample())
+    assert "kind='attention'" in caplog.text
+
+
+def test_the_backend_is_found_without_importing_the_package():
+    program = (
+        "import sys, torch; model = torch.nn.Linear(4, 4); "
+        "assert 'flashsvd' in torch.compiler.list_backends(); assert 'flashsvd_compile' not in sys.modules; "
+        "torch.compile(model, backend='flashsvd', options={'inner': 'eager'})(torch.randn(2, 4))"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_importing_the_package_does_not_import_torch():
+    program = "import sys, flashsvd_compile; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True)

@@ -1,0 +1,64 @@
+"""Options are validated once, and a mistake is answered with what would have been right."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from flashsvd_compile.backend import flashsvd
+from flashsvd_compile.errors import FlashSVDError, InvalidOptionError, UnknownOptionError
+from flashsvd_compile.options import Options
+
+
+def test_defaults():
+    options = Options.parse()
+    assert options == Options(debug=False, strategy="auto", disable=frozenset(), inner="inductor", mode=None)
+
+
+def test_every_option_is_taken():
+    options = Options.parse(
+        {"debug": "out", "strategy": "streamed", "disable": ["mlp"], "inner": "eager", "memory_budget": 1 << 20},
+        mode="reduce-overhead",
+    )
+    assert options.debug == Path("out")
+    assert options.disable == {"mlp"}
+    assert options.mode == "reduce-overhead"
+    assert options.memory_budget == 1 << 20
+
+
+def test_one_disabled_rule_may_be_given_as_a_word():
+    assert Options.parse({"disable": "linear"}).disable == {"linear"}
+
+
+def test_an_unknown_option_lists_the_known_ones():
+    with pytest.raises(UnknownOptionError, match="unknown option 'strat'; valid options are: debug, disable, inner"):
+        Options.parse({"strat": "fused"})
+
+
+@pytest.mark.parametrize(
+    ("options", "valid"),
+    [
+        ({"strategy": "fast"}, "'auto', 'fused', 'streamed', 'absorbed', 'merged', 'kept'"),
+        ({"inner": "tvm"}, "'inductor', 'aot_eager', 'eager'"),
+        ({"disable": ["attn"]}, "attention, mlp, linear"),
+        ({"debug": 3}, "True, False or a directory"),
+        ({"mode": "fastest"}, "'reduce-overhead'"),
+        ({"memory_budget": -1}, "a positive number of bytes"),
+        ({"memory_budget": True}, "a positive number of bytes"),
+    ],
+)
+def test_an_invalid_value_lists_the_valid_ones(options, valid):
+    with pytest.raises(InvalidOptionError, match=valid):
+        Options.parse(options)
+
+
+def test_errors_can_be_caught_as_value_errors_and_as_ours():
+    assert issubclass(UnknownOptionError, ValueError)
+    assert issubclass(InvalidOptionError, FlashSVDError)
+
+
+def test_a_mistake_surfaces_when_the_model_is_compiled():
+    compiled = torch.compile(nn.Linear(4, 4), backend=flashsvd, options={"innner": "eager"})
+    with pytest.raises(Exception, match="unknown option 'innner'"):
+        compiled(torch.randn(2, 4))
