@@ -7,6 +7,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+from torch._inductor import list_mode_options
+
 from .errors import InvalidOptionError, UnknownOptionError
 
 
@@ -89,8 +91,6 @@ def _disable(value: Any) -> frozenset[str]:
 
 
 def _mode(value: Any) -> str | None:
-    from torch._inductor import list_mode_options  # deferred: importing options must not import torch
-
     valid = (*list_mode_options(), "default")
     if value is not None and value not in valid:
         raise InvalidOptionError("mode", value, ", ".join(map(repr, valid)))

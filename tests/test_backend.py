@@ -283,8 +283,3 @@ def test_the_backend_is_found_without_importing_the_package():
         "torch.compile(model, backend='flashsvd', options={'inner': 'eager'})(torch.randn(2, 4))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
-
-
-def test_importing_the_package_does_not_import_torch():
-    program = "import sys, flashsvd_compile; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True)
