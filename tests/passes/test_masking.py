@@ -50,29 +50,25 @@ RANDOM[..., 0] = True
 INF = float("-inf")
 
 
-def causal():
-    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-
-
 STRUCTURED = {
     "padding, filled where it is not": (
         {"key_padding"}, lambda s, p: s.masked_fill(~p[:, None, None, :], INF), PADDING,
     ),
     "padding equal to 0": ({"key_padding"}, lambda s, p: s.masked_fill(p[:, None, None, :] == 0, INF), PADDING),
     "where padding": ({"key_padding"}, lambda s, p: torch.where(p[:, None, None, :], s, INF), PADDING),
-    "causal, filled": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), INF)),
-    "causal, filled with the least number": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), MIN)),
-    "causal, filled with -1e9": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), -1e9)),
-    "where causal": ({"window_right"}, lambda s: torch.where(causal_of(s), s, torch.full((), MIN))),
+    "causal, filled": ({"window_right"}, lambda s: s.masked_fill(~causal(), INF)),
+    "causal, filled with the least number": ({"window_right"}, lambda s: s.masked_fill(~causal(), MIN)),
+    "causal, filled with -1e9": ({"window_right"}, lambda s: s.masked_fill(~causal(), -1e9)),
+    "where causal": ({"window_right"}, lambda s: torch.where(causal(), s, torch.full((), MIN))),
     "causal and padding in turn": (
         {"window_right", "key_padding"},
-        lambda s, p: s.masked_fill(~causal_of(s), INF).masked_fill(~p[:, None, None, :], INF),
+        lambda s, p: s.masked_fill(~causal(), INF).masked_fill(~p[:, None, None, :], INF),
         PADDING,
     ),
 }  # fmt: skip
 
 
-def causal_of(scores):
+def causal():
     i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
     return (j <= i)[None, None]
 
