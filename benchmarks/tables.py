@@ -30,7 +30,7 @@ TITLES = {
     "bert_published_ranks": "BERT-base at the published ranks",
     "llama": "Llama-like prefill",
     "decode": "Decoding, one token at a time",
-    "cpu_bert": "BERT-base on a CPU",
+    "cpu": "BERT-base on a CPU",
 }
 """Records that the README shows, in order."""
 MEASURES = {"units": "units", "transient_mib": "MiB beside the output"}
