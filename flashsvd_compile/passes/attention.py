@@ -146,7 +146,7 @@ def _shape(q: Member, k: Member, members: dict[str, Factored]) -> AttentionShape
     assert queries is not None
     assert keys is not None
     return AttentionShape(
-        **sizes_of(q.factored.source, members),
+        **sizes_of(q.factored.source, members, k.factored.source),
         batch=queries[0],
         q_len=queries[1],
         kv_len=keys[1],

@@ -17,7 +17,7 @@ from ..planner import Plan, Workspace
 from ..report import FULL_RANK, Match
 from .emit import emit
 from .factored import Factored
-from .values import shape_of, tensor_of, value_of
+from .values import hints_of, shape_of, tensor_of, value_of
 from .weights import Weight
 
 ROTATION = ("cos", "sin")
@@ -158,8 +158,8 @@ def _path_of(node: Node) -> list[str] | None:
     return [part for part in path.split(".") if part]
 
 
-def sizes_of(x: Node, members: dict[str, Factored]) -> dict[str, Any]:
-    """The part of a planner's shape that all regions share."""
+def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None) -> dict[str, Any]:
+    """The part of a planner's shape that all regions share; ``context`` is an input beside ``x``."""
     projections = {role: member.projection for role, member in members.items()}
     tensor, shape = tensor_of(x), shape_of(x)
     assert tensor is not None
@@ -170,6 +170,7 @@ def sizes_of(x: Node, members: dict[str, Factored]) -> dict[str, Any]:
         "in_features": shape[-1],
         "itemsize": tensor.element_size(),
         "device": tensor.device.type,
+        "hints": {symbol: hint for node in (x, context or x) for symbol, hint in hints_of(node).items()},
     }
 
 
