@@ -88,20 +88,21 @@ class _NotUnderstood(Exception):
     """Carries the reason of a residual out of the reading."""
 
 
-def read_mask(mask: Node) -> MaskReading:
+def read_mask(mask: Node, floored: bool = False) -> MaskReading:
     """The structure of a mask broadcast to ``[batch, heads, q_len, kv_len]``: boolean (true: attend) or additive.
 
     An additive mask is equivalent to a boolean one when its low level is ``-inf``. With a finite level such as
     ``finfo.min`` a query that may see no key attends to all of them evenly, where a boolean mask gives zeros: then
-    the mask is read only if every query provably sees a key, which key padding never allows.
+    the mask is read only if every query provably sees a key, which key padding never allows. With ``floored``, so does
+    ``-inf``, because the masked scores are raised to the least number afterwards.
     """
     try:
-        return _read(mask)
+        return _read(mask, floored)
     except _NotUnderstood as reason:
         return MaskReading(residual=mask, reason=str(reason))
 
 
-def _read(mask: Node) -> MaskReading:
+def _read(mask: Node, floored: bool) -> MaskReading:
     shape, tensor = shape_of(mask), tensor_of(mask)
     if shape is None or tensor is None or len(shape) > _RANK:
         raise _NotUnderstood("the mask's shape is unknown or has more than four dimensions")
@@ -113,7 +114,7 @@ def _read(mask: Node) -> MaskReading:
     reading = MaskReading()
     for clause in sorted(allowed.clauses, key=str):
         reading = _restricted(reading, clause, sizes)
-    if finite and not _every_query_sees_a_key(reading, sizes):
+    if (finite or floored) and not _every_query_sees_a_key(reading, sizes):
         raise _NotUnderstood("an additive mask of finite level whose rows may be masked completely")
     return reading
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 from ..report import RefusalReason
 from .axes import Axis, Layout, extent
 from .factored import Obstacle
-from .masking import Mask, read_fill
+from .masking import Mask, read_fill, read_floor
 from .products import Product, read_product
 from .values import number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
@@ -178,7 +178,7 @@ class _Scores(NamedTuple):
 
 def _read_scores(node: Node) -> _Scores | Obstacle:
     """Walk from the softmax's input to ``q @ k.T``."""
-    scale, masks, nodes = 1.0, (), []
+    scale, masks, nodes, floored = 1.0, (), [], False
     while True:
         node, passed = _skip(node)
         nodes[:0] = passed
@@ -190,10 +190,14 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         if factor is not None:
             node, scale = factor[0], scale * factor[1]
             continue
+        raised = None if scale != 1.0 else read_floor(node)
+        if raised is not None:
+            node, floored = raised, True
+            continue
         masked = None if scale != 1.0 else _read_addition(node) or read_fill(node)
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
-        node, masks = masked[0], (*masks, masked[1])
+        node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))
 
 
 def _factor(call: Call) -> tuple[Node, float] | None:

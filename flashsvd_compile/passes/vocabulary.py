@@ -54,6 +54,7 @@ _SIGNATURES = {
     "mish": "input inplace",
     "hardswish": "input inplace",
     "maximum": "input other",
+    "max": "input other keepdim",
     "view": "input *shape",
     "reshape": "input *shape",
     "_unsafe_view": "input *shape",

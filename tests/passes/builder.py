@@ -74,9 +74,12 @@ def rewritten(function: Callable, *inputs: Tensor, **options: Any) -> Rewritten:
     return Rewritten(function, inputs, module, report)
 
 
-def call(function: Callable, *arguments: Any) -> Any:
-    """Call ``function``, and leave just this call in a trace: ``x += 1`` would be traced as ``x + 1``."""
-    proxies = [argument for argument in arguments if isinstance(argument, Proxy)]
+def call(function: Callable, *arguments: Any, beside: Any = None) -> Any:
+    """Call ``function``, and leave just this call in a trace: ``x += 1`` would be traced as ``x + 1``.
+
+    A call without a traced argument, such as ``arange(6)``, would be traced as its result; give one as ``beside``.
+    """
+    proxies = [argument for argument in (*arguments, beside) if isinstance(argument, Proxy)]
     if not proxies:
         return function(*arguments)
     return proxies[0].tracer.create_proxy("call_function", function, arguments, {})

@@ -7,13 +7,13 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flashsvd_compile import RefusalReason
 
-from .builder import rewritten, tensor
+from .builder import call, rewritten, tensor
 
 BATCH, LENGTH, HEADS, DIM = 2, 6, 4, 8
 WIDTH = HEADS * DIM
 X = tensor(BATCH, LENGTH, WIDTH)
 WEIGHTS = tensor(4, WIDTH), tensor(WIDTH, 4), tensor(WIDTH, WIDTH)
-MIN = torch.finfo(torch.float32).min
+MIN, HALF_MIN = torch.finfo(torch.float32).min, torch.finfo(torch.float16).min
 
 
 def masked_attention(mask_scores):
@@ -40,8 +40,8 @@ def run(mask_scores, *masks):
 def arguments_of(result) -> set[str]:
     assert result.count("attention") == 1, result.report
     result.assert_same_result()
-    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v1.default)
-    return set(call.kwargs) & {"mask", "key_padding", "window_left", "window_right"}
+    (operator,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v1.default)
+    return set(operator.kwargs) & {"mask", "key_padding", "window_left", "window_right"}
 
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
@@ -63,7 +63,7 @@ STRUCTURED = {
     "causal, filled": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), INF)),
     "causal, filled with the least number": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), MIN)),
     "causal, filled with -1e9": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), -1e9)),
-    "where causal": ({"window_right"}, lambda s: torch.where(causal_of(s), s, torch.full((), MIN))),
+    "where causal": ({"window_right"}, lambda s: torch.where(causal_of(s), s, call(torch.full, (), MIN, beside=s))),
     "causal and padding in turn": (
         {"window_right", "key_padding"},
         lambda s, p: s.masked_fill(~causal_of(s), INF).masked_fill(~p[:, None, None, :], INF),
@@ -73,8 +73,8 @@ STRUCTURED = {
 
 
 def causal_of(scores):
-    i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
-    return (j <= i)[None, None]
+    i, j = (call(torch.arange, LENGTH, beside=scores) for _ in range(2))
+    return (j[None, :] <= i[:, None])[None, None]
 
 
 @pytest.mark.parametrize("spelling", STRUCTURED)
@@ -95,6 +95,25 @@ DENSE = {
 }
 
 
+FLOORS = {
+    "max": lambda s: torch.max(s, call(torch.tensor, MIN, beside=s)),
+    "maximum": lambda s: torch.maximum(s, call(torch.full, (), MIN, beside=s)),
+    "clamp": lambda s: s.clamp(min=MIN),
+    "clamp_min": lambda s: torch.clamp_min(s, MIN),
+}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_scores_raised_to_the_least_number(floor):
+    """A query that may see no key attends to all of them evenly."""
+    rows_without_keys = torch.where(RANDOM, 0.0, INF)
+    rows_without_keys[0, 1, 2] = INF
+    assert arguments_of(run(lambda s, m: FLOORS[floor](s + m), rows_without_keys)) == {"mask"}
+    assert arguments_of(run(lambda s, m: FLOORS[floor](s.masked_fill(m, INF)), torch.ones_like(RANDOM))) == {"mask"}
+    assert arguments_of(run(lambda s: FLOORS[floor](s.masked_fill(~causal_of(s), INF)))) == {"window_right"}
+    assert arguments_of(run(FLOORS[floor])) == set()
+
+
 @pytest.mark.parametrize("spelling", DENSE)
 def test_other_fills_become_a_mask(spelling):
     mask_scores, mask = DENSE[spelling]
@@ -112,6 +131,8 @@ NOT_UNDERSTOOD = {
     "a fill that is not low": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s.masked_fill(m, -5.0), ~RANDOM),
     "rows that -1e9 may fill": (RefusalReason.UNKNOWN_MASK, lambda s, m: s.masked_fill(m, -1e9), ~RANDOM),
     "a condition added": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s + m, RANDOM),
+    "scores raised to another number": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s: s.clamp(min=-2.0)),
+    "scores bounded on both sides": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s: s.clamp(MIN, 0.1)),
     "two biases": (RefusalReason.UNKNOWN_MASK, lambda s, b, c: s + b + c, tensor(LENGTH, LENGTH), tensor(LENGTH)),
     "a wider bias": (
         RefusalReason.UNSUPPORTED_ATTENTION, lambda s, b: (s.double() + b).float(), tensor(LENGTH, LENGTH).double(),
@@ -148,6 +169,16 @@ def test_a_wide_mask_beside_half_precision_queries():
 
     half = [value.bfloat16() for value in (X, *WEIGHTS[:2])]
     result = rewritten(function, *half, tensor(BATCH, HEADS, LENGTH, LENGTH))
+    assert result.count("attention") == 0
+    assert result.reasons == [RefusalReason.UNKNOWN_MASK]
+
+
+@pytest.mark.parametrize("mask_scores", [lambda s, m: s.masked_fill(m, INF), lambda s, m: s + m.half() * HALF_MIN])
+def test_half_floats_are_too_narrow_for_rows_that_may_be_masked_completely(mask_scores):
+    """Next to -65504 a score of a few units is not rounded away in float32, in which the operator computes."""
+    attend = masked_attention(lambda s, m: mask_scores(s, m).clamp(min=HALF_MIN))
+    half = [value.half() for value in (X, *WEIGHTS)]
+    result = rewritten(lambda x, a, b, c, m: attend(x, a, b, c, m), *half, torch.ones_like(RANDOM))
     assert result.count("attention") == 0
     assert result.reasons == [RefusalReason.UNKNOWN_MASK]
 
