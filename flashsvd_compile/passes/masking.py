@@ -176,6 +176,8 @@ def _structure(reading: MaskReading, x: Node) -> dict[str, Any]:
     if reading.key_paddings:
         nodes = tuple(padding.node for padding in reading.key_paddings)
         arguments["key_padding"] = Deferred(partial(_key_padding, reading, x), nodes)
+    if reading.documents is not None:
+        arguments["documents"] = Deferred(partial(reading.documents.build, query=x), (reading.documents.node,))
     return arguments
 
 

@@ -119,6 +119,8 @@ _SIGNATURES = {
     "int": "input",
     "long": "input",
     "detach": "input",
+    "cumsum": "input dim dtype",
+    "diff": "input n dim prepend append",
 }
 
 _ALIASES = {

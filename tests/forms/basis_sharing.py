@@ -20,7 +20,7 @@ class ShareLinear(nn.Module):
 class Attention(nn.Module):
     """Queries, keys and values of all layers have a basis each; the output projection stays dense."""
 
-    def __init__(self, bases: nn.ModuleDict):
+    def __init__(self, bases: dict[str, nn.Linear]):
         super().__init__()
         self.q, self.k, self.v = (ShareLinear(bases[name], WIDTH) for name in "qkv")
         self.o = nn.Linear(WIDTH, WIDTH, bias=False)
@@ -35,7 +35,7 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Gate and up projection share their basis with each other too."""
 
-    def __init__(self, bases: nn.ModuleDict):
+    def __init__(self, bases: dict[str, nn.Linear]):
         super().__init__()
         self.gate, self.up = (ShareLinear(bases["up"], HIDDEN) for _ in range(2))
         self.down = nn.Linear(HIDDEN, WIDTH, bias=False)
@@ -46,5 +46,5 @@ class Mlp(nn.Module):
 
 def build() -> nn.Module:
     ranks = {"q": 6, "k": 7, "v": 8, "up": 9}
-    bases = nn.ModuleDict({name: nn.Linear(WIDTH, rank, bias=False) for name, rank in ranks.items()})
+    bases = {name: nn.Linear(WIDTH, rank, bias=False) for name, rank in ranks.items()}
     return Decoder(lambda: Attention(bases), lambda: Mlp(bases))
