@@ -9,6 +9,7 @@ Serves ``scaled_dot_product_attention`` and its spelled-out form, by matrix prod
 from math import sqrt
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from ..report import RefusalReason
@@ -52,6 +53,8 @@ class Core(NamedTuple):
 
 def read_core(node: Node) -> Core | Obstacle | None:
     """The attention core whose concatenation of heads is still to come, or why it cannot be read."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return _unsupported(f"the masks and scores of {node.name!r} are programs, which flex_attention compiles itself")
     call = read(node)
     if call is None:
         return None
