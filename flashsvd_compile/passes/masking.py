@@ -35,12 +35,14 @@ class Mask(NamedTuple):
         inverted: the condition is true where a key must not be seen.
         floored: masked scores are raised to the least finite number, so that a query that may see no key attends to
             all of them evenly.
+        heads: with them, the first of three dimensions is that of batch items by heads, or of size 1.
     """
 
     node: Node
     fill: float | None = None
     inverted: bool = False
     floored: bool = False
+    heads: int | None = None
 
     @property
     def visible(self) -> Node | None:
@@ -120,10 +122,30 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores) -> dict[str, Any] | 
         found = _arguments_of_fill(mask, scores) if mask.fill is not None else _arguments(mask, scores)
         if isinstance(found, Obstacle):
             return found
-        if arguments.keys() & found.keys():
+        twice = arguments.keys() & found.keys()
+        if twice - {"mask"} or (twice and mask.floored != masks[0].floored):
             return _unknown(mask, "is one of two masks that cannot be told to the operator together")
+        if twice:
+            found["mask"] = _together(arguments["mask"], found["mask"], mask.floored)
         arguments |= found
     return arguments
+
+
+def _together(outer: Node | Deferred, inner: Node | Deferred, floored: bool) -> Deferred:
+    """Two masks, boolean or additive, as one."""
+    leaves = [part.leaves if isinstance(part, Deferred) else (part,) for part in (inner, outer)]
+    return Deferred(partial(_combined, inner, outer, floored), (*leaves[0], *leaves[1]))
+
+
+def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, graph: Graph) -> Node:
+    parts = [part.build(graph) if isinstance(part, Deferred) else part for part in (inner, outer)]
+    parts.sort(key=_is_boolean)
+    if _is_boolean(parts[0]):
+        return emit(graph, "logical_and", *parts)
+    if _is_boolean(parts[1]):
+        return emit(graph, torch.where, parts[1], parts[0], float("-inf"))
+    total = emit(graph, "add", *parts)
+    return _raised(total, graph) if floored else total
 
 
 def _arguments(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
@@ -133,13 +155,15 @@ def _arguments(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
     other_dtype = value is not None and value.dtype not in (torch.bool, scores.dtype)
     if "mask" in arguments and other_dtype and not scores.casts_mask:
         return _unknown(mask, f"is not of the queries' dtype {scores.dtype}")
+    if "mask" in arguments and mask.heads is not None and shape_of(mask.node)[:-2] not in ((), (1,)):
+        arguments["mask"] = _call("unflatten", mask.node, 0, (-1, mask.heads))
     return arguments
 
 
 def _floored(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
     """The mask raised instead of the scores: next to the least number a score is rounded away, but for half floats."""
     value = tensor_of(mask.node)
-    if value is None or value.dtype != scores.dtype or value.dtype == torch.float16:
+    if value is None or value.dtype != scores.dtype or value.dtype == torch.float16 or mask.heads is not None:
         return _unknown(mask, f"is added to scores of {scores.dtype} that are then raised to the least number")
     return {"mask": Deferred(partial(_raised, mask.node), (mask.node,))}
 
@@ -187,8 +211,8 @@ def _key_padding(reading: MaskReading, x: Node, graph: Graph) -> Node:
     return padding
 
 
-def _call(method: str, node: Node) -> Deferred:
-    return Deferred(lambda graph: emit(graph, method, node), (node,))
+def _call(method: str, node: Node, *arguments: Any) -> Deferred:
+    return Deferred(lambda graph: emit(graph, method, node, *arguments), (node,))
 
 
 def _additive(mask: Mask, fill: float, dtype: torch.dtype, graph: Graph) -> Node:

@@ -16,7 +16,7 @@ from ..report import RefusalReason
 from .axes import Axis, Layout, extent
 from .factored import Obstacle
 from .masking import Mask, read_fill, read_floor
-from .products import Product, read_product
+from .products import Product, read_biased_product, read_product
 from .values import number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
 from .vocabulary import Call, read
@@ -189,6 +189,9 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         nodes.insert(0, node)
         if product is not None:
             return _Scores(product, scale * product.scale, masks, tuple(nodes))
+        biased = None if scale != 1.0 else read_biased_product(node)
+        if biased is not None:
+            return _with_bias(node, *biased, masks, tuple(nodes), floored)
         factor = None if call is None else _factor(call)
         if factor is not None:
             node, scale = factor[0], scale * factor[1]
@@ -201,6 +204,18 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
         node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))
+
+
+def _with_bias(
+    node: Node, product: Product, bias: Node, masks: tuple[Mask, ...], nodes: tuple[Node, ...], floored: bool
+) -> _Scores | Obstacle:
+    """``baddbmm(bias, q, k.T, alpha=scale)``, whose items are batch items by heads."""
+    heads = next((axis.size for axis in _items(product) if axis.name == "head"), None)
+    before, after = tensor_of(bias), tensor_of(node)
+    if heads is None or not heads.is_Integer or before is None or after is None or before.dtype != after.dtype:
+        return _unsupported(f"the heads that {bias.name!r} is added to are not known")
+    masks = (*masks, Mask(bias, floored=floored, heads=int(heads)))
+    return _Scores(product, product.scale, masks, nodes)
 
 
 def _factor(call: Call) -> tuple[Node, float] | None:
@@ -233,7 +248,7 @@ def _read_addition(node: Node) -> tuple[Node, Mask] | None:
 
 def _leads_to_product(node: Node) -> bool:
     node, _ = _skip(node)
-    if read_product(node) is not None:
+    if read_product(node) is not None or read_biased_product(node) is not None:
         return True
     call = read(node)
     factor = None if call is None else _factor(call)

@@ -127,13 +127,66 @@ def test_a_bias_and_a_fill_together():
     assert arguments_of(result) == {"mask", "key_padding"}
 
 
+BIAS = tensor(1, HEADS, LENGTH, LENGTH)
+TOGETHER = {
+    "two biases": (lambda s, b, c: s + b + c, BIAS, tensor(LENGTH)),
+    "a bias, then least numbers": (lambda s, b, m: (s + b).masked_fill(m, MIN), BIAS, torch.ones_like(RANDOM)),
+    "a bias, then -inf": (lambda s, b, m: (s + b).masked_fill(m, INF), BIAS, ~RANDOM),
+    "-inf, then a bias": (lambda s, m, b: s.masked_fill(m, INF) + b, ~RANDOM, BIAS),
+    "two conditions": (lambda s, m, n: s.masked_fill(m, INF).masked_fill(n, INF), ~RANDOM, ~RANDOM.roll(1, 2)),
+    "least numbers twice, raised": (
+        lambda s, a, b: (s + a + b).clamp(min=MIN),
+        torch.where(RANDOM.roll(1, 3), 0.0, MIN).index_fill(2, torch.tensor(2), MIN),
+        torch.where(RANDOM, 0.0, MIN),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", TOGETHER)
+def test_two_masks_become_one(spelling):
+    mask_scores, *masks = TOGETHER[spelling]
+    assert arguments_of(run(mask_scores, *masks)) == {"mask"}
+
+
+@pytest.mark.parametrize("bias", [(BATCH * HEADS, 1, LENGTH), (1, LENGTH, LENGTH), (LENGTH,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_that_baddbmm_adds(bias, masked):
+    """Bloom's ALiBi."""
+
+    def items_of(y):
+        return y.view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2).reshape(BATCH * HEADS, LENGTH, DIM)
+
+    def function(x, down, up, out, bias, padding):
+        q, k, v = (items_of(linear(linear(x, down), up)) for _ in range(3))
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=1.0, alpha=0.3).view(BATCH, HEADS, LENGTH, LENGTH)
+        scores = scores.masked_fill(~padding[:, None, None, :], INF) if masked else scores
+        weights = scores.softmax(-1).view(BATCH * HEADS, LENGTH, LENGTH)
+        heads = torch.bmm(weights, v).view(BATCH, HEADS, LENGTH, DIM)
+        return linear(heads.transpose(1, 2).reshape(BATCH, LENGTH, WIDTH), out)
+
+    result = rewritten(function, X, *WEIGHTS, tensor(*bias, scale=2.0), PADDING)
+    assert arguments_of(result) == ({"mask", "key_padding"} if masked else {"mask"})
+
+
+def test_a_bias_on_raised_scores_that_are_raised_no_more():
+    """Raised in between: neither the sum of the masks nor that sum raised is what the graph computes."""
+    result = run(lambda s, a, b: torch.clamp(s + a, min=MIN) + b, torch.where(RANDOM, 0.0, INF), BIAS)
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
 NOT_UNDERSTOOD = {
     "a fill that is not low": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s.masked_fill(m, -5.0), ~RANDOM),
     "rows that -1e9 may fill": (RefusalReason.UNKNOWN_MASK, lambda s, m: s.masked_fill(m, -1e9), ~RANDOM),
     "a condition added": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s + m, RANDOM),
     "scores raised to another number": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s: s.clamp(min=-2.0)),
     "scores bounded on both sides": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s: s.clamp(MIN, 0.1)),
-    "two biases": (RefusalReason.UNKNOWN_MASK, lambda s, b, c: s + b + c, tensor(LENGTH, LENGTH), tensor(LENGTH)),
+    "two paddings": (
+        RefusalReason.UNKNOWN_MASK,
+        lambda s, p, r: s.masked_fill(~p[:, None, None], INF).masked_fill(~r[:, None, None], INF),
+        PADDING,
+        PADDING.flip(0),
+    ),
     "a wider bias": (
         RefusalReason.UNSUPPORTED_ATTENTION, lambda s, b: (s.double() + b).float(), tensor(LENGTH, LENGTH).double(),
     ),
