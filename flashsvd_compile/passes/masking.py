@@ -155,7 +155,8 @@ def _arguments(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
     other_dtype = value is not None and value.dtype not in (torch.bool, scores.dtype)
     if "mask" in arguments and other_dtype and not scores.casts_mask:
         return _unknown(mask, f"is not of the queries' dtype {scores.dtype}")
-    if "mask" in arguments and mask.heads is not None and shape_of(mask.node)[:-2] not in ((), (1,)):
+    of_items = (shape_of(mask.node) or ())[:-2] not in ((), (1,))
+    if "mask" in arguments and mask.heads is not None and of_items:
         arguments["mask"] = _call("unflatten", mask.node, 0, (-1, mask.heads))
     return arguments
 

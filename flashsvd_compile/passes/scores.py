@@ -19,7 +19,7 @@ from .masking import Mask, read_fill, read_floor
 from .products import Product, read_biased_product, read_product
 from .values import number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
-from .vocabulary import Call, read
+from .vocabulary import Call, is_call, read
 
 
 class Operand(NamedTuple):
@@ -100,6 +100,9 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     probabilities, after = _skip(product.left)
     softmax = read(probabilities)
     if softmax is None or softmax.op != "softmax" or not isinstance(softmax.input, Node):
+        part = read_view(probabilities)
+        if part is not None and is_call(part.source, "softmax"):
+            return _unsupported(f"{probabilities.name!r} is part of a softmax, over keys and something else (a sink)")
         return None
     shape = shape_of(softmax.input)
     if shape is None or softmax.get("dim") not in (-1, len(shape) - 1):

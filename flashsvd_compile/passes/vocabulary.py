@@ -144,6 +144,7 @@ _ALIASES = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "moveaxis": "movedim",
+    "broadcast_to": "expand",
     "concat": "cat",
     "concatenate": "cat",
     "ravel": "flatten",

@@ -236,6 +236,22 @@ def test_half_floats_are_too_narrow_for_rows_that_may_be_masked_completely(mask_
     assert result.reasons == [RefusalReason.UNKNOWN_MASK]
 
 
+def test_a_sink_beside_the_keys_is_refused():
+    """GPT-OSS: a learned score takes its share of each query's attention."""
+
+    def function(x, down, up, out, sinks):
+        q, k, v = (linear(linear(x, down), up).view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2) for _ in range(3))
+        sinks = sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, LENGTH, -1)
+        weights = torch.cat((q @ k.mT * 0.3, sinks), dim=-1).softmax(-1)[..., :-1]
+        return linear((weights @ v).transpose(1, 2).flatten(2), out)
+
+    result = rewritten(function, X, *WEIGHTS, tensor(HEADS))
+    assert result.count("attention") == 0
+    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
+    assert "sink" in result.report.refusals[0].sentence
+    result.assert_same_result()
+
+
 def test_a_softmax_over_the_queries_is_refused():
     result = run(lambda s: functional.softmax(s, dim=-2))
     assert result.count("attention") == 0
