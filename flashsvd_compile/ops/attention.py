@@ -27,7 +27,7 @@ SCHEMA = (
     f"(Tensor x, Tensor? context=None, {', '.join(map(proj.schema_of, ROLES))}, "
     "Tensor? key_padding=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
     "int num_heads=1, int num_kv_heads=1, float scale=1.0, int window_left=-1, int window_right=-1, "
-    "str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+    "Tensor? documents=None, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
 
 
@@ -84,6 +84,7 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
     queries = q_len * (attn.num_heads * attn.head_dim * copies + attn.merged_width + proj.rank(attn.q))
     keys = kv_len * attn.num_kv_heads * (attn.head_dim * copies + attn.value_dim)
     scores = q_len * kv_len if attn.head_dim == attn.value_dim else 3 * attn.num_heads * q_len * kv_len
+    scores += 0 if attn.documents is None else q_len * kv_len  # booleans of each item
     return batch * (queries + keys + scores) * x.element_size()
 
 
@@ -203,7 +204,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-PER_ITEM = ("x", "context", "key_padding", "mask", "cos", "sin")
+PER_ITEM = ("x", "context", "key_padding", "mask", "cos", "sin", "documents")
 
 
 def _cut(grad: Tensor, arguments: tuple) -> Chunked:

@@ -153,7 +153,9 @@ def _path_of(node: Node) -> list[str] | None:
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("_modules['", "").replace("']", "")
+    for root in ("L['self']", "L['fn']", "L['args'][0]"):
+        path = path.removeprefix(root)
+    path = path.replace("_modules['", "").replace("']", "")
     path = path.replace("[", ".").replace("]", "")
     return [part for part in path.split(".") if part]
 

@@ -9,16 +9,17 @@ Serves ``scaled_dot_product_attention`` and its spelled-out form, by matrix prod
 from math import sqrt
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from ..report import RefusalReason
 from .axes import Axis, Layout, extent
 from .factored import Obstacle
-from .masking import Mask, read_fill
-from .products import Product, read_product
+from .masking import Mask, read_fill, read_floor
+from .products import Product, read_biased_product, read_product
 from .values import number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
-from .vocabulary import Call, read
+from .vocabulary import Call, is_call, read
 
 
 class Operand(NamedTuple):
@@ -52,6 +53,8 @@ class Core(NamedTuple):
 
 def read_core(node: Node) -> Core | Obstacle | None:
     """The attention core whose concatenation of heads is still to come, or why it cannot be read."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return _unsupported(f"the masks and scores of {node.name!r} are programs, which flex_attention compiles itself")
     call = read(node)
     if call is None:
         return None
@@ -97,6 +100,9 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     probabilities, after = _skip(product.left)
     softmax = read(probabilities)
     if softmax is None or softmax.op != "softmax" or not isinstance(softmax.input, Node):
+        part = read_view(probabilities)
+        if part is not None and is_call(part.source, "softmax"):
+            return _unsupported(f"{probabilities.name!r} is part of a softmax, over keys and something else (a sink)")
         return None
     shape = shape_of(softmax.input)
     if shape is None or softmax.get("dim") not in (-1, len(shape) - 1):
@@ -178,7 +184,7 @@ class _Scores(NamedTuple):
 
 def _read_scores(node: Node) -> _Scores | Obstacle:
     """Walk from the softmax's input to ``q @ k.T``."""
-    scale, masks, nodes = 1.0, (), []
+    scale, masks, nodes, floored = 1.0, (), [], False
     while True:
         node, passed = _skip(node)
         nodes[:0] = passed
@@ -186,14 +192,33 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         nodes.insert(0, node)
         if product is not None:
             return _Scores(product, scale * product.scale, masks, tuple(nodes))
+        biased = None if scale != 1.0 else read_biased_product(node)
+        if biased is not None:
+            return _with_bias(node, *biased, masks, tuple(nodes), floored)
         factor = None if call is None else _factor(call)
         if factor is not None:
             node, scale = factor[0], scale * factor[1]
             continue
+        raised = None if scale != 1.0 else read_floor(node)
+        if raised is not None:
+            node, floored = raised, True
+            continue
         masked = None if scale != 1.0 else _read_addition(node) or read_fill(node)
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
-        node, masks = masked[0], (*masks, masked[1])
+        node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))
+
+
+def _with_bias(
+    node: Node, product: Product, bias: Node, masks: tuple[Mask, ...], nodes: tuple[Node, ...], floored: bool
+) -> _Scores | Obstacle:
+    """``baddbmm(bias, q, k.T, alpha=scale)``, whose items are batch items by heads."""
+    heads = next((axis.size for axis in _items(product) if axis.name == "head"), None)
+    before, after = tensor_of(bias), tensor_of(node)
+    if heads is None or not heads.is_Integer or before is None or after is None or before.dtype != after.dtype:
+        return _unsupported(f"the heads that {bias.name!r} is added to are not known")
+    masks = (*masks, Mask(bias, floored=floored, heads=int(heads)))
+    return _Scores(product, product.scale, masks, nodes)
 
 
 def _factor(call: Call) -> tuple[Node, float] | None:
@@ -226,7 +251,7 @@ def _read_addition(node: Node) -> tuple[Node, Mask] | None:
 
 def _leads_to_product(node: Node) -> bool:
     node, _ = _skip(node)
-    if read_product(node) is not None:
+    if read_product(node) is not None or read_biased_product(node) is not None:
         return True
     call = read(node)
     factor = None if call is None else _factor(call)

@@ -54,6 +54,7 @@ _SIGNATURES = {
     "mish": "input inplace",
     "hardswish": "input inplace",
     "maximum": "input other",
+    "max": "input other keepdim",
     "view": "input *shape",
     "reshape": "input *shape",
     "_unsafe_view": "input *shape",
@@ -118,6 +119,8 @@ _SIGNATURES = {
     "int": "input",
     "long": "input",
     "detach": "input",
+    "cumsum": "input dim dtype",
+    "diff": "input n dim prepend append",
 }
 
 _ALIASES = {
@@ -141,6 +144,7 @@ _ALIASES = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "moveaxis": "movedim",
+    "broadcast_to": "expand",
     "concat": "cat",
     "concatenate": "cat",
     "ravel": "flatten",

@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from flashsvd_compile import ops
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, padding
+from .regions import attention_arguments, linear_arguments, mlp_arguments, packed, padding
 
 SMALL = 900
 CASES = {
@@ -31,6 +31,7 @@ CASES = {
     "attention-causal": (ops.attention, attention_arguments(window=(-1, 0))),
     "attention-rotary": (ops.attention, attention_arguments(rotary_dim=4, num_kv_heads=2, interleaved=True)),
     "attention-values": (ops.attention, attention_arguments(value_dim=6, out_features=20)),
+    "attention-documents": (ops.attention, attention_arguments(documents=packed(3, 4, batch=2), window=(-1, 0))),
     "attention-merged": (ops.attention, attention_arguments(ranks=(32, 4, None, 16), strategy="merged")),
 }
 
@@ -48,6 +49,7 @@ OF_LENGTH = {
     "attention": (ops.attention, lambda n: attention_arguments(2, n, key_padding=padding(n, 4, total=n))),
     "attention-cross": (ops.attention, lambda n: attention_arguments(2, n, n + 1, window=(-1, 0))),
     "attention-rotary": (ops.attention, lambda n: attention_arguments(2, n, rotary_dim=4)),
+    "attention-documents": (ops.attention, lambda n: attention_arguments(2, n, documents=packed(3, n - 3, batch=2))),
 }
 
 

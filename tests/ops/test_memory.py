@@ -12,7 +12,7 @@ from flashsvd_compile.ops.mlp import Mlp
 from flashsvd_compile.ops.mlp import scratch_as_a_whole as scratch_of_mlp
 from flashsvd_compile.ops.projection import group
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, padding
+from .regions import attention_arguments, linear_arguments, mlp_arguments, packed, padding
 
 WORKSPACE = 1 << 21
 KERNEL_SCRATCH = 3 << 19
@@ -65,6 +65,8 @@ ATTENTIONS = {
     "window": {"window": (100, 0)},
     "grouped": {"num_kv_heads": 1},
     "grouped causal": {"num_kv_heads": 1, "window": (-1, 0)},
+    "documents": {"documents": packed(1000, 48, 1000, batch=2), "window": (-1, 0)},
+    "interrupted documents": {"documents": torch.arange(4096).view(2, 2048) % 3, "window": (-1, 0)},
     "dense output": {"ranks": (64, 64, 64, None)},
     "dense inputs": {"ranks": (None, None, None, 64)},
 }
@@ -105,6 +107,8 @@ def test_mlp_as_a_whole(activation, gated):
 WHOLE = ATTENTIONS | {
     "padded": {"key_padding": padding(256, 100, total=256)},
     "holes": {"key_padding": torch.arange(512).view(2, 256) % 3 > 0},
+    "documents": {"documents": packed(100, 50, 106, batch=2), "window": (-1, 0)},
+    "interrupted documents": {"documents": torch.arange(512).view(2, 256) % 3, "window": (-1, 0)},
     "rotary": {"rotary_dim": 64},
     "value_dim": {"value_dim": 32},
 }

@@ -70,7 +70,7 @@ class _Factories(TorchFunctionMode):
         self._tracer = tracer
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func in (torch.arange, torch.full, torch.ones, torch.zeros):
+        if func in (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros):
             return self._tracer.create_proxy("call_function", func, args, kwargs or {})
         return func(*args, **(kwargs or {}))
 
