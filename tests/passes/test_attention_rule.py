@@ -283,17 +283,6 @@ def test_soft_capped_scores_leave_the_projections_to_the_linear_rule():
     result.assert_same_result()
 
 
-def test_normed_queries_and_keys_leave_the_projections_to_the_linear_rule():
-    def core(q, k, v):
-        return scaled_dot_product_attention(functional.layer_norm(q, (DIM,)), functional.layer_norm(k, (DIM,)), v)
-
-    result = rewritten(attention(core=core), X, *ALL)
-    assert result.count("attention") == 0
-    assert result.count("linear") == 4
-    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
-    result.assert_same_result()
-
-
 def test_live_attention_dropout():
     core = lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=0.1)  # noqa: E731
     result = rewritten(attention(core=core), X, *ALL)
