@@ -192,9 +192,17 @@ FAMILIES = {
         Family("Mistral", lambda: tf.MistralModel(tf.MistralConfig(**_GROUPED, sliding_window=4)), _decoder),
         Family("Qwen2", lambda: tf.Qwen2Model(tf.Qwen2Config(**_GROUPED)), _decoder),
         Family("Qwen3", lambda: tf.Qwen3Model(tf.Qwen3Config(**_GROUPED, head_dim=16)), _decoder),
+        Family("OLMo 2", lambda: tf.Olmo2Model(tf.Olmo2Config(**_GROUPED)), _decoder),
+        Family("Cohere", lambda: tf.CohereModel(tf.CohereConfig(**_GROUPED, use_qk_norm=True)), _decoder),
+        Family("Persimmon", lambda: tf.PersimmonModel(tf.PersimmonConfig(**_TEXT, **_TOKENS)), _decoder),
         Family(
             "Gemma 2",
             lambda: tf.Gemma2Model(tf.Gemma2Config(**_GROUPED, head_dim=16, sliding_window=4)),
+            _decoder,
+        ),
+        Family(
+            "Gemma 3",
+            lambda: tf.Gemma3TextModel(tf.Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=4)),
             _decoder,
         ),
         Family("Phi-3", lambda: tf.Phi3Model(tf.Phi3Config(**_GROUPED)), _decoder),

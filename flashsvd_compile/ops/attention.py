@@ -1,6 +1,6 @@
-"""``flashsvd::attention_v1``: multi-head attention with its (low-rank) projections, as one operator.
+"""``flashsvd::attention_v2``: multi-head attention with its (low-rank) projections, as one operator.
 
-    heads = softmax(scale * rope(q(x)) @ rope(k(context)).T + mask) @ v(context)
+    heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
 
 Keys and values are lifted out of rank space for a few heads at a time; no tensor of the size of k, v or the scores is
@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..options import Strategy
-from . import attention_gpu
+from . import attention_gpu, norm
 from . import projection as proj
 from .attention_region import Attention, full_mask, parse, rotate, rotate_
 from .backward import Chunked, differentiable, items_of_a_chunk
+from .norm import Statistics
 from .projection import Projection
 from .registry import register
 from .sdpa import QUERY_BLOCK, Core, cpu_core, is_causal, sdpa_core
@@ -26,6 +27,7 @@ ROLES = ("q", "k", "v", "out")
 SCHEMA = (
     f"(Tensor x, Tensor? context=None, {', '.join(map(proj.schema_of, ROLES))}, "
     "Tensor? key_padding=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
+    f"{norm.schema_of('q')}, {norm.schema_of('k')}, "
     "int num_heads=1, int num_kv_heads=1, float scale=1.0, int window_left=-1, int window_right=-1, "
     "Tensor? documents=None, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
@@ -37,7 +39,7 @@ def reference(x: Tensor, *arguments) -> Tensor:
     Args:
         x: ``[batch, q_len, in_features]``.
         arguments: ``context[batch, kv_len, in_features]`` (``None``: ``x``), then the fields of :class:`Attention`
-            with projections flattened, then strategy and workspace bound.
+            with projections and norms flattened, then strategy and workspace bound.
 
     Returns:
         ``[batch, q_len, out_features]``, contiguous, dtype of ``x``. A query that may attend to no key gives zeros
@@ -48,9 +50,9 @@ def reference(x: Tensor, *arguments) -> Tensor:
 
 
 def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
-    q = _heads(proj.apply(x, attn.q), attn.num_heads)
-    k = _heads(proj.apply(context, attn.k), attn.num_kv_heads)
-    v = _heads(proj.apply(context, attn.v), attn.num_kv_heads)
+    q = norm.apply(_heads(proj.apply(x, attn.q), attn.num_heads), attn.q_norm).transpose(1, 2)
+    k = norm.apply(_heads(proj.apply(context, attn.k), attn.num_kv_heads), attn.k_norm).transpose(1, 2)
+    v = _heads(proj.apply(context, attn.v), attn.num_kv_heads).transpose(1, 2)
     q, k = rotate(q, attn), rotate(k, attn)
     mask = full_mask(attn, slice(0, q.shape[2]), slice(0, k.shape[2]), q)
     heads = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale, enable_gqa=attn.group > 1)
@@ -60,8 +62,8 @@ def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
-    """``[batch, len, heads * dim]`` as ``[batch, heads, len, dim]``."""
-    return projected.unflatten(-1, (heads, -1)).transpose(1, 2)
+    """``[batch, len, heads * dim]`` as ``[batch, len, heads, dim]``."""
+    return projected.unflatten(-1, (heads, -1))
 
 
 def _fake(x: Tensor, *arguments) -> Tensor:
@@ -81,6 +83,8 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
     """Bytes that :func:`_as_a_whole` holds next to its result; a small region is mostly the launching of operations."""
     (batch, q_len, _), kv_len = x.shape, context.shape[1]
     copies = 1 if attn.cos is None else 3  # a rotation is a sum of two products
+    if attn.normed:
+        copies = max(copies, norm.copies(x.dtype))
     queries = q_len * (attn.num_heads * attn.head_dim * copies + attn.merged_width + proj.rank(attn.q))
     keys = kv_len * attn.num_kv_heads * (attn.head_dim * copies + attn.value_dim)
     scores = q_len * kv_len if attn.head_dim == attn.value_dim else 3 * attn.num_heads * q_len * kv_len
@@ -97,21 +101,32 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
 
 
 class Chunking(NamedTuple):
-    """Batch items and key heads that :func:`streamed` lifts at a time."""
+    """Batch items and key heads that :func:`streamed` lifts at a time.
+
+    Attributes:
+        items, kv_heads: how many.
+        elements: elements of workspace that this needs.
+        norm_scratch: elements that norms may allocate next to it.
+    """
 
     items: int
     kv_heads: int
     elements: int
-    """Elements of workspace that this needs."""
+    norm_scratch: int
 
 
 def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_elements: int) -> Chunking:
     """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group.
 
-    What the core allocates by itself (a block of heads' outputs, half a rotation) counts towards the bound.
+    What the core allocates by itself (a block of heads' outputs, half a rotation) counts towards the bound, and so do
+    norms: a quarter of it is for their blocks, and the statistics of whole keys are held.
     """
+    norm_scratch = workspace_elements // 4 if attn.normed else 0
+    workspace_elements -= norm_scratch
+    whole_keys = attn.k_norm is not None and attn.k_norm.whole
     held = 0 if attn.queries_in_place else q_len * attn.num_heads * attn.head_dim
     held += 0 if attn.heads_in_place else q_len * attn.merged_width
+    held += 4 * kv_len if whole_keys else 0  # a mean and a scale, float32
     latent = kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
     lifted = kv_len * (attn.head_dim + attn.value_dim)
     passing = min(q_len, QUERY_BLOCK) * attn.group * attn.value_dim
@@ -127,7 +142,8 @@ def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_ele
         kv_heads = rows_that_fit(workspace_elements - held - latent, lifted + passing, attn.num_kv_heads)
     row = max(proj.rank(attn.q), 0 if attn.out is None else attn.out.up.shape[1])
     rows = max(1, min(items * q_len, (workspace_elements - items * held) // max(1, row)))
-    return Chunking(items, kv_heads, items * held + max(rows * row, items * (latent + kv_heads * lifted)))
+    lifting = max(kv_heads * lifted, attn.num_kv_heads * attn.head_dim if whole_keys else 0)
+    return Chunking(items, kv_heads, items * held + max(rows * row, items * (latent + lifting)), norm_scratch)
 
 
 def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, core: Core) -> Tensor:
@@ -150,7 +166,7 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
         if not attn.heads_in_place:
             merged = workspace.take(*merged.shape[:2], attn.merged_width)
         mark = workspace.mark()
-        _attend(merged, x[items], context[items], attn.of_items(items), chunk.kv_heads, workspace, core)
+        _attend(merged, x[items], context[items], attn.of_items(items), chunk, workspace, core)
         if attn.out is not None:
             workspace.reset(mark)
             project_rows(_rows(result[items]), _rows(merged), attn.out, workspace)
@@ -158,26 +174,45 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
 
 
 def _attend(
-    merged: Tensor, x: Tensor, context: Tensor, attn: Attention, kv_heads: int, workspace: Workspace, core: Core
+    merged: Tensor, x: Tensor, context: Tensor, attn: Attention, chunk: Chunking, workspace: Workspace, core: Core
 ) -> None:
-    """Fill ``merged[items, q_len, heads * value_dim]``, ``kv_heads`` key heads at a time."""
+    """Fill ``merged[items, q_len, heads * value_dim]``, ``chunk.kv_heads`` key heads at a time."""
     queries = merged
     if not attn.queries_in_place:
         queries = workspace.take(*merged.shape[:2], attn.num_heads * attn.head_dim)
     project_rows(_rows(queries), _rows(x), attn.q, workspace)
-    queries = queries.unflatten(-1, (attn.num_heads, attn.head_dim))
+    queries = norm.apply_(queries.unflatten(-1, (attn.num_heads, attn.head_dim)), attn.q_norm, chunk.norm_scratch)
     outputs = merged.unflatten(-1, (attn.num_heads, attn.value_dim))
     latent_k = _latent(context, attn.k, workspace)
     latent_v = _latent(context, attn.v, workspace)
     mark = workspace.mark()
-    for first in range(0, attn.num_kv_heads, kv_heads):
+    known = _statistics_of_keys(latent_k, attn, chunk, workspace)
+    for first in range(0, attn.num_kv_heads, chunk.kv_heads):
         workspace.reset(mark)
-        count = min(kv_heads, attn.num_kv_heads - first)
+        count = min(chunk.kv_heads, attn.num_kv_heads - first)
         heads = slice(first * attn.group, (first + count) * attn.group)
         q = rotate_(queries[:, :, heads], attn)
-        k = rotate_(_lift(latent_k, attn.k, first, count, attn.head_dim, workspace), attn)
+        k = _lift(latent_k, attn.k, first, count, attn.head_dim, workspace)
+        k_norm = None if attn.k_norm is None else attn.k_norm.of_heads(slice(first, first + count))
+        k = rotate_(norm.apply_(k, k_norm, chunk.norm_scratch, known), attn)
         v = _lift(latent_v, attn.v, first, count, attn.value_dim, workspace)
         core(outputs[:, :, heads], q, k, v, attn.of_heads(heads))
+
+
+def _statistics_of_keys(latent: Tensor, attn: Attention, chunk: Chunking, workspace: Workspace) -> Statistics | None:
+    """Of a norm over all heads' keys, where these are lifted a few heads at a time: all heads of a few positions."""
+    if attn.k_norm is None or not attn.k_norm.whole or chunk.kv_heads == attn.num_kv_heads:
+        return None
+    mark, rows = workspace.mark(), _rows(latent)
+    width = attn.num_kv_heads * attn.head_dim
+    step = rows_that_fit(min(workspace.left(), chunk.norm_scratch // norm.copies(latent.dtype)), width, len(rows))
+    blocks = []
+    for start in range(0, max(1, len(rows)), step):
+        workspace.reset(mark)
+        block = rows[start : start + step]
+        lifted = affine_into(workspace.take(len(block), width), block, attn.k.up, attn.k.up_bias)
+        blocks.append(norm.statistics(_heads(lifted, attn.num_kv_heads), attn.k_norm))
+    return Statistics.of_blocks(blocks)
 
 
 def _latent(source: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
@@ -224,5 +259,5 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return Chunked(grad, arguments, per_item, step)
 
 
-attention = register("attention_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+attention = register("attention_v2", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
 differentiable(attention, reference, _cut)

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import DtypeError, InvalidOptionError, ShapeError
+from . import norm
 from . import projection as proj
+from .norm import Norm
 from .projection import Projection
 from .workspace import validate_execution
 
@@ -23,6 +25,7 @@ class Attention(NamedTuple):
         mask: bool or additive, broadcastable to ``[batch, num_heads, q_len, kv_len]``, or ``None``.
         cos, sin: ``[batch or 1, len, rotary_dim]`` rotation of queries and keys, or ``None``.
         interleaved: rotation pairs neighbours (2i, 2i+1) instead of halves (i, i + rotary_dim / 2).
+        q_norm, k_norm: normalisation of queries and of keys before their rotation, or ``None``.
         num_heads, num_kv_heads: queries' and keys' heads; the former a multiple of the latter.
         scale: factor on the scores.
         window_left, window_right: key ``j`` is visible to query ``i`` when ``i - left <= j <= i + right``;
@@ -40,6 +43,8 @@ class Attention(NamedTuple):
     cos: Tensor | None
     sin: Tensor | None
     interleaved: bool
+    q_norm: Norm | None
+    k_norm: Norm | None
     num_heads: int
     num_kv_heads: int
     scale: float
@@ -78,6 +83,11 @@ class Attention(NamedTuple):
     def heads_in_place(self) -> bool:
         """Whether the heads' outputs fit where the result goes."""
         return self.merged_width == self.out_features
+
+    @property
+    def normed(self) -> bool:
+        """Whether queries or keys are normalised."""
+        return self.q_norm is not None or self.k_norm is not None
 
     def merged(self) -> "Attention":
         """The region with each projection dense whose factors cost more."""
@@ -185,20 +195,31 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
 
     Raises:
         ShapeError, DtypeError: a tensor is missing or does not fit.
-        InvalidOptionError: unknown strategy, no workspace, a window below -1.
+        InvalidOptionError: unknown strategy or norm, no workspace, a window below -1.
     """
     context, *rest = arguments
     context = x if context is None else context
-    quads, (key_padding, mask, *rest, strategy, workspace_bytes) = rest[:16], rest[16:]
+    quads, (key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes) = rest[:16], rest[16:]
+    norms, rest = rest[: 2 * norm.ARGUMENTS_PER_NORM], rest[2 * norm.ARGUMENTS_PER_NORM :]
     q, k, v, out = proj.group(tuple(quads))
     if q is None or k is None or v is None:
         raise ShapeError("projection 'q', 'k' or 'v'", None, "a projection")
     if mask is not None and mask.dim() < 4:
         mask = mask[(None,) * (4 - mask.dim())]
-    attn = Attention(q, k, v, out, key_padding, mask, *rest)
+    attn = Attention(q, k, v, out, key_padding, mask, cos, sin, interleaved, None, None, *rest)
     _validate(x, context, attn)
+    attn = _with_norms(attn, norms, x.dtype)
     validate_execution(strategy, workspace_bytes)
     return context, attn, strategy, workspace_bytes
+
+
+def _with_norms(attn: Attention, arguments: list, dtype: torch.dtype) -> Attention:
+    """The region with the norms that the arguments describe, those of the queries first."""
+    of_queries, of_keys = arguments[: norm.ARGUMENTS_PER_NORM], arguments[norm.ARGUMENTS_PER_NORM :]
+    return attn._replace(
+        q_norm=norm.parse("q", tuple(of_queries), attn.num_heads, attn.head_dim, dtype),
+        k_norm=norm.parse("k", tuple(of_keys), attn.num_kv_heads, attn.head_dim, dtype),
+    )
 
 
 def _validate(x: Tensor, context: Tensor, attn: Attention) -> None:

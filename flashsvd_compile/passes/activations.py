@@ -17,14 +17,15 @@ from torch.fx.node import map_arg
 
 from ..ops.activation import ACTIVATIONS
 from .values import number_of, shape_of, tensor_of
-from .vocabulary import read
+from .vocabulary import Call, read
 
-_ELEMENTWISE = {
+ELEMENTWISE = {
     "add", "sub", "rsub", "mul", "div", "pow", "square", "neg", "tanh", "sigmoid", "erf", "exp", "abs", "sqrt", "rsqrt",
     "reciprocal", "clamp", "clamp_min", "relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "softplus", "mish",
     "hardswish", "maximum",
 }  # fmt: skip
-_IDENTITIES = {"to", "float", "half", "bfloat16", "type_as", "clone", "contiguous", "dropout"}
+CONVERSIONS = {"to", "float", "half", "bfloat16", "type_as", "clone", "contiguous"}
+_IDENTITIES = CONVERSIONS | {"dropout"}
 _MAX_NODES = 24
 _TOLERANCE = 1e-8  # published constants such as 0.7978845608 are rounded at the tenth digit
 
@@ -101,7 +102,7 @@ def _is_elementwise(node: Node) -> bool:
         return False
     if call.op in _IDENTITIES:
         return _keeps_precision(node)
-    return call.op in _ELEMENTWISE
+    return call.op in ELEMENTWISE
 
 
 def _keeps_precision(node: Node) -> bool:
@@ -130,6 +131,8 @@ def evaluate(chain: Elementwise, samples: dict[Node, Tensor]) -> Tensor | None:
                     values[node] = load(call.input)
                     continue
                 args, kwargs = map_arg((node.args, node.kwargs), load)
+                if call is not None and call.op == "rms_norm" and call.get("eps") is None:
+                    args, kwargs = args[:3], {**kwargs, "eps": _default_eps(call)}
                 if node.op == "call_method":
                     values[node] = getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 else:
@@ -138,6 +141,13 @@ def evaluate(chain: Elementwise, samples: dict[Node, Tensor]) -> Tensor | None:
     except _NoNumberError:
         return None
     return values[chain.nodes[-1]]
+
+
+def _default_eps(call: Call) -> float:
+    """What ``rms_norm`` adds if it is not told: it depends on a dtype that is not the samples'."""
+    value = tensor_of(call.input)
+    assert value is not None
+    return torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
 
 
 class _NoNumberError(Exception):

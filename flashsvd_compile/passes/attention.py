@@ -8,9 +8,10 @@ Before::
 
 After::
 
-    y = flashsvd.attention_v1(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
+    y = flashsvd.attention_v2(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
-The output projection joins in when the heads go nowhere else.
+The output projection joins in when the heads go nowhere else. Between projection and scores queries and keys may be
+normalised, then rotated, then scaled.
 """
 
 from functools import partial
@@ -20,6 +21,7 @@ import torch
 from torch.fx import Node
 
 from .. import ops
+from ..ops.norm import argument_names
 from ..planner import AttentionShape, plan_attention
 from ..report import RefusalReason
 from .affine import read_affine
@@ -29,6 +31,7 @@ from .factored import Factored, Obstacle
 from .factors import read_pair
 from .heads import Member, read_member
 from .masking import Scores, mask_arguments
+from .norms import Norm
 from .region import Deferred, Region, present, sizes_of
 from .rope import Table
 from .scores import Core, read_core
@@ -101,8 +104,8 @@ def _mismatch(node: Node, q: Member, k: Member, v: Member) -> Obstacle | None:
         return _unsupported(f"{node.name!r} has {q.heads} query, {k.heads} key and {v.heads} value heads")
     if (shape_of(q.factored.source) or ())[:1] != (shape_of(k.factored.source) or ())[:1]:
         return _unsupported(f"queries and keys of {node.name!r} are of different batches")
-    if v.rope is not None or v.scale != 1.0:
-        return _unsupported(f"the values of {node.name!r} are scaled or rotated")
+    if v.rope is not None or v.norm is not None or v.scale != 1.0:
+        return _unsupported(f"the values of {node.name!r} are scaled, normed or rotated")
     if _rotation(q) != _rotation(k):
         return _unsupported(f"queries and keys of {node.name!r} are rotated differently")
     return None
@@ -121,10 +124,19 @@ def _constants(core: Core, q: Member, k: Member) -> dict[str, Any] | Obstacle:
     }
     if q.rope is not None:
         constants |= {"cos": _table(q.rope.cos), "sin": _table(q.rope.sin), "interleaved": q.rope.interleaved}
+    constants |= _norm("q", q.norm) | _norm("k", k.norm)
     if core.causal:
         constants["window_right"] = 0
     masks = mask_arguments(core.masks, _scores(core, q))
     return masks if isinstance(masks, Obstacle) else constants | masks
+
+
+def _norm(role: str, norm: Norm | None) -> dict[str, Any]:
+    """A norm by the operator's names."""
+    if norm is None:
+        return {}
+    described = (norm.kind, norm.weight, norm.bias, norm.eps, norm.whole)
+    return dict(zip(argument_names(role), described, strict=True))
 
 
 def _scores(core: Core, q: Member) -> Scores:

@@ -7,6 +7,7 @@ from torch.fx import Node
 from .axes import Layout, extent, named, visible
 from .factored import Factored
 from .factors import read_projection
+from .norms import Norm, read_norm
 from .per_head import read_per_head
 from .rope import Rope, read_rope
 from .scores import Operand
@@ -23,6 +24,7 @@ class Member(NamedTuple):
         heads: number of heads.
         scale: constant factor met on the way.
         rope: rotation met on the way, or ``None``.
+        norm: norm met on the way, before the rotation, or ``None``.
         nodes: all nodes between the projection's input and the core.
     """
 
@@ -30,15 +32,16 @@ class Member(NamedTuple):
     heads: int
     scale: float
     rope: Rope | None
+    norm: Norm | None
     nodes: tuple[Node, ...]
 
 
 def read_member(operand: Operand) -> Member | None:
-    """Follow q, k or v back through views, constant factors and one rotation to its projection."""
+    """Follow q, k or v back through views, constant factors, one rotation and then one norm to its projection."""
     node, layout = operand
     nodes: tuple[Node, ...] = ()
-    scale, rope = 1.0, None
-    while True:
+    scale, rope, norm = 1.0, None, None
+    while norm is None:
         node, layout, passed = trace(node, layout)
         nodes = passed + nodes
         factor = _constant_factor(node)
@@ -48,13 +51,19 @@ def read_member(operand: Operand) -> Member | None:
         elif rope is None and (rope := read_rope(node, _heads_dim(layout))) is not None:
             nodes = rope.nodes + nodes
             node = rope.source
+        elif (norm := read_norm(node, layout, named(operand.layout, "dim", "value"))) is not None:
+            nodes = norm.nodes + nodes
+            node, layout, passed = trace(norm.source, layout)
+            nodes = passed + nodes
         else:
             break
     found = _projection_per_head(node, layout, operand.layout) or _projection_of_heads(node, layout, operand.layout)
     if found is None:
         return None
     factored, heads = found
-    return Member(factored, heads, scale, rope, factored.nodes + nodes)
+    if norm is not None and norm.heads not in (None, heads):
+        return None
+    return Member(factored, heads, scale, rope, norm, factored.nodes + nodes)
 
 
 def _heads_dim(layout: Layout) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..ops import norm
 from ..ops.projection import argument_names
 from ..options import Options
 from ..planner import Plan, Workspace
@@ -20,8 +21,8 @@ from .factored import Factored
 from .values import hints_of, shape_of, tensor_of, value_of
 from .weights import Weight
 
-ROTATION = ("cos", "sin")
-"""Arguments that keep their dtype: a rotation may be computed in a wider one."""
+WIDER = ("cos", "sin", *norm.argument_names("q"), *norm.argument_names("k"))
+"""Arguments that keep their dtype: a rotation or a norm may be computed in a wider one."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class Region:
                     arguments[name] = weight.build(graph)
         for name, value in self.constants.items():
             arguments[name] = value.build(graph) if isinstance(value, Deferred) else value
-        arguments |= {name: self._cast(graph, value) for name, value in arguments.items() if name not in ROTATION}
+        arguments |= {name: self._cast(graph, value) for name, value in arguments.items() if name not in WIDER}
         arguments["strategy"] = str(plan.strategy)
         arguments["workspace_bytes"] = _workspace_bytes(graph, self.inputs["x"], plan.workspace)
         keywords = self._in_schema_order(arguments)

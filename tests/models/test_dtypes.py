@@ -9,10 +9,17 @@ from .compiled import Compiled, assert_as_right_as_unfused, factored
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("BERT", torch.bfloat16), ("ModernBERT", torch.bfloat16), ("Llama", torch.float16)]
+    ("name", "dtype"),
+    [
+        ("BERT", torch.bfloat16),
+        ("ModernBERT", torch.bfloat16),
+        ("Llama", torch.float16),
+        ("Qwen3", torch.bfloat16),
+        ("Gemma 3", torch.float16),
+    ],
 )
 def test_half_precision(name, dtype):
-    """ModernBERT rotates in float32, Llama's norms are in float32."""
+    """ModernBERT rotates in float32, Llama's norms and those of the others' queries and keys are in float32."""
     family, compiled = FAMILIES[name], Compiled(factored(name, dtype))
     assert_as_right_as_unfused(name, compiled, family.inputs(2, 9, "right"), dtype)
     assert compiled.report.count("attention") == family.attentions

@@ -11,7 +11,6 @@ BATCH, LENGTH = 2, 9
 
 # What the rules do not cover yet: attentions that are rewritten, and the reason given for the others.
 PARTLY = {
-    "Qwen3": (0, RefusalReason.UNSUPPORTED_ATTENTION),  # norms of queries and keys
     "Gemma 2": (0, RefusalReason.UNSUPPORTED_ATTENTION),  # soft cap of the scores
 }
 WHOLLY = [name for name in FAMILIES if name not in PARTLY]

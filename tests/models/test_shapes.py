@@ -7,7 +7,7 @@ from benchmarks.zoo import FAMILIES
 
 from .compiled import Compiled, assert_as_right_as_unfused, factored
 
-PADDED = [("BERT", "right"), ("GPT-2", "left"), ("Mistral", "left"), ("ModernBERT", "right")]
+PADDED = [("BERT", "right"), ("GPT-2", "left"), ("Mistral", "left"), ("ModernBERT", "right"), ("Qwen3", "left")]
 
 
 @pytest.mark.parametrize(("name", "padding"), PADDED)

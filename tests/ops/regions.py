@@ -3,10 +3,12 @@
 import torch
 from torch import Tensor
 
+from flashsvd_compile.ops.norm import KINDS, NONE
 from flashsvd_compile.ops.projection import Projection
 
 DEFAULT_WORKSPACE = 1 << 24
 ABSENT = Projection(None, None, None, None)
+NO_NORM = (NONE, None, None, 0.0, False)
 LAYOUTS = ("contiguous", "transposed", "strided", "expanded")
 
 
@@ -107,6 +109,8 @@ def attention_arguments(
     rotary_dim: int = 0,
     rotation_per_item: bool = False,
     interleaved: bool = False,
+    q_norm: tuple = NO_NORM,
+    k_norm: tuple = NO_NORM,
     window: tuple[int, int] = (-1, -1),
     documents: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -114,7 +118,10 @@ def attention_arguments(
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``attention_v1``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out."""
+    """Arguments of ``attention_v2``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
+
+    Norms are as :func:`norm` makes them.
+    """
     num_kv_heads = num_kv_heads or num_heads
     value_dim = value_dim or head_dim
     how = {"bias": bias, "down_bias": down_bias, "dtype": dtype, "layout": layout}
@@ -126,8 +133,23 @@ def attention_arguments(
     o = projection(num_heads * value_dim, out_features or features, ranks[3], **how) if out else ABSENT
     cos, sin = rotation(batch if rotation_per_item else 1, q_len, rotary_dim, dtype) if rotary_dim else (None, None)
     heads = (num_heads, num_kv_heads, head_dim**-0.5)
-    options = (cos, sin, interleaved, *heads, *window, documents, strategy, workspace_bytes)
+    options = (cos, sin, interleaved, *q_norm, *k_norm, *heads, *window, documents, strategy, workspace_bytes)
     return (x, context, *q, *k, *v, *o, key_padding, mask, *options)
+
+
+def norm(
+    kind: str,
+    *shape: int,
+    weight: bool = True,
+    bias: bool = False,
+    eps: float = 1e-5,
+    whole: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> tuple:
+    """The arguments of one norm, its weight and bias of the given shape."""
+    assert kind in KINDS
+    affine = [random(*shape, dtype=dtype) + 1 if weight else None, random(*shape, dtype=dtype) if bias else None]
+    return (kind, *affine, eps, whole)
 
 
 def rotation(batch: int, length: int, rotary_dim: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""``attention_v1`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
+"""``attention_v2`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from flashsvd_compile.ops.attention import reference
 from flashsvd_compile.ops.projection import Projection
 
 from .accuracy import assert_within_error_rule, in_float64, relative_error
-from .regions import LAYOUTS, attention_arguments, packed, padding
+from .regions import LAYOUTS, NO_NORM, attention_arguments, norm, packed, padding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = st.none() | st.integers(1, 19)
@@ -38,6 +38,7 @@ def regions(draw) -> tuple:
     kv_len = None if rotary else draw(st.none() | st.integers(0, 9))
     keys = q_len if kv_len is None else kv_len
     kv_heads, group = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2, 3)))
+    head_dim = draw(st.sampled_from((8, 10, 12)))
     dtype = draw(st.sampled_from(DTYPES))
     key_padding = draw(st.none() | st.just(torch.rand(batch, keys) < 0.6))
     documents = draw(st.none() | st.just(torch.randint(3, (batch, q_len)))) if keys == q_len else None
@@ -48,7 +49,7 @@ def regions(draw) -> tuple:
         draw(st.integers(1, 33)),
         num_heads=kv_heads * group,
         num_kv_heads=kv_heads,
-        head_dim=draw(st.sampled_from((8, 10, 12))),
+        head_dim=head_dim,
         value_dim=draw(st.none() | st.integers(1, 12)),
         ranks=draw(st.tuples(RANKS, RANKS, RANKS, RANKS)),
         out=draw(st.booleans()),
@@ -60,6 +61,8 @@ def regions(draw) -> tuple:
         rotary_dim=rotary,
         rotation_per_item=draw(st.booleans()),
         interleaved=draw(st.booleans()),
+        q_norm=draw(norms(kv_heads * group, head_dim, dtype)),
+        k_norm=draw(norms(kv_heads, head_dim, dtype)),
         window=draw(st.tuples(st.integers(-1, 9), st.integers(-1, 9))),
         documents=documents,
         dtype=dtype,
@@ -77,6 +80,19 @@ def masks(batch: int, heads: int, q_len: int, kv_len: int, dtype: torch.dtype) -
     kept = shapes.map(lambda shape: torch.rand(shape) < 0.7)
     bias = shapes.map(lambda shape: torch.randn(shape).to(dtype))
     return st.none() | kept | bias
+
+
+def norms(heads: int, head_dim: int, dtype: torch.dtype) -> st.SearchStrategy:
+    """No norm, or one of either kind, per head or over all, with a weight and bias of any shape and dtype."""
+    shapes = st.sampled_from(((head_dim,), (heads, head_dim), (heads * head_dim,)))
+    how = {name: st.booleans() for name in ("weight", "bias", "whole")}
+    how |= {"eps": st.sampled_from((1e-6, 0.1)), "dtype": st.sampled_from((dtype, torch.float32))}
+    return st.just(NO_NORM) | st.builds(
+        lambda kind, shape, how: norm(kind, *shape, **how),
+        st.sampled_from(("rms", "layer")),
+        shapes,
+        st.fixed_dictionaries(how),
+    )
 
 
 @given(regions())

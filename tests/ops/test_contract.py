@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from flashsvd_compile import ops
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, packed, padding
+from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding
 
 SMALL = 900
 CASES = {
@@ -30,6 +30,16 @@ CASES = {
     "attention-bias": (ops.attention, attention_arguments(mask=torch.randn(1, 4, 7, 7))),
     "attention-causal": (ops.attention, attention_arguments(window=(-1, 0))),
     "attention-rotary": (ops.attention, attention_arguments(rotary_dim=4, num_kv_heads=2, interleaved=True)),
+    "attention-normed": (
+        ops.attention,
+        attention_arguments(rotary_dim=4, q_norm=norm("rms", 8), k_norm=norm("layer", 4, 8, bias=True)),
+    ),
+    "attention-normed-whole": (
+        ops.attention,
+        attention_arguments(
+            q_norm=norm("layer", 32, whole=True), k_norm=norm("rms", 32, whole=True), workspace_bytes=SMALL
+        ),
+    ),
     "attention-values": (ops.attention, attention_arguments(value_dim=6, out_features=20)),
     "attention-documents": (ops.attention, attention_arguments(documents=packed(3, 4, batch=2), window=(-1, 0))),
     "attention-merged": (ops.attention, attention_arguments(ranks=(32, 4, None, 16), strategy="merged")),
@@ -48,6 +58,7 @@ OF_LENGTH = {
     "mlp": (ops.mlp, lambda n: mlp_arguments(2, n, 16, gated=True)),
     "attention": (ops.attention, lambda n: attention_arguments(2, n, key_padding=padding(n, 4, total=n))),
     "attention-cross": (ops.attention, lambda n: attention_arguments(2, n, n + 1, window=(-1, 0))),
+    "attention-normed": (ops.attention, lambda n: attention_arguments(2, n, q_norm=norm("rms", 8))),
     "attention-rotary": (ops.attention, lambda n: attention_arguments(2, n, rotary_dim=4)),
     "attention-documents": (ops.attention, lambda n: attention_arguments(2, n, documents=packed(3, n - 3, batch=2))),
 }

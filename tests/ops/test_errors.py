@@ -135,3 +135,39 @@ def test_activation():
 def test_window(side):
     with pytest.raises(InvalidOptionError, match=f"'{side}' cannot be -2"):
         call("attention", **{side: -2})
+
+
+@pytest.mark.parametrize("role", ["q", "k"])
+class TestNorms:
+    def test_kind(self, role):
+        with pytest.raises(InvalidOptionError, match=f"'{role}_norm' cannot be 'batch'; valid: 'none', 'rms', 'layer'"):
+            call("attention", **{f"{role}_norm": "batch"})
+
+    @pytest.mark.parametrize("argument", ["weight", "bias"])
+    def test_a_weight_without_a_norm(self, role, argument):
+        with pytest.raises(InvalidOptionError, match=f"'{role}_norm' cannot be 'none'"):
+            call("attention", **{f"{role}_norm_{argument}": torch.ones(8)})
+
+    @pytest.mark.parametrize("eps", [-1e-6, float("nan"), float("inf")])
+    def test_eps(self, role, eps):
+        with pytest.raises(InvalidOptionError, match=f"'{role}_norm_eps' cannot be {eps}; valid: a number not below 0"):
+            call("attention", **{f"{role}_norm": "rms", f"{role}_norm_eps": eps})
+
+    @pytest.mark.parametrize("argument", ["weight", "bias"])
+    @pytest.mark.parametrize("shape", [(1,), (7,), (8, 4), (1, 8), (2, 8), (4, 1, 8)])
+    def test_shape(self, role, argument, shape):
+        name = f"{role}_norm_{argument}"
+        message = rf"shape of {name} is .*, expected \(8,\), \(4, 8\) or \(32,\)"
+        with pytest.raises(ShapeError, match=message):
+            call("attention", **{f"{role}_norm": "layer", name: torch.ones(shape)})
+
+    @pytest.mark.parametrize("argument", ["weight", "bias"])
+    def test_dtype(self, role, argument):
+        name = f"{role}_norm_{argument}"
+        with pytest.raises(DtypeError, match=rf"{name} has dtype torch\.bfloat16, expected torch\.float32"):
+            call("attention", **{f"{role}_norm": "rms", name: torch.ones(8).bfloat16()})
+
+
+def test_a_norm_of_grouped_keys_has_their_heads():
+    with pytest.raises(ShapeError, match=r"k_norm_weight is \(4, 8\), expected \(8,\), \(2, 8\) or \(16,\)"):
+        call("attention", {"num_kv_heads": 2}, k_norm="rms", k_norm_weight=torch.ones(4, 8))

@@ -12,7 +12,7 @@ from flashsvd_compile.ops.mlp import Mlp
 from flashsvd_compile.ops.mlp import scratch_as_a_whole as scratch_of_mlp
 from flashsvd_compile.ops.projection import group
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, packed, padding
+from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding
 
 WORKSPACE = 1 << 21
 KERNEL_SCRATCH = 3 << 19
@@ -67,6 +67,14 @@ ATTENTIONS = {
     "grouped causal": {"num_kv_heads": 1, "window": (-1, 0)},
     "documents": {"documents": packed(1000, 48, 1000, batch=2), "window": (-1, 0)},
     "interrupted documents": {"documents": torch.arange(4096).view(2, 2048) % 3, "window": (-1, 0)},
+    "normed": {"q_norm": norm("rms", 64), "k_norm": norm("layer", 4, 64, bias=True)},
+    "normed over all heads": {"q_norm": norm("layer", 256, whole=True), "k_norm": norm("rms", 256, whole=True)},
+    "normed in half precision": {
+        "q_norm": norm("rms", 64),
+        "k_norm": norm("layer", 256, whole=True),
+        "dtype": torch.bfloat16,
+        "batch": 4,
+    },
     "dense output": {"ranks": (64, 64, 64, None)},
     "dense inputs": {"ranks": (None, None, None, 64)},
 }
@@ -75,7 +83,8 @@ ATTENTIONS = {
 @pytest.mark.parametrize("name", ATTENTIONS)
 def test_attention(name):
     how = {"num_heads": 4, "head_dim": 64, "ranks": (64, 32, 32, 64), "workspace_bytes": WORKSPACE} | ATTENTIONS[name]
-    assert_bounded(ops.attention, attention_arguments(2, 2048, None, 256, **how), KERNEL_SCRATCH)
+    arguments = attention_arguments(**{"batch": 2, "q_len": 2048, "features": 256} | how)
+    assert_bounded(ops.attention, arguments, KERNEL_SCRATCH)
 
 
 def test_attention_of_short_items():
@@ -117,7 +126,7 @@ WHOLE = ATTENTIONS | {
 @pytest.mark.parametrize("name", WHOLE)
 def test_attention_as_a_whole(name):
     how = {"num_heads": 4, "head_dim": 64, "ranks": (64, 32, 32, 64)} | WHOLE[name]
-    arguments = attention_arguments(2, 256, None, 256, **how)
+    arguments = attention_arguments(**{"batch": 2, "q_len": 256, "features": 256} | how)
     context, attn, _, _ = parse(arguments[0], arguments[1:])
     scratch = scratch_of_attention(arguments[0], context, attn)
     assert_bounded_as_a_whole(ops.attention, arguments, scratch, KERNEL_SCRATCH // 4)
