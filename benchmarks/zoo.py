@@ -177,6 +177,7 @@ FAMILIES = {
             lambda: tf.Gemma3TextModel(tf.Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=4)),
             _decoder,
         ),
+        Family("StableLM", lambda: tf.StableLmModel(tf.StableLmConfig(**_GROUPED, qk_layernorm=True)), _decoder),
         Family("Phi-3", lambda: tf.Phi3Model(tf.Phi3Config(**_GROUPED)), _decoder),
         Family(
             "T5",

@@ -27,9 +27,9 @@ Lift = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def supported(x: Tensor, attn: Attention) -> bool:
-    """Whether our own kernels compute the region: no arbitrary mask, no norm, one size of heads, a positive scale."""
+    """Whether our own kernels compute the region: one size of heads, a positive scale, no mask, norm or soft cap."""
     in_place = attn.queries_in_place and attn.heads_in_place and x.numel() > 0
-    plain = attn.mask is None and not attn.normed and attn.scale > 0
+    plain = attn.mask is None and not attn.normed and not attn.softcap and attn.scale > 0
     return in_place and plain and attention_kernel.supported(x.device, x.dtype)
 
 
