@@ -186,7 +186,6 @@ FAMILIES = {
             lambda: tf.BloomModel(tf.BloomConfig(hidden_size=64, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY)),
             _alibi_decoder,
         ),
-        Family("Cohere", lambda: tf.CohereModel(tf.CohereConfig(**_GROUPED)), _decoder),
         Family("GPT-NeoX", lambda: tf.GPTNeoXModel(tf.GPTNeoXConfig(**_TEXT, **_TOKENS)), _decoder),
         Family("Llama", lambda: tf.LlamaModel(tf.LlamaConfig(**_GROUPED)), _decoder),
         Family("Mistral", lambda: tf.MistralModel(tf.MistralConfig(**_GROUPED, sliding_window=4)), _decoder),
@@ -205,6 +204,7 @@ FAMILIES = {
             lambda: tf.Gemma3TextModel(tf.Gemma3TextConfig(**_GROUPED, head_dim=16, sliding_window=4)),
             _decoder,
         ),
+        Family("StableLM", lambda: tf.StableLmModel(tf.StableLmConfig(**_GROUPED, qk_layernorm=True)), _decoder),
         Family("Phi-3", lambda: tf.Phi3Model(tf.Phi3Config(**_GROUPED)), _decoder),
         Family(
             "T5",

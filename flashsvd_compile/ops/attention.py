@@ -3,8 +3,8 @@
     heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
 
-Keys and values are lifted out of rank space for a few heads at a time; no tensor of the size of k, v or the scores is
-ever whole.
+A soft cap turns the scaled products into ``cap * tanh(products / cap)`` before the mask. Keys and values are lifted out
+of rank space for a few heads at a time; no tensor of the size of k, v or the scores is ever whole.
 """
 
 from typing import NamedTuple
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..options import Strategy
-from . import attention_gpu, norm
+from . import attention_gpu, capped, norm
 from . import projection as proj
 from .attention_region import Attention, full_mask, parse, rotate, rotate_
 from .backward import Chunked, differentiable, items_of_a_chunk
@@ -28,7 +28,7 @@ SCHEMA = (
     f"(Tensor x, Tensor? context=None, {', '.join(map(proj.schema_of, ROLES))}, "
     "Tensor? key_padding=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
     f"{norm.schema_of('q')}, {norm.schema_of('k')}, "
-    "int num_heads=1, int num_kv_heads=1, float scale=1.0, int window_left=-1, int window_right=-1, "
+    "int num_heads=1, int num_kv_heads=1, float scale=1.0, float softcap=0.0, int window_left=-1, int window_right=-1, "
     "Tensor? documents=None, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
 
@@ -55,7 +55,10 @@ def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
     v = _heads(proj.apply(context, attn.v), attn.num_kv_heads).transpose(1, 2)
     q, k = rotate(q, attn), rotate(k, attn)
     mask = full_mask(attn, slice(0, q.shape[2]), slice(0, k.shape[2]), q)
-    heads = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale, enable_gqa=attn.group > 1)
+    if attn.softcap:
+        heads = capped.reference(q, k, v, mask, attn)
+    else:
+        heads = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale, enable_gqa=attn.group > 1)
     del q, k, v
     merged = heads.transpose(1, 2).flatten(2)
     return (merged if attn.out is None else proj.apply(merged, attn.out)).contiguous()
@@ -88,6 +91,8 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
     queries = q_len * (attn.num_heads * attn.head_dim * copies + attn.merged_width + proj.rank(attn.q))
     keys = kv_len * attn.num_kv_heads * (attn.head_dim * copies + attn.value_dim)
     scores = q_len * kv_len if attn.head_dim == attn.value_dim else 3 * attn.num_heads * q_len * kv_len
+    if attn.softcap:
+        scores = capped.scratch(attn, q_len, kv_len, x.dtype)
     scores += 0 if attn.documents is None else q_len * kv_len  # booleans of each item
     return batch * (queries + keys + scores) * x.element_size()
 

@@ -1,5 +1,6 @@
 """What an attention region is: its tensors and numbers, its checks, its masks and its rotation."""
 
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -28,6 +29,7 @@ class Attention(NamedTuple):
         q_norm, k_norm: normalisation of queries and of keys before their rotation, or ``None``.
         num_heads, num_kv_heads: queries' and keys' heads; the former a multiple of the latter.
         scale: factor on the scores.
+        softcap: scores become ``softcap * tanh(scores / softcap)`` before they are masked; 0 leaves them as they are.
         window_left, window_right: key ``j`` is visible to query ``i`` when ``i - left <= j <= i + right``;
             :data:`UNLIMITED` lifts a side. Causal attention is ``window_right=0``.
         documents: ``[batch, len]`` integers or bool, or ``None``: a query sees only keys whose number is its own. For
@@ -48,6 +50,7 @@ class Attention(NamedTuple):
     num_heads: int
     num_kv_heads: int
     scale: float
+    softcap: float
     window_left: int
     window_right: int
     documents: Tensor | None = None
@@ -148,6 +151,16 @@ def _block(mask: Tensor, dim: int, block: slice) -> Tensor:
     return mask if mask.shape[dim] == 1 else mask.narrow(dim, block.start, block.stop - block.start)
 
 
+def in_window(attn: Attention, queries: slice, keys: slice) -> slice:
+    """The keys that any of the queries can see through the window."""
+    start, stop = keys.start, keys.stop
+    if attn.window_left != UNLIMITED:
+        start = max(start, queries.start - attn.window_left)
+    if attn.window_right != UNLIMITED:
+        stop = min(stop, queries.stop + attn.window_right)
+    return slice(min(start, stop), stop)
+
+
 def rotate(heads: Tensor, attn: Attention) -> Tensor:
     """Rotary position embedding of ``[batch, heads, len, head_dim]`` (Su et al. 2021, arXiv:2104.09864, eq. 34).
 
@@ -195,7 +208,7 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
 
     Raises:
         ShapeError, DtypeError: a tensor is missing or does not fit.
-        InvalidOptionError: unknown strategy or norm, no workspace, a window below -1.
+        InvalidOptionError: unknown strategy or norm, no workspace, a window below -1, a soft cap below 0.
     """
     context, *rest = arguments
     context = x if context is None else context
@@ -242,6 +255,8 @@ def _validate(x: Tensor, context: Tensor, attn: Attention) -> None:
     for name, reach in (("window_left", attn.window_left), ("window_right", attn.window_right)):
         if reach < UNLIMITED:
             raise InvalidOptionError(name, reach, f"a number of keys, or {UNLIMITED} for no limit")
+    if not (isfinite(attn.softcap) and attn.softcap >= 0):
+        raise InvalidOptionError("softcap", attn.softcap, "a positive number, or 0 for no cap")
     _validate_masks(x, context, attn)
     _validate_rotation(x, context, attn)
 

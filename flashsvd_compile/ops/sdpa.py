@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from .attention_region import UNLIMITED, Attention, full_mask
+from . import capped
+from .attention_region import UNLIMITED, Attention, full_mask, in_window
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor, Attention], None]
 """``core(out, q, k, v, attn)`` attends for lifted heads, ``[items, len, heads, dim]`` each, into ``out``.
@@ -100,6 +101,9 @@ def visible_keys(key_padding: Tensor | None, batch: int, kv_len: int) -> Iterato
 
 def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys: slice) -> None:
     """Attend to a range of keys, a block of queries at a time; positions count from the first of all keys."""
+    if attn.softcap:
+        capped.attend(out, q, k, v, attn, keys)
+        return
     one_kernel = q.shape[-1] == v.shape[-1]
     windowed = (attn.window_left, attn.window_right) != (UNLIMITED, UNLIMITED)
     unmasked = attn.mask is None and attn.key_padding is None and attn.documents is None
@@ -115,7 +119,7 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
         step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[0] * k.shape[1])))
     for start in range(0, q.shape[1], step):
         queries = slice(start, min(start + step, q.shape[1]))
-        block = _in_window(attn, queries, keys)
+        block = in_window(attn, queries, keys)
         mask = full_mask(attn, queries, block, q)
         _sdpa(out[:, queries], q[:, queries], k[:, block], v[:, block], attn, mask)
 
@@ -133,16 +137,6 @@ def _causal(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> No
 def is_causal(attn: Attention) -> bool:
     """Whether the window is that of causal attention, and nothing narrower."""
     return (attn.window_left, attn.window_right) == (UNLIMITED, 0)
-
-
-def _in_window(attn: Attention, queries: slice, keys: slice) -> slice:
-    """The keys that any of the queries can see through the window."""
-    start, stop = keys.start, keys.stop
-    if attn.window_left != UNLIMITED:
-        start = max(start, queries.start - attn.window_left)
-    if attn.window_right != UNLIMITED:
-        stop = min(stop, queries.stop + attn.window_right)
-    return slice(min(start, stop), stop)
 
 
 def _sdpa(

@@ -121,6 +121,7 @@ def _constants(core: Core, q: Member, k: Member) -> dict[str, Any] | Obstacle:
         "num_heads": q.heads,
         "num_kv_heads": k.heads,
         "scale": core.scale * q.scale * k.scale,
+        "softcap": core.softcap,
     }
     if q.rope is not None:
         constants |= {"cos": _table(q.rope.cos), "sin": _table(q.rope.sin), "interleaved": q.rope.interleaved}

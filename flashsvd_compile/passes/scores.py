@@ -4,6 +4,8 @@ Serves ``scaled_dot_product_attention`` and its spelled-out form, by matrix prod
 
     probs = softmax(q @ k.transpose(-1, -2) * scale + mask, dim=-1)
     heads = probs @ v
+
+A soft cap, ``cap * tanh(scores / cap)``, may stand between the scale and the mask.
 """
 
 from math import sqrt
@@ -30,13 +32,14 @@ class Operand(NamedTuple):
 
 
 class Core(NamedTuple):
-    """``softmax(scale * q @ k.T + mask) @ v``.
+    """``softmax(scale * q @ k.T + mask) @ v``, or ``softmax(softcap * tanh(scale * q @ k.T / softcap) + mask) @ v``.
 
     Attributes:
         q, k, v: operands with their axes named.
         masks: what restricts the scores.
         causal: query ``i`` sees key ``j`` only when ``j <= i``.
         scale: factor on the scores.
+        softcap: what the scores stay below in magnitude, or 0 for no cap.
         result: the heads' outputs with their axes named.
         nodes: the nodes between operands and result, the result last.
     """
@@ -47,6 +50,7 @@ class Core(NamedTuple):
     masks: tuple[Mask, ...]
     causal: bool
     scale: float
+    softcap: float
     result: Operand
     nodes: tuple[Node, ...]
 
@@ -81,7 +85,7 @@ def _sdpa(call: Call, node: Node) -> Core | Obstacle:
         return _unsupported(f"the scale of {node.name!r} is no constant")
     mask = call.get("attn_mask")
     masks = () if mask is None else (Mask(mask),)
-    return Core(q, k, v, masks, causal, factor, result, (node,))
+    return Core(q, k, v, masks, causal, factor, 0.0, result, (node,))
 
 
 def default_scale(query: Node) -> float | None:
@@ -115,7 +119,7 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
         return _unsupported(f"the axes of {node.name!r} are not batch, heads, queries and keys")
     q, k, v, result = operands
     nodes = (*scores.nodes, probabilities, *after, node)
-    return Core(q, k, v, scores.masks, False, scores.scale, result, nodes)
+    return Core(q, k, v, scores.masks, False, scores.scale, scores.softcap, result, nodes)
 
 
 def _operands(scores: Product, weighted: Product, node: Node) -> tuple[Operand, Operand, Operand, Operand] | None:
@@ -174,36 +178,43 @@ def _items_of(node: Node, letters: str, shared: str) -> tuple[Axis, ...]:
 
 
 class _Scores(NamedTuple):
-    """``product * scale``, masked."""
+    """``product * scale``, capped, masked."""
 
     product: Product
     scale: float
+    softcap: float
     masks: tuple[Mask, ...]
     nodes: tuple[Node, ...]
 
 
 def _read_scores(node: Node) -> _Scores | Obstacle:
-    """Walk from the softmax's input to ``q @ k.T``."""
-    scale, masks, nodes, floored = 1.0, (), [], False
+    """Walk from the softmax's input to ``q @ k.T``.
+
+    A factor ``a`` behind a ``tanh`` and one ``b`` before it cap ``a * b * product`` at ``a``.
+    """
+    scale, softcap, masks, nodes, floored = 1.0, 0.0, (), [], False
     while True:
         node, passed = _skip(node)
         nodes[:0] = passed
         product, call = read_product(node), read(node)
         nodes.insert(0, node)
         if product is not None:
-            return _Scores(product, scale * product.scale, masks, tuple(nodes))
-        biased = None if scale != 1.0 else read_biased_product(node)
+            return _Scores(product, scale * product.scale, softcap, masks, tuple(nodes))
+        biased = None if scale != 1.0 or softcap else read_biased_product(node)
         if biased is not None:
             return _with_bias(node, *biased, masks, tuple(nodes), floored)
         factor = None if call is None else _factor(call)
         if factor is not None:
             node, scale = factor[0], scale * factor[1]
             continue
-        raised = None if scale != 1.0 else read_floor(node)
+        if call is not None and call.op == "tanh" and not softcap and scale > 0:
+            node, softcap = call.input, scale
+            continue
+        raised = None if scale != 1.0 or softcap else read_floor(node)
         if raised is not None:
             node, floored = raised, True
             continue
-        masked = None if scale != 1.0 else _read_addition(node) or read_fill(node)
+        masked = None if scale != 1.0 or softcap else _read_addition(node) or read_fill(node)
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
         node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))
@@ -218,7 +229,7 @@ def _with_bias(
     if heads is None or not heads.is_Integer or before is None or after is None or before.dtype != after.dtype:
         return _unsupported(f"the heads that {bias.name!r} is added to are not known")
     masks = (*masks, Mask(bias, floored=floored, heads=int(heads)))
-    return _Scores(product, product.scale, masks, nodes)
+    return _Scores(product, product.scale, 0.0, masks, nodes)
 
 
 def _factor(call: Call) -> tuple[Node, float] | None:
@@ -254,6 +265,8 @@ def _leads_to_product(node: Node) -> bool:
     if read_product(node) is not None or read_biased_product(node) is not None:
         return True
     call = read(node)
+    if call is not None and call.op == "tanh":
+        return _leads_to_product(call.input)
     factor = None if call is None else _factor(call)
     before = factor or _read_addition(node) or read_fill(node)
     return before is not None and _leads_to_product(before[0])

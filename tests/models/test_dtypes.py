@@ -16,10 +16,11 @@ from .compiled import Compiled, assert_as_right_as_unfused, factored
         ("Llama", torch.float16),
         ("Qwen3", torch.bfloat16),
         ("Gemma 3", torch.float16),
+        ("Gemma 2", torch.bfloat16),
     ],
 )
 def test_half_precision(name, dtype):
-    """ModernBERT rotates in float32, Llama's norms and those of the others' queries and keys are in float32."""
+    """ModernBERT rotates in float32, norms of inputs, queries and keys are in float32, Gemma 2 caps its scores."""
     family, compiled = FAMILIES[name], Compiled(factored(name, dtype))
     assert_as_right_as_unfused(name, compiled, family.inputs(2, 9, "right"), dtype)
     assert compiled.report.count("attention") == family.attentions

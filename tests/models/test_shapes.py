@@ -7,7 +7,14 @@ from benchmarks.zoo import FAMILIES
 
 from .compiled import Compiled, assert_as_right_as_unfused, factored
 
-PADDED = [("BERT", "right"), ("GPT-2", "left"), ("Mistral", "left"), ("ModernBERT", "right"), ("Qwen3", "left")]
+PADDED = [
+    ("BERT", "right"),
+    ("GPT-2", "left"),
+    ("Mistral", "left"),
+    ("ModernBERT", "right"),
+    ("Qwen3", "left"),
+    ("Gemma 2", "none"),
+]
 
 
 @pytest.mark.parametrize(("name", "padding"), PADDED)

@@ -111,6 +111,7 @@ def attention_arguments(
     interleaved: bool = False,
     q_norm: tuple = NO_NORM,
     k_norm: tuple = NO_NORM,
+    softcap: float = 0.0,
     window: tuple[int, int] = (-1, -1),
     documents: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
@@ -132,7 +133,7 @@ def attention_arguments(
     v = projection(features, num_kv_heads * value_dim, ranks[2], **how)
     o = projection(num_heads * value_dim, out_features or features, ranks[3], **how) if out else ABSENT
     cos, sin = rotation(batch if rotation_per_item else 1, q_len, rotary_dim, dtype) if rotary_dim else (None, None)
-    heads = (num_heads, num_kv_heads, head_dim**-0.5)
+    heads = (num_heads, num_kv_heads, head_dim**-0.5, softcap)
     options = (cos, sin, interleaved, *q_norm, *k_norm, *heads, *window, documents, strategy, workspace_bytes)
     return (x, context, *q, *k, *v, *o, key_padding, mask, *options)
 

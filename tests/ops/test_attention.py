@@ -63,6 +63,7 @@ def regions(draw) -> tuple:
         interleaved=draw(st.booleans()),
         q_norm=draw(norms(kv_heads * group, head_dim, dtype)),
         k_norm=draw(norms(kv_heads, head_dim, dtype)),
+        softcap=draw(st.sampled_from((0.0, 0.5, 30.0))),
         window=draw(st.tuples(st.integers(-1, 9), st.integers(-1, 9))),
         documents=documents,
         dtype=dtype,

@@ -72,6 +72,10 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "attention-normed": attention_case(
             3, 8, **wide, rotary_dim=4, q_norm=of_heads("rms", 8), k_norm=of_heads("layer", 2, 8, bias=True), **how
         ),
+        "attention-capped": attention_case(
+            3, 4, **heads, softcap=0.7, key_padding=padding(4, 2, 0, total=4), window=(-1, 0), **how
+        ),
+        "attention-capped-bias": attention_case(2, 4, **heads, softcap=0.7, mask=per_item, **how),
         "attention-normed-whole": attention_case(
             3, 8, **wide, q_norm=of_all("layer", 16), k_norm=of_all("rms", 16), **how
         ),

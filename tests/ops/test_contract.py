@@ -40,6 +40,11 @@ CASES = {
             q_norm=norm("layer", 32, whole=True), k_norm=norm("rms", 32, whole=True), workspace_bytes=SMALL
         ),
     ),
+    "attention-capped": (ops.attention, attention_arguments(softcap=2.0, num_kv_heads=2, window=(-1, 0))),
+    "attention-capped-small": (
+        ops.attention,
+        attention_arguments(softcap=2.0, mask=torch.randn(1, 4, 7, 7), workspace_bytes=SMALL),
+    ),
     "attention-values": (ops.attention, attention_arguments(value_dim=6, out_features=20)),
     "attention-documents": (ops.attention, attention_arguments(documents=packed(3, 4, batch=2), window=(-1, 0))),
     "attention-merged": (ops.attention, attention_arguments(ranks=(32, 4, None, 16), strategy="merged")),
@@ -59,6 +64,7 @@ OF_LENGTH = {
     "attention": (ops.attention, lambda n: attention_arguments(2, n, key_padding=padding(n, 4, total=n))),
     "attention-cross": (ops.attention, lambda n: attention_arguments(2, n, n + 1, window=(-1, 0))),
     "attention-normed": (ops.attention, lambda n: attention_arguments(2, n, q_norm=norm("rms", 8))),
+    "attention-capped": (ops.attention, lambda n: attention_arguments(2, n, softcap=2.0, window=(-1, 0))),
     "attention-rotary": (ops.attention, lambda n: attention_arguments(2, n, rotary_dim=4)),
     "attention-documents": (ops.attention, lambda n: attention_arguments(2, n, documents=packed(3, n - 3, batch=2))),
 }

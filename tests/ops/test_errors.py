@@ -171,3 +171,11 @@ class TestNorms:
 def test_a_norm_of_grouped_keys_has_their_heads():
     with pytest.raises(ShapeError, match=r"k_norm_weight is \(4, 8\), expected \(8,\), \(2, 8\) or \(16,\)"):
         call("attention", {"num_kv_heads": 2}, k_norm="rms", k_norm_weight=torch.ones(4, 8))
+
+
+@pytest.mark.parametrize("softcap", [-1.0, float("nan"), float("inf")])
+def test_softcap(softcap):
+    with pytest.raises(
+        InvalidOptionError, match=f"'softcap' cannot be {softcap}; valid: a positive number, or 0 for no cap"
+    ):
+        call("attention", softcap=softcap)

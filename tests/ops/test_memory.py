@@ -75,6 +75,9 @@ ATTENTIONS = {
         "dtype": torch.bfloat16,
         "batch": 4,
     },
+    "capped": {"softcap": 2.0},
+    "capped and padded": {"softcap": 2.0, "key_padding": padding(2048, 1500, total=2048)},
+    "capped in half precision": {"softcap": 2.0, "num_kv_heads": 2, "dtype": torch.bfloat16, "batch": 4},
     "dense output": {"ranks": (64, 64, 64, None)},
     "dense inputs": {"ranks": (None, None, None, 64)},
 }
@@ -115,6 +118,7 @@ def test_mlp_as_a_whole(activation, gated):
 
 WHOLE = ATTENTIONS | {
     "padded": {"key_padding": padding(256, 100, total=256)},
+    "capped and padded": {"softcap": 2.0, "key_padding": padding(256, 100, total=256)},
     "holes": {"key_padding": torch.arange(512).view(2, 256) % 3 > 0},
     "documents": {"documents": packed(100, 50, 106, batch=2), "window": (-1, 0)},
     "interrupted documents": {"documents": torch.arange(512).view(2, 256) % 3, "window": (-1, 0)},

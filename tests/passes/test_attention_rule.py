@@ -271,18 +271,6 @@ def test_a_bias_that_is_scaled_together_with_the_scores_is_not_guessed():
     result.assert_same_result()
 
 
-def test_soft_capped_scores_leave_the_projections_to_the_linear_rule():
-    def core(q, k, v):
-        scores = 5.0 * torch.tanh(q @ k.transpose(2, 3) / 5.0)
-        return torch.softmax(scores, -1) @ v
-
-    result = rewritten(attention(core=core), X, *ALL)
-    assert result.count("attention") == 0
-    assert result.count("linear") == 4
-    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
-    result.assert_same_result()
-
-
 def test_live_attention_dropout():
     core = lambda q, k, v: scaled_dot_product_attention(q, k, v, dropout_p=0.1)  # noqa: E731
     result = rewritten(attention(core=core), X, *ALL)

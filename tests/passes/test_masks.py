@@ -44,7 +44,7 @@ def rebuilt(captured: Captured, reading: MaskReading) -> torch.Tensor:
     nothing = Projection(None, None, query, None)
     attention = Attention(
         q=nothing, k=nothing, v=nothing, out=None, key_padding=key_padding, mask=None, cos=None, sin=None,
-        interleaved=False, q_norm=None, k_norm=None, num_heads=1, num_kv_heads=1, scale=1.0,
+        interleaved=False, q_norm=None, k_norm=None, num_heads=1, num_kv_heads=1, scale=1.0, softcap=0.0,
         window_left=reading.window_left, window_right=reading.window_right, documents=documents,
     )  # fmt: skip
     mask = full_mask(attention, slice(0, query.shape[2]), slice(0, LENGTH), query)

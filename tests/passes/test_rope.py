@@ -40,7 +40,7 @@ def rotates(captured: Captured, interleaved: bool = False, heads_dim: int = 1) -
     nothing = Projection(None, None, source, None)
     attention = Attention(
         q=nothing, k=nothing, v=nothing, out=None, key_padding=None, mask=None, cos=cos, sin=sin,
-        interleaved=interleaved, q_norm=None, k_norm=None, num_heads=1, num_kv_heads=1, scale=1.0,
+        interleaved=interleaved, q_norm=None, k_norm=None, num_heads=1, num_kv_heads=1, scale=1.0, softcap=0.0,
         window_left=-1, window_right=-1,
     )  # fmt: skip
     heads = source if heads_dim == 1 else source.transpose(1, 2)
