@@ -3,11 +3,10 @@
 import torch
 
 from .baselines import float64_reference, measure_case, standard
-from .measure import isolated
 from .models import Attention, created_on, dense_of, frozen
 from .regions import forced_attention
 from .rows import Case, Target
-from .session import Session, parse
+from .session import Session, run
 
 
 def case(
@@ -61,13 +60,5 @@ def measure(session: Session, case: Case) -> None:
     measure_case(session, case, [*found, *forced_attention(module, x, key_padding, workspaces)], reference)
 
 
-def main() -> None:
-    session = parse("attention_region", __doc__)
-    for case in session.select(SMOKE_CASES if session.smoke else CASES):
-        with isolated(session.device):
-            measure(session, case)
-    session.show()
-
-
 if __name__ == "__main__":
-    main()
+    run("attention_region", __doc__, measure, CASES, SMOKE_CASES)

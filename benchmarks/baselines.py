@@ -10,7 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .measure import Call, blockwise_attention, captured, isolated, peak_bytes, relative_error, timing, usable
+from flashsvd_compile.measure import peak_activation_bytes, relative_error
+
+from .measure import Call, blockwise_attention, captured, isolated, timing, usable
 from .rows import Case, Row
 from .session import POISONED_EXIT, Session, console
 
@@ -202,7 +204,7 @@ def _weigh_and_check(
     unit_bytes = case.unit_elements * output.element_size()
     del output
     if implementation.memory_of is None:
-        row.put_memory(peak_bytes(call, session.device), output_bytes, unit_bytes)
+        row.put_memory(peak_activation_bytes(call, session.device), output_bytes, unit_bytes)
     else:
         _copy_memory(row, session, case, implementation.memory_of)
 

@@ -7,10 +7,9 @@ from torch import nn
 
 from .attention_region import padding
 from .baselines import float64_reference, measure_case, micro_batched, standard, step_of_equal_memory
-from .measure import isolated
 from .models import Ranks, bert, created_on, dense_of, frozen
 from .rows import Case, Target
-from .session import Session, parse
+from .session import Session, run
 
 UNITS_TO_REACH = 2.6
 SHAPES = {(32, 128): 0.90, (32, 512): 0.75, (64, 512): 0.75, (8, 2048): 0.75, (1, 8192): 0.75}
@@ -100,13 +99,5 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--micro-batch", action="store_true", help="Inductor micro-batched to the memory of ours")
 
 
-def main() -> None:
-    session = parse("bert", __doc__, arguments)
-    for case in session.select(smoke_cases() if session.smoke else cases()):
-        with isolated(session.device):
-            measure(session, case)
-    session.show()
-
-
 if __name__ == "__main__":
-    main()
+    run("bert", __doc__, measure, cases(), smoke_cases(), arguments)

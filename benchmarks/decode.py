@@ -8,10 +8,9 @@ import torch
 from torch import nn
 
 from .baselines import float64_reference, measure_case, standard
-from .measure import isolated
 from .models import Ranks, created_on, decoder_without_attention, dense_of, frozen
 from .rows import Case, Target
-from .session import Session, parse
+from .session import Session, run
 
 COPY_BYTES_PER_SECOND = 4.28e12
 """Of one H200, read plus written."""
@@ -62,13 +61,5 @@ def measure(session: Session, case: Case) -> None:
     measure_case(session, case, found, reference)
 
 
-def main() -> None:
-    session = parse("decode", __doc__)
-    for case in session.select(SMOKE_CASES if session.smoke else CASES):
-        with isolated(session.device):
-            measure(session, case)
-    session.show()
-
-
 if __name__ == "__main__":
-    main()
+    run("decode", __doc__, measure, CASES, SMOKE_CASES)

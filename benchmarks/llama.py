@@ -5,10 +5,9 @@ from torch import nn
 
 from .attention_region import padding
 from .baselines import float64_reference, measure_case, standard
-from .measure import isolated
 from .models import Ranks, created_on, dense_of, frozen, llama
 from .rows import Case, Target
-from .session import Session, parse
+from .session import Session, run
 
 RANKS = Ranks(attention=1024, output=1024, mlp=1493)
 BASE = {"layers": 4, "D": 4096, "d_ff": 11008, "H": 32}
@@ -57,13 +56,5 @@ def measure(session: Session, case: Case) -> None:
     measure_case(session, case, standard(model, dense_of(model), call), float64_reference(model, call))
 
 
-def main() -> None:
-    session = parse("llama", __doc__)
-    for case in session.select(SMOKE_CASES if session.smoke else CASES):
-        with isolated(session.device):
-            measure(session, case)
-    session.show()
-
-
 if __name__ == "__main__":
-    main()
+    run("llama", __doc__, measure, CASES, SMOKE_CASES)

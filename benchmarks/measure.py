@@ -1,4 +1,4 @@
-"""Time, peak activation memory and error of one call, on CUDA or (for smoke tests of the harness) a CPU."""
+"""Time of one call, CUDA graphs of it, float64 references: what :mod:`flashsvd_compile.measure` does not hold."""
 
 import gc
 import time
@@ -63,25 +63,6 @@ def _cpu_samples(call: Callable[[], object], count: int) -> list[float]:
     return samples
 
 
-def peak_bytes(call: Call, device: torch.device) -> int | None:
-    """Bytes that one warm call allocates at its peak, its output included; ``None`` where there is no CUDA.
-
-    ``max_memory_allocated`` over the call minus ``memory_allocated`` just before it. Call it outside of CUDA graphs
-    and with earlier outputs freed.
-    """
-    if device.type != "cuda":
-        return None
-    gc.collect()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    output = call()
-    torch.cuda.synchronize()
-    peak = torch.cuda.max_memory_allocated() - before
-    del output
-    return peak
-
-
 def captured(call: Call) -> Callable[[], None]:
     """The replay of a CUDA graph of ``call``, which must be warm and must not synchronise with the host."""
     stream = torch.cuda.Stream()
@@ -100,11 +81,6 @@ def captured(call: Call) -> Callable[[], None]:
 
     replay.output = kept_alive  # pyright: ignore[reportFunctionMemberAccess]
     return replay
-
-
-def relative_error(output: Tensor, reference: Tensor) -> float:
-    """Relative Frobenius distance, ``norm(output - reference) / norm(reference)``, in float64."""
-    return (torch.linalg.norm(output.double() - reference) / torch.linalg.norm(reference)).item()
 
 
 @contextmanager

@@ -3,11 +3,10 @@
 import torch
 
 from .baselines import float64_reference, measure_case, micro_batched, standard, step_of_equal_memory
-from .measure import isolated
 from .models import Mlp, created_on, dense_of, frozen
 from .regions import forced_mlp
 from .rows import Case, Target
-from .session import Session, parse
+from .session import Session, run
 
 
 def case(
@@ -62,13 +61,5 @@ def measure(session: Session, case: Case) -> None:
         measure_case(session, case, [micro], reference)
 
 
-def main() -> None:
-    session = parse("mlp_region", __doc__)
-    for case in session.select(SMOKE_CASES if session.smoke else CASES):
-        with isolated(session.device):
-            measure(session, case)
-    session.show()
-
-
 if __name__ == "__main__":
-    main()
+    run("mlp_region", __doc__, measure, CASES, SMOKE_CASES)

@@ -119,11 +119,10 @@ class Row:
         if self.floor_ms is not None:
             self.share_of_floor = self.floor_ms / timing.median_ms
 
-    def put_memory(self, peak_bytes: int | None, output_bytes: int, unit_bytes: int) -> None:
-        if peak_bytes is not None:
-            self.peak_bytes = peak_bytes
-            self.units = peak_bytes / unit_bytes
-            self.transient_mib = (peak_bytes - output_bytes) / MIB
+    def put_memory(self, peak_bytes: int, output_bytes: int, unit_bytes: int) -> None:
+        self.peak_bytes = peak_bytes
+        self.units = peak_bytes / unit_bytes
+        self.transient_mib = (peak_bytes - output_bytes) / MIB
 
     @property
     def memory(self) -> float | None:

@@ -4,7 +4,7 @@ import argparse
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import record
+from .measure import isolated
 from .rows import Case, Row, as_records, compare, reached
 
 POISONED_EXIT = 3
@@ -136,6 +137,28 @@ def parse(name: str, description: str | None, add=None) -> Session:
     if given.resume and session.record_path is not None:
         session.rows = read_rows(session.record_path)
     return session
+
+
+def run(
+    name: str,
+    description: str | None,
+    measure: Callable[[Session, Case], None],
+    cases: Sequence[Case],
+    smoke_cases: Sequence[Case],
+    add: Callable[[argparse.ArgumentParser], None] | None = None,
+) -> None:
+    """A whole script: parse the command line, measure each case by itself, print the tables.
+
+    Args:
+        name, description, add: see :func:`parse`.
+        measure: measures one case into the session's rows.
+        cases, smoke_cases: the cases, and those of ``--smoke``.
+    """
+    session = parse(name, description, add)
+    for case in session.select(smoke_cases if session.smoke else cases):
+        with isolated(session.device):
+            measure(session, case)
+    session.show()
 
 
 def _command(script: str, arguments: list[str]) -> str:

@@ -6,9 +6,8 @@ No point of ours may lie above the best baseline beyond noise.
 from dataclasses import replace
 
 from . import attention_region, mlp_region
-from .measure import isolated
 from .rows import Case, Target
-from .session import Session, parse
+from .session import Session, run
 
 RANKS = (16, 32, 64, 96, 128, 192, 256, 304, 384, 512, 768)
 LENGTHS = (128, 512, 2048, 8192, 16384, 65536)
@@ -49,13 +48,5 @@ def measure(session: Session, case: Case) -> None:
     region.measure(session, case)
 
 
-def main() -> None:
-    session = parse("sweep", __doc__)
-    for case in session.select(SMOKE_CASES if session.smoke else CASES):
-        with isolated(session.device):
-            measure(session, case)
-    session.show()
-
-
 if __name__ == "__main__":
-    main()
+    run("sweep", __doc__, measure, CASES, SMOKE_CASES)

@@ -5,8 +5,10 @@ The tables stand in ``README.md`` between ``<!-- records -->`` and ``<!-- /recor
 """
 
 import re
+import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import matplotlib
@@ -14,7 +16,7 @@ import matplotlib
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-from . import record
+from . import record, sweep_plots
 from .rows import Row, fastest
 from .session import number
 
@@ -30,7 +32,7 @@ TITLES = {
     "bert_published_ranks": "BERT-base at the published ranks",
     "llama": "Llama-like prefill",
     "decode": "Decoding, one token at a time",
-    "cpu_bert": "BERT-base on a CPU",
+    "cpu": "BERT-base on a CPU",
 }
 """Records that the README shows, in order."""
 MEASURES = {"units": "units", "transient_mib": "MiB beside the output"}
@@ -142,12 +144,18 @@ def plot(name: str, found: Mapping[str, Any], path: Path) -> None:
 
 def shown() -> dict[str, dict[str, Any]]:
     """The records to show that there are."""
-    return {name: record.read(name) for name in TITLES if (record.RESULTS / f"{name}.json").exists()}
+    names = (*TITLES, *sweep_plots.TITLES)
+    return {name: record.read(name) for name in names if (record.RESULTS / f"{name}.json").exists()}
+
+
+def _home(name: str) -> ModuleType:
+    """The module that shows a record: this one, or the one for sweeps."""
+    return sweep_plots if name in sweep_plots.TITLES else sys.modules[__name__]
 
 
 def filled(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's text with its tables made anew."""
-    sections = "".join(section(name, found) for name, found in records.items())
+    sections = "".join(_home(name).section(name, found) for name, found in records.items())
     return MARKED.sub(lambda _: sections + "\n", text)
 
 
@@ -155,7 +163,7 @@ def main() -> None:
     records = shown()
     README.write_text(filled(README.read_text(), records))
     for name, found in records.items():
-        plot(name, found, PLOTS / f"{name}.svg")
+        _home(name).plot(name, found, PLOTS / f"{name}.svg")
 
 
 if __name__ == "__main__":

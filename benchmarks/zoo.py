@@ -99,6 +99,11 @@ def _decoder(batch: int, length: int, padding: str) -> Inputs:
     return {**_encoder(batch, length, padding), "use_cache": False}
 
 
+def _alibi_decoder(batch: int, length: int, padding: str) -> Inputs:
+    """Never padded on the left: a bias added to the least number overflows where a query sees no key."""
+    return _decoder(batch, length, "right" if padding == "left" else padding)
+
+
 def _sequence_to_sequence(batch: int, length: int, padding: str) -> Inputs:
     return {**_decoder(batch, length, padding), "decoder_input_ids": _tokens(batch, max(1, length // 2))}
 
@@ -142,6 +147,16 @@ FAMILIES = {
             _encoder,
         ),
         Family("ViT", lambda: tf.ViTModel(tf.ViTConfig(**_VISION)), _image),
+        Family("MPNet", lambda: tf.MPNetModel(tf.MPNetConfig(**_TEXT)), _encoder),
+        Family(
+            "Swin",
+            lambda: tf.SwinModel(
+                tf.SwinConfig(image_size=32, patch_size=4, embed_dim=32, depths=[1, 2], num_heads=[2, 4], window_size=4)
+            ),
+            _image,
+            attentions=3,
+            mlps=3,
+        ),
         Family("CLIP text", lambda: tf.CLIPTextModel(tf.CLIPTextConfig(**_TEXT, **_TOKENS)), _encoder),
         Family("CLIP vision", lambda: tf.CLIPVisionModel(tf.CLIPVisionConfig(**_VISION)), _image),
         Family(
@@ -159,13 +174,26 @@ FAMILIES = {
             ),
             _decoder,
         ),
+        Family(
+            "GPT-J",
+            lambda: tf.GPTJModel(
+                tf.GPTJConfig(n_embd=64, n_layer=LAYERS, n_head=4, rotary_dim=8, vocab_size=VOCABULARY)
+            ),
+            _decoder,
+        ),
+        Family(
+            "BLOOM",
+            lambda: tf.BloomModel(tf.BloomConfig(hidden_size=64, n_layer=LAYERS, n_head=4, vocab_size=VOCABULARY)),
+            _alibi_decoder,
+        ),
+        Family("Cohere", lambda: tf.CohereModel(tf.CohereConfig(**_GROUPED)), _decoder),
         Family("GPT-NeoX", lambda: tf.GPTNeoXModel(tf.GPTNeoXConfig(**_TEXT, **_TOKENS)), _decoder),
         Family("Llama", lambda: tf.LlamaModel(tf.LlamaConfig(**_GROUPED)), _decoder),
         Family("Mistral", lambda: tf.MistralModel(tf.MistralConfig(**_GROUPED, sliding_window=4)), _decoder),
         Family("Qwen2", lambda: tf.Qwen2Model(tf.Qwen2Config(**_GROUPED)), _decoder),
         Family("Qwen3", lambda: tf.Qwen3Model(tf.Qwen3Config(**_GROUPED, head_dim=16)), _decoder),
         Family("OLMo 2", lambda: tf.Olmo2Model(tf.Olmo2Config(**_GROUPED)), _decoder),
-        Family("Cohere", lambda: tf.CohereModel(tf.CohereConfig(**_GROUPED, use_qk_norm=True)), _decoder),
+        Family("Cohere, q/k norm", lambda: tf.CohereModel(tf.CohereConfig(**_GROUPED, use_qk_norm=True)), _decoder),
         Family("Persimmon", lambda: tf.PersimmonModel(tf.PersimmonConfig(**_TEXT, **_TOKENS)), _decoder),
         Family(
             "Gemma 2",
@@ -183,6 +211,17 @@ FAMILIES = {
             "T5",
             lambda: tf.T5Model(
                 tf.T5Config(
+                    d_model=64, d_kv=16, d_ff=128, num_layers=LAYERS, num_heads=4, vocab_size=VOCABULARY, **_TOKENS
+                )
+            ),
+            _sequence_to_sequence,
+            attentions=3 * LAYERS,
+            mlps=2 * LAYERS,
+        ),
+        Family(
+            "UMT5",
+            lambda: tf.UMT5Model(
+                tf.UMT5Config(
                     d_model=64, d_kv=16, d_ff=128, num_layers=LAYERS, num_heads=4, vocab_size=VOCABULARY, **_TOKENS
                 )
             ),

@@ -80,3 +80,9 @@ def test_cuda_peak_and_time():
 
     assert measure.peak_activation_bytes(call, device) == 2 * 4 * 2**20
     assert measure.times({"add": call}, device)["add"].median_ms > 0
+
+
+def test_relative_error_is_of_frobenius_norms():
+    reference = torch.tensor([3.0, 4.0], dtype=torch.float64)
+    assert measure.relative_error(torch.tensor([3.0, 4.5]), reference) == pytest.approx(0.1)
+    assert measure.relative_error(torch.tensor([float("nan"), 4.0]), reference) != 0

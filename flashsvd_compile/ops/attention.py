@@ -1,4 +1,4 @@
-"""``flashsvd::attention_v1``: multi-head attention with its (low-rank) projections, as one operator.
+"""``flashsvd::attention_v3``: multi-head attention with its (low-rank) projections, as one operator.
 
     heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
@@ -29,7 +29,7 @@ SCHEMA = (
     "Tensor? key_padding=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
     f"{norm.schema_of('q')}, {norm.schema_of('k')}, "
     "int num_heads=1, int num_kv_heads=1, float scale=1.0, float softcap=0.0, int window_left=-1, int window_right=-1, "
-    "str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+    "Tensor? documents=None, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
 
 
@@ -93,6 +93,7 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
     scores = q_len * kv_len if attn.head_dim == attn.value_dim else 3 * attn.num_heads * q_len * kv_len
     if attn.softcap:
         scores = capped.scratch(attn, q_len, kv_len, x.dtype)
+    scores += 0 if attn.documents is None else q_len * kv_len  # booleans of each item
     return batch * (queries + keys + scores) * x.element_size()
 
 
@@ -243,7 +244,7 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
 
 
-PER_ITEM = ("x", "context", "key_padding", "mask", "cos", "sin")
+PER_ITEM = ("x", "context", "key_padding", "mask", "cos", "sin", "documents")
 
 
 def _cut(grad: Tensor, arguments: tuple) -> Chunked:
@@ -263,5 +264,5 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return Chunked(grad, arguments, per_item, step)
 
 
-attention = register("attention_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+attention = register("attention_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
 differentiable(attention, reference, _cut)

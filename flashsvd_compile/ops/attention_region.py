@@ -32,6 +32,8 @@ class Attention(NamedTuple):
         softcap: scores become ``softcap * tanh(scores / softcap)`` before they are masked; 0 leaves them as they are.
         window_left, window_right: key ``j`` is visible to query ``i`` when ``i - left <= j <= i + right``;
             :data:`UNLIMITED` lifts a side. Causal attention is ``window_right=0``.
+        documents: ``[batch, len]`` integers or bool, or ``None``: a query sees only keys whose number is its own. For
+            self-attention, where several documents are packed into one item.
     """
 
     q: Projection[Tensor]
@@ -51,6 +53,7 @@ class Attention(NamedTuple):
     softcap: float
     window_left: int
     window_right: int
+    documents: Tensor | None = None
 
     @property
     def head_dim(self) -> int:
@@ -100,7 +103,15 @@ class Attention(NamedTuple):
         def of(tensor: Tensor | None) -> Tensor | None:
             return tensor if tensor is None or tensor.shape[0] == 1 else tensor[items]
 
-        return self._replace(key_padding=of(self.key_padding), mask=of(self.mask), cos=of(self.cos), sin=of(self.sin))
+        per_item = ("key_padding", "mask", "cos", "sin", "documents")
+        return self._replace(**{name: of(getattr(self, name)) for name in per_item})
+
+    def of_document(self, positions: slice) -> "Attention":
+        """The region restricted to the positions of one document, as far as a core looks at it."""
+        padding, mask = self.key_padding, self.mask
+        if mask is not None:
+            mask = _block(_block(mask, -2, positions), -1, positions)
+        return self._replace(key_padding=None if padding is None else padding[:, positions], mask=mask, documents=None)
 
     def of_heads(self, heads: slice) -> "Attention":
         """The region restricted to some query heads, as far as a core looks at it."""
@@ -117,6 +128,9 @@ def full_mask(attn: Attention, queries: slice, keys: slice, like: Tensor) -> Ten
     allowed = None
     if attn.key_padding is not None:
         allowed = attn.key_padding[:, None, None, keys]
+    if attn.documents is not None:
+        visible = attn.documents[:, None, queries, None] == attn.documents[:, None, None, keys]
+        allowed = visible if allowed is None else allowed & visible
     if (attn.window_left, attn.window_right) != (UNLIMITED, UNLIMITED):
         i = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
         j = torch.arange(keys.start, keys.stop, device=like.device)[None, :]
@@ -260,6 +274,13 @@ def _validate_masks(x: Tensor, context: Tensor, attn: Attention) -> None:
         full = (batch, attn.num_heads, q_len, kv_len)
         if attn.mask.dim() != 4 or any(m not in (1, n) for m, n in zip(attn.mask.shape, full, strict=True)):
             raise ShapeError("shape of mask", tuple(attn.mask.shape), f"broadcastable to {full}")
+    if attn.documents is not None:
+        if attn.documents.is_floating_point() or attn.documents.is_complex():
+            raise DtypeError("documents", attn.documents.dtype, "integers or bool")
+        if q_len != kv_len:
+            raise ShapeError("length of a context of packed documents", kv_len, q_len)
+        if tuple(attn.documents.shape) != (batch, q_len):
+            raise ShapeError("shape of documents", tuple(attn.documents.shape), (batch, q_len))
 
 
 def _validate_rotation(x: Tensor, context: Tensor, attn: Attention) -> None:

@@ -141,19 +141,34 @@ class Tile(NamedTuple):
 
 def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int) -> Tile:
     """As many rows as fit with ``columns`` of the hidden layer, then as many columns as fit with these rows."""
-    into_hidden = [mlp.hidden] if mlp.gate is None else [mlp.hidden, mlp.gate]
-    latent, copies = sum(map(proj.rank, into_hidden)) + proj.rank(mlp.out), len(into_hidden)
-    columns = min(columns, mlp.width)
-    rows = rows_that_fit(workspace_elements, latent + copies * columns, rows)
+    latent, copies = _latent_beside_result(mlp), len(_into_hidden(mlp))
+    columns, total = min(columns, mlp.width), proj.rank(mlp.out)
+    rows = rows_that_fit(workspace_elements, latent + max(copies * columns, total), rows)
     columns = max(columns, rows_that_fit(workspace_elements // rows - latent, copies, mlp.width))
-    return Tile(rows, columns, rows * (latent + copies * columns))
+    return Tile(rows, columns, rows * (latent + max(copies * columns, total)))
+
+
+def _into_hidden(mlp: Mlp) -> list[Projection[Tensor]]:
+    return [mlp.hidden] if mlp.gate is None else [mlp.hidden, mlp.gate]
+
+
+def _latent_beside_result(mlp: Mlp) -> int:
+    """Rank-space elements of a row for which the result's memory has no room; see :func:`_take`."""
+    room, beside = proj.out_features(mlp.out) if mlp.out.down is not None else 0, 0
+    for rank in map(proj.rank, (*_into_hidden(mlp), mlp.out)):
+        if rank <= room:
+            room -= rank
+        else:
+            beside += rank
+    return beside
 
 
 def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, columns: int | None = None) -> Tensor:
     """Tiles of the hidden layer through one workspace; nothing of size ``rows x width`` ever exists.
 
     A tile is written, activated and read while it is still in cache. Its contribution is summed up in the rank space
-    of ``out``, or in the result where ``out`` is dense.
+    of ``out``, or in the result where ``out`` is dense. Until its last product the result's own memory holds as much
+    of the rank space as fits, which leaves the workspace to the tiles.
 
     Args:
         columns: least width of a tile; ``None`` keeps the hidden layer whole, as half precision needs, where a sum
@@ -175,11 +190,12 @@ def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, columns
 
 
 def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int, workspace: Workspace) -> None:
-    hidden_latent = _latent(x, mlp.hidden, workspace)
-    gate_latent = x if mlp.gate is None else _latent(x, mlp.gate, workspace)
+    memories = (workspace,) if mlp.out.down is None else (Workspace.over(out), workspace)
+    hidden_latent = _latent(x, mlp.hidden, memories)
+    gate_latent = x if mlp.gate is None else _latent(x, mlp.gate, memories)
     into, bias, total = mlp.out.up, mlp.out.up_bias, out
     if mlp.out.down is not None:
-        into, bias, total = mlp.out.down, mlp.out.down_bias, workspace.take(x.shape[0], proj.rank(mlp.out))
+        into, bias, total = mlp.out.down, mlp.out.down_bias, _take(x.shape[0], proj.rank(mlp.out), memories)
     mark = workspace.mark()
     for first in range(0, mlp.width, columns):
         workspace.reset(mark)
@@ -195,14 +211,23 @@ def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int
         else:
             total.addmm_(hidden, into[:, features].t())
     if mlp.out.down is not None:
+        if not workspace.owns(total):  # out of the way of the result
+            workspace.reset(mark)
+            total = workspace.take(*total.shape).copy_(total)
         affine_into(out, total, mlp.out.up, mlp.out.up_bias)
 
 
-def _latent(x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
+def _take(rows: int, columns: int, memories: tuple[Workspace, ...]) -> Tensor:
+    """``[rows, columns]`` out of the first memory that has room."""
+    return next(memory for memory in memories if memory.left() >= rows * columns).take(rows, columns)
+
+
+def _latent(x: Tensor, projection: Projection[Tensor], memories: tuple[Workspace, ...]) -> Tensor:
     """``[rows, rank]``; the input itself for a dense projection."""
     if projection.down is None:
         return x
-    return affine_into(workspace.take(x.shape[0], proj.rank(projection)), x, projection.down, projection.down_bias)
+    latent = _take(x.shape[0], proj.rank(projection), memories)
+    return affine_into(latent, x, projection.down, projection.down_bias)
 
 
 def _lift(latent: Tensor, projection: Projection[Tensor], features: slice, workspace: Workspace) -> Tensor:
@@ -214,8 +239,7 @@ def _lift(latent: Tensor, projection: Projection[Tensor], features: slice, works
 
 def workspace_elements_per_row(mlp: Mlp) -> int:
     """Elements of scratch one row needs in :func:`streamed`."""
-    into_hidden = [mlp.hidden] if mlp.gate is None else [mlp.hidden, mlp.gate]
-    return sum(proj.rank(p) + mlp.width for p in into_hidden) + proj.rank(mlp.out)
+    return sum(proj.rank(p) + mlp.width for p in _into_hidden(mlp)) + proj.rank(mlp.out)
 
 
 def _cut(grad: Tensor, arguments: tuple) -> Chunked:

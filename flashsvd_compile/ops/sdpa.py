@@ -24,6 +24,8 @@ QUERY_BLOCK = 512
 """Queries at a time; longer blocks are no faster on a CPU."""
 SCORES_PER_BLOCK = 1 << 18
 """Bound of queries times keys where a mask or the scores themselves become a tensor."""
+SHORTEST_DOCUMENT = 32
+"""Positions that packed documents must have on average to be attended to one by one; shorter ones are masked."""
 
 
 def sdpa_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
@@ -32,7 +34,41 @@ def sdpa_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> 
 
 
 def cpu_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
-    """A core that reads the padding: keys beyond an item's first and last visible one are left out, not masked."""
+    """A core that reads the masks' values: what a query cannot see is left out, not masked, where that is a range."""
+    for items, documents in document_ranges(attn.documents, q.shape[0], q.shape[1]):
+        part = attn.of_items(items)
+        if documents is None:
+            _attend_visible(out[items], q[items], k[items], v[items], part)
+            continue
+        for document in documents:
+            q_, k_, v_ = (tensor[items, document] for tensor in (q, k, v))
+            _attend_visible(out[items, document], q_, k_, v_, part.of_document(document))
+
+
+def document_ranges(documents: Tensor | None, batch: int, length: int) -> Iterator[tuple[slice, list[slice] | None]]:
+    """Runs of batch items of the same documents, a range each; ``None`` where they are interrupted or tiny."""
+    if documents is None or length == 0:
+        yield slice(0, batch), None
+        return
+    first = 0
+    for ranges, run in groupby(map(_ranges, documents)):
+        items = slice(first, first + len(list(run)))
+        first = items.stop
+        yield items, ranges
+
+
+def _ranges(documents: Tensor) -> list[slice] | None:
+    """The positions of each document of one item."""
+    values, lengths = documents.unique_consecutive(return_counts=True)
+    tiny = documents.numel() < SHORTEST_DOCUMENT * (values.numel() - 1)
+    if tiny or values.unique().numel() < values.numel():
+        return None
+    stops = lengths.cumsum(0).tolist()
+    return [slice(start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+
+
+def _attend_visible(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
+    """Attend to the range of keys between an item's first and last visible one."""
     for items, keys in visible_keys(attn.key_padding, q.shape[0], k.shape[1]):
         part = attn.of_items(items)
         if keys is None:
@@ -70,7 +106,8 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
         return
     one_kernel = q.shape[-1] == v.shape[-1]
     windowed = (attn.window_left, attn.window_right) != (UNLIMITED, UNLIMITED)
-    if attn.mask is None and attn.key_padding is None and is_causal(attn) and one_kernel:
+    unmasked = attn.mask is None and attn.key_padding is None and attn.documents is None
+    if unmasked and is_causal(attn) and one_kernel:
         out[:, : keys.start] = 0.0
         visible = slice(keys.start, None)
         _causal(out[:, visible], q[:, visible], k[:, keys], v[:, keys], attn)
@@ -78,6 +115,8 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
     step = QUERY_BLOCK
     if windowed or attn.mask is not None or not one_kernel:
         step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[1])))
+    if attn.documents is not None:  # a mask of its own for each item
+        step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[0] * k.shape[1])))
     for start in range(0, q.shape[1], step):
         queries = slice(start, min(start + step, q.shape[1]))
         block = in_window(attn, queries, keys)

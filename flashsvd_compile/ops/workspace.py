@@ -20,6 +20,13 @@ class Workspace:
         self._memory = like.new_empty(elements)
         self._used = 0
 
+    @classmethod
+    def over(cls, tensor: Tensor) -> "Workspace":
+        """The memory of a contiguous tensor whose contents do not matter yet, such as part of a result."""
+        workspace = cls(0, like=tensor)
+        workspace._memory = tensor.view(-1)
+        return workspace
+
     def mark(self) -> int:
         """The present fill, to :meth:`reset` to."""
         return self._used
@@ -38,6 +45,11 @@ class Workspace:
         tensor = self._memory[self._used : self._used + size].view(shape)
         self._used += size
         return tensor
+
+    def owns(self, tensor: Tensor) -> bool:
+        """Whether a tensor was taken from here."""
+        offset = tensor.data_ptr() - self._memory.data_ptr()
+        return 0 <= offset < self._memory.numel() * self._memory.element_size()
 
 
 def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

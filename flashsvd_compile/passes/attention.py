@@ -8,7 +8,7 @@ Before::
 
 After::
 
-    y = flashsvd.attention_v1(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
+    y = flashsvd.attention_v3(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
 The output projection joins in when the heads go nowhere else. Between projection and scores queries and keys may be
 normalised, then rotated, then scaled.
@@ -159,7 +159,7 @@ def _shape(q: Member, k: Member, members: dict[str, Factored]) -> AttentionShape
     assert queries is not None
     assert keys is not None
     return AttentionShape(
-        **sizes_of(q.factored.source, members),
+        **sizes_of(q.factored.source, members, k.factored.source),
         batch=queries[0],
         q_len=queries[1],
         kv_len=keys[1],

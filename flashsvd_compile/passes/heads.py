@@ -84,6 +84,10 @@ def _constant_factor(node: Node) -> tuple[Node, float] | None:
     return None
 
 
+_HEADS = ((), ("head",), ("head.outer",), ("head.outer", "head.inner"))
+"""All heads, one for each group of queries' heads, or groups of heads with others packed between them."""
+
+
 def _projection_of_heads(node: Node, layout: Layout, operand: Layout) -> tuple[Factored, int] | None:
     """The projection that computes ``node``, if its features are heads by dims and its rows batch by position."""
     *rows, features = layout
@@ -92,7 +96,7 @@ def _projection_of_heads(node: Node, layout: Layout, operand: Layout) -> tuple[F
         return None
     axes = visible(features)
     heads = axes[: len(axes) - len(dim)]
-    if axes[len(heads) :] != dim or tuple(axis.name for axis in heads) not in ((), ("head",), ("head.outer",)):
+    if axes[len(heads) :] != dim or tuple(axis.name for axis in heads) not in _HEADS:
         return None
     factored = read_projection(node)
     source = None if factored is None else with_rows(factored.source, (extent(batch), extent(position)))

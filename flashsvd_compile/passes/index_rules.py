@@ -17,6 +17,7 @@ from .index_values import (
     AtLeastZero,
     Choice,
     Entry,
+    InOrder,
     Predicate,
     SameEntry,
     Value,
@@ -24,6 +25,7 @@ from .index_values import (
     at,
     at_least_zero,
     negation,
+    shifted,
 )
 from .values import number_of, shape_of, tensor_of
 from .vocabulary import Call
@@ -106,12 +108,24 @@ def _arithmetic(integers: Callable, floats: Callable) -> Rule:
         dtype = _dtype(node)
         if dtype in (torch.int32, torch.int64) and all(isinstance(value, sympy.Expr) for value in values):
             return integers(*values)
+        if isinstance(values[0], Entry) and len(values) == 2:
+            return _shifted_entry(integers, values[0], values[1], node)
         choices = [choice for choice in map(_as_choice, values) if choice is not None]
         if dtype is None or not dtype.is_floating_point or len(choices) < len(values):
             return None
         return _levelwise(floats, choices, dtype)
 
     return rule
+
+
+def _shifted_entry(integers: Callable, entry: Entry, other: Value | None, node: Node) -> Entry | None:
+    """``entry + number`` or ``entry - number``."""
+    integral = _dtype(node) in (torch.int32, torch.int64) and _dtype(entry.node) is _dtype(node)
+    if not integral or not isinstance(other, sympy.Integer):
+        return None
+    x = sympy.Dummy()
+    difference = integers(x, other) - x
+    return shifted(entry, int(difference)) if isinstance(difference, sympy.Integer) else None
 
 
 def _levelwise(function: Callable, choices: list[Choice], dtype: torch.dtype) -> Value | None:
@@ -151,13 +165,28 @@ def _comparison(algebra: Reader, node: Node, call: Call) -> Value | None:
     left, right = (algebra.read_operand(call[name], node) for name in ("input", "other"))
     if isinstance(left, sympy.Expr) and isinstance(right, sympy.Expr):
         return _COMPARISONS[call.op](left, right)
-    if isinstance(left, Entry) and isinstance(right, Entry) and call.op == "eq" and left.node is right.node:
-        return Predicate.of(SameEntry(left, right))
+    if isinstance(left, Entry) and isinstance(right, Entry) and left.node is right.node:
+        return _comparison_of_entries(call.op, left, right)
     chosen, level = _as_choice(left), _as_choice(right)
     if chosen is None or level is None or not level.is_constant:
         return None
     holds = [bool(getattr(torch, call.op)(torch.tensor(value), level.yes)) for value in (chosen.yes, chosen.no)]
     return _where_levels(chosen.condition, *holds)
+
+
+def _comparison_of_entries(op: str, left: Entry, right: Entry) -> Predicate | None:
+    """Two elements of one tensor: the same, or of integers in order."""
+    if op == "eq" and left.plus == right.plus:
+        return Predicate.of(SameEntry(left, right))
+    if _dtype(left.node) not in (torch.int32, torch.int64):
+        return None
+    orders = {
+        "le": InOrder(left, right),
+        "lt": InOrder(shifted(left, 1), right),
+        "ge": InOrder(right, left),
+        "gt": InOrder(shifted(right, 1), left),
+    }
+    return Predicate.of(orders[op]) if op in orders else None
 
 
 def _where_levels(condition: Predicate, yes: bool, no: bool) -> Predicate | None:

@@ -4,7 +4,7 @@ An integer is a sympy expression in the position, a boolean a conjunction of con
 numbers. See :mod:`.index_algebra`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import sympy
 from torch.fx import Node
@@ -27,11 +27,12 @@ def along(dim: int, size: sympy.Expr) -> Position:
 
 @dataclass(frozen=True)
 class Entry:
-    """An element of a tensor of unknown contents, or its negation."""
+    """An element of a tensor of unknown contents, its negation, or its sum with a number."""
 
     node: Node
     index: tuple[Position, ...]
     negated: bool = False
+    plus: int = 0
 
     @classmethod
     def of(cls, node: Node) -> "Entry":
@@ -41,7 +42,7 @@ class Entry:
 
     def at(self, axes: Axes) -> "Entry":
         """The same with its axes replaced."""
-        return Entry(self.node, tuple(replaced(position, axes) for position in self.index), self.negated)
+        return Entry(self.node, tuple(replaced(position, axes) for position in self.index), self.negated, self.plus)
 
 
 @dataclass(frozen=True)
@@ -65,7 +66,18 @@ class SameEntry:
         return SameEntry(self.first.at(axes), self.second.at(axes))
 
 
-Clause = Entry | AtLeastZero | SameEntry
+@dataclass(frozen=True)
+class InOrder:
+    """The condition ``first <= second`` of two integer entries of one tensor."""
+
+    first: Entry
+    second: Entry
+
+    def at(self, axes: Axes) -> "InOrder":
+        return InOrder(self.first.at(axes), self.second.at(axes))
+
+
+Clause = Entry | AtLeastZero | SameEntry | InOrder
 
 
 @dataclass(frozen=True)
@@ -130,6 +142,11 @@ def at(value: Value, index: list[Position]) -> Value:
     return replaced(value, axes) if isinstance(value, sympy.Expr) else value.at(axes)
 
 
+def shifted(entry: Entry, number: int) -> Entry:
+    """The sum of an integer entry and a number."""
+    return replace(entry, plus=entry.plus + number)
+
+
 def at_least_zero(position: Position) -> Predicate | None:
     """``position >= 0`` without absolute values: ``w - |u| >= 0`` is ``w - u >= 0`` and ``w + u >= 0``."""
     position = sympy.expand(position)
@@ -152,6 +169,8 @@ def negation(predicate: Predicate) -> Predicate | None:
         return at_least_zero(-clause.position - 1)
     if isinstance(clause, Entry):
         return Predicate.of(Entry(clause.node, clause.index, not clause.negated))
+    if isinstance(clause, InOrder):
+        return Predicate.of(InOrder(shifted(clause.second, 1), clause.first))
     return None
 
 

@@ -4,6 +4,7 @@ scaled_dot_product_attention(q, k, v, attn_mask=mask)
 softmax(scores + mask)
 softmax(scores.masked_fill(forbidden, -inf))
 softmax(where(visible, scores, -inf))
+softmax(max(any of these, finfo.min))
 """
 
 from functools import partial
@@ -32,11 +33,16 @@ class Mask(NamedTuple):
         node: a boolean or additive mask as ``scaled_dot_product_attention`` takes it; a condition if there is a fill.
         fill: what replaces the scores of keys that must not be seen, or ``None``.
         inverted: the condition is true where a key must not be seen.
+        floored: masked scores are raised to the least finite number, so that a query that may see no key attends to
+            all of them evenly.
+        heads: with them, the first of three dimensions is that of batch items by heads, or of size 1.
     """
 
     node: Node
     fill: float | None = None
     inverted: bool = False
+    floored: bool = False
+    heads: int | None = None
 
     @property
     def visible(self) -> Node | None:
@@ -64,6 +70,19 @@ def read_fill(node: Node) -> tuple[Node, Mask] | None:
     if fill is None or fill > _CERTAINLY_ZERO or not _is_boolean(condition) or shape_of(scores) != shape_of(node):
         return None
     return scores, Mask(condition, fill, inverted)
+
+
+def read_floor(node: Node) -> Node | None:
+    """The scores behind ``max(scores, finfo.min)``, which matters to masked scores only."""
+    call, result = read(node), tensor_of(node)
+    if call is None or result is None or call.op not in ("maximum", "max", "clamp", "clamp_min"):
+        return None
+    if call.get("max") is not None or shape_of(call.input) != shape_of(node):
+        return None
+    bound = call.get("other", call.get("min"))
+    is_maximum = call.op in ("clamp", "clamp_min") or tensor_of(bound) is not None
+    floor = _number(bound)
+    return call.input if is_maximum and floor is not None and floor <= torch.finfo(result.dtype).min else None
 
 
 def _number(value: object) -> float | None:
@@ -103,32 +122,74 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores) -> dict[str, Any] | 
         found = _arguments_of_fill(mask, scores) if mask.fill is not None else _arguments(mask, scores)
         if isinstance(found, Obstacle):
             return found
-        if arguments.keys() & found.keys():
+        twice = arguments.keys() & found.keys()
+        if twice - {"mask"} or (twice and mask.floored != masks[0].floored):
             return _unknown(mask, "is one of two masks that cannot be told to the operator together")
+        if twice:
+            found["mask"] = _together(arguments["mask"], found["mask"], mask.floored)
         arguments |= found
     return arguments
 
 
+def _together(outer: Node | Deferred, inner: Node | Deferred, floored: bool) -> Deferred:
+    """Two masks, boolean or additive, as one."""
+    leaves = [part.leaves if isinstance(part, Deferred) else (part,) for part in (inner, outer)]
+    return Deferred(partial(_combined, inner, outer, floored), (*leaves[0], *leaves[1]))
+
+
+def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, graph: Graph) -> Node:
+    parts = [part.build(graph) if isinstance(part, Deferred) else part for part in (inner, outer)]
+    parts.sort(key=_is_boolean)
+    if _is_boolean(parts[0]):
+        return emit(graph, "logical_and", *parts)
+    if _is_boolean(parts[1]):
+        return emit(graph, torch.where, parts[1], parts[0], float("-inf"))
+    total = emit(graph, "add", *parts)
+    return _raised(total, graph) if floored else total
+
+
 def _arguments(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
-    value, arguments = tensor_of(mask.node), _structure(read_mask(mask.node), scores.x)
+    value, arguments = tensor_of(mask.node), _structure(read_mask(mask.node, mask.floored), scores.x)
+    if "mask" in arguments and mask.floored:
+        return _floored(mask, scores)
     other_dtype = value is not None and value.dtype not in (torch.bool, scores.dtype)
     if "mask" in arguments and other_dtype and not scores.casts_mask:
         return _unknown(mask, f"is not of the queries' dtype {scores.dtype}")
+    of_items = (shape_of(mask.node) or ())[:-2] not in ((), (1,))
+    if "mask" in arguments and mask.heads is not None and of_items:
+        arguments["mask"] = _call("unflatten", mask.node, 0, (-1, mask.heads))
     return arguments
+
+
+def _floored(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
+    """The mask raised instead of the scores: next to the least number a score is rounded away, but for half floats."""
+    value = tensor_of(mask.node)
+    if value is None or value.dtype != scores.dtype or value.dtype == torch.float16 or mask.heads is not None:
+        return _unknown(mask, f"is added to scores of {scores.dtype} that are then raised to the least number")
+    return {"mask": Deferred(partial(_raised, mask.node), (mask.node,))}
+
+
+def _raised(node: Node, graph: Graph) -> Node:
+    value = tensor_of(node)
+    assert value is not None
+    return emit(graph, "clamp_min", node, torch.finfo(value.dtype).min)
 
 
 def _arguments_of_fill(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
     visible, fill = mask.visible, mask.fill
     assert fill is not None
+    if mask.floored:
+        fill = max(fill, torch.finfo(scores.dtype).min)
     reading = MaskReading(residual=mask.node) if visible is None else read_mask(visible)
     if fill == float("-inf"):
         return {"mask": _call("logical_not", mask.node)} if visible is None else _structure(reading, scores.x)
     if scores.square and reading.residual is None and not reading.key_paddings:  # every query sees at least itself
         return _structure(reading, scores.x)
     x = tensor_of(scores.x)
-    if x is None or x.dtype != scores.dtype or fill > torch.finfo(scores.dtype).min:
+    too_high = scores.dtype == torch.float16 or fill > torch.finfo(scores.dtype).min
+    if x is None or x.dtype != scores.dtype or too_high:
         return _unknown(mask, f"puts {fill:g} for scores, where a row may be masked completely")
-    return {"mask": Deferred(partial(_additive, mask, scores.dtype), (mask.node,))}
+    return {"mask": Deferred(partial(_additive, mask, fill, scores.dtype), (mask.node,))}
 
 
 def _structure(reading: MaskReading, x: Node) -> dict[str, Any]:
@@ -140,6 +201,8 @@ def _structure(reading: MaskReading, x: Node) -> dict[str, Any]:
     if reading.key_paddings:
         nodes = tuple(padding.node for padding in reading.key_paddings)
         arguments["key_padding"] = Deferred(partial(_key_padding, reading, x), nodes)
+    if reading.documents is not None:
+        arguments["documents"] = Deferred(partial(reading.documents.build, query=x), (reading.documents.node,))
     return arguments
 
 
@@ -149,14 +212,14 @@ def _key_padding(reading: MaskReading, x: Node, graph: Graph) -> Node:
     return padding
 
 
-def _call(method: str, node: Node) -> Deferred:
-    return Deferred(lambda graph: emit(graph, method, node), (node,))
+def _call(method: str, node: Node, *arguments: Any) -> Deferred:
+    return Deferred(lambda graph: emit(graph, method, node, *arguments), (node,))
 
 
-def _additive(mask: Mask, dtype: torch.dtype, graph: Graph) -> Node:
+def _additive(mask: Mask, fill: float, dtype: torch.dtype, graph: Graph) -> Node:
     """0 where a key is visible, else the fill: so low that adding a score to it changes nothing."""
     forbidden = mask.node if mask.inverted else emit(graph, "logical_not", mask.node)
-    return emit(graph, "mul", emit(graph, "to", forbidden, dtype), mask.fill)
+    return emit(graph, "mul", emit(graph, "to", forbidden, dtype), fill)
 
 
 def _unknown(mask: Mask, sentence: str) -> Obstacle:

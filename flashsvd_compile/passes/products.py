@@ -66,6 +66,16 @@ def read_product(node: object) -> Product | None:
     return None
 
 
+def read_biased_product(node: object) -> tuple[Product, Node] | None:
+    """``node`` as a product plus another tensor, by ``baddbmm`` only: ``(product, addend)``."""
+    call = read(node)
+    if call is None or call.op != "baddbmm" or number_of(call.get("beta", 1)) != 1:
+        return None
+    scale = number_of(call.get("alpha", 1))
+    product = None if scale is None else _of_matrices(call["batch1"], call["batch2"], scale)
+    return None if product is None else (product, call.input)
+
+
 def _of_matrices(left: Node, right: Node, scale: float) -> Product | None:
     shapes = shape_of(left), shape_of(right)
     if shapes[0] is None or shapes[1] is None or len(shapes[0]) != len(shapes[1]):

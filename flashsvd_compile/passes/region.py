@@ -18,7 +18,7 @@ from ..planner import Plan, Workspace
 from ..report import FULL_RANK, Match
 from .emit import emit
 from .factored import Factored
-from .values import shape_of, tensor_of, value_of
+from .values import hints_of, shape_of, tensor_of, value_of
 from .weights import Weight
 
 WIDER = ("cos", "sin", *norm.argument_names("q"), *norm.argument_names("k"))
@@ -154,13 +154,15 @@ def _path_of(node: Node) -> list[str] | None:
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    path = path.replace("L['self']", "").replace("L['fn']", "").replace("_modules['", "").replace("']", "")
+    for root in ("L['self']", "L['fn']", "L['args'][0]"):
+        path = path.removeprefix(root)
+    path = path.replace("_modules['", "").replace("']", "")
     path = path.replace("[", ".").replace("]", "")
     return [part for part in path.split(".") if part]
 
 
-def sizes_of(x: Node, members: dict[str, Factored]) -> dict[str, Any]:
-    """The part of a planner's shape that all regions share."""
+def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None) -> dict[str, Any]:
+    """The part of a planner's shape that all regions share; ``context`` is an input beside ``x``."""
     projections = {role: member.projection for role, member in members.items()}
     tensor, shape = tensor_of(x), shape_of(x)
     assert tensor is not None
@@ -171,6 +173,7 @@ def sizes_of(x: Node, members: dict[str, Factored]) -> dict[str, Any]:
         "in_features": shape[-1],
         "itemsize": tensor.element_size(),
         "device": tensor.device.type,
+        "hints": {symbol: hint for node in (x, context or x) for symbol, hint in hints_of(node).items()},
     }
 
 

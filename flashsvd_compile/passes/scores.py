@@ -11,16 +11,17 @@ A soft cap, ``cap * tanh(scores / cap)``, may stand between the scale and the ma
 from math import sqrt
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from ..report import RefusalReason
 from .axes import Axis, Layout, extent
 from .factored import Obstacle
-from .masking import Mask, read_fill
-from .products import Product, read_product
+from .masking import Mask, read_fill, read_floor
+from .products import Product, read_biased_product, read_product
 from .values import number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
-from .vocabulary import Call, read
+from .vocabulary import Call, is_call, read
 
 
 class Operand(NamedTuple):
@@ -56,6 +57,8 @@ class Core(NamedTuple):
 
 def read_core(node: Node) -> Core | Obstacle | None:
     """The attention core whose concatenation of heads is still to come, or why it cannot be read."""
+    if node.target is torch.ops.higher_order.flex_attention:
+        return _unsupported(f"the masks and scores of {node.name!r} are programs, which flex_attention compiles itself")
     call = read(node)
     if call is None:
         return None
@@ -101,6 +104,9 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     probabilities, after = _skip(product.left)
     softmax = read(probabilities)
     if softmax is None or softmax.op != "softmax" or not isinstance(softmax.input, Node):
+        part = read_view(probabilities)
+        if part is not None and is_call(part.source, "softmax"):
+            return _unsupported(f"{probabilities.name!r} is part of a softmax, over keys and something else (a sink)")
         return None
     shape = shape_of(softmax.input)
     if shape is None or softmax.get("dim") not in (-1, len(shape) - 1):
@@ -186,7 +192,7 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
 
     A factor ``a`` behind a ``tanh`` and one ``b`` before it cap ``a * b * product`` at ``a``.
     """
-    scale, softcap, masks, nodes = 1.0, 0.0, (), []
+    scale, softcap, masks, nodes, floored = 1.0, 0.0, (), [], False
     while True:
         node, passed = _skip(node)
         nodes[:0] = passed
@@ -194,6 +200,10 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         nodes.insert(0, node)
         if product is not None:
             return _Scores(product, scale * product.scale, softcap, masks, tuple(nodes))
+        scaled = scale != 1.0 or bool(softcap)
+        biased = None if scaled else read_biased_product(node)
+        if biased is not None:
+            return _with_bias(node, *biased, masks, tuple(nodes), floored)
         factor = None if call is None else _factor(call)
         if factor is not None:
             node, scale = factor[0], scale * factor[1]
@@ -201,10 +211,26 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         if call is not None and call.op == "tanh" and not softcap and scale > 0:
             node, softcap = call.input, scale
             continue
-        masked = None if scale != 1.0 or softcap else _read_addition(node) or read_fill(node)
+        raised = None if scaled else read_floor(node)
+        if raised is not None:
+            node, floored = raised, True
+            continue
+        masked = None if scaled else _read_addition(node) or read_fill(node)
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
-        node, masks = masked[0], (*masks, masked[1])
+        node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))
+
+
+def _with_bias(
+    node: Node, product: Product, bias: Node, masks: tuple[Mask, ...], nodes: tuple[Node, ...], floored: bool
+) -> _Scores | Obstacle:
+    """``baddbmm(bias, q, k.T, alpha=scale)``, whose items are batch items by heads."""
+    heads = next((axis.size for axis in _items(product) if axis.name == "head"), None)
+    before, after = tensor_of(bias), tensor_of(node)
+    if heads is None or not heads.is_Integer or before is None or after is None or before.dtype != after.dtype:
+        return _unsupported(f"the heads that {bias.name!r} is added to are not known")
+    masks = (*masks, Mask(bias, floored=floored, heads=int(heads)))
+    return _Scores(product, product.scale, 0.0, masks, nodes)
 
 
 def _factor(call: Call) -> tuple[Node, float] | None:
@@ -237,7 +263,7 @@ def _read_addition(node: Node) -> tuple[Node, Mask] | None:
 
 def _leads_to_product(node: Node) -> bool:
     node, _ = _skip(node)
-    if read_product(node) is not None:
+    if read_product(node) is not None or read_biased_product(node) is not None:
         return True
     call = read(node)
     if call is not None and call.op == "tanh":

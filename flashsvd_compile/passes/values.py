@@ -30,6 +30,18 @@ def size_of(size: int | torch.SymInt) -> sympy.Expr:
     return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
 
 
+def hints_of(node: Node) -> dict[sympy.Symbol, int]:
+    """Values that the symbols of a tensor's shape had when the graph was traced; nothing is guarded on."""
+    hints: dict[sympy.Symbol, int] = {}
+    tensor = tensor_of(node)
+    for size in () if tensor is None else tensor.shape:
+        if isinstance(size, torch.SymInt):
+            environment = size.node.shape_env
+            known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # before torch 2.13
+            hints |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
+    return hints
+
+
 def number_of(argument: object) -> float | None:
     """A Python number, also one that ``dynamic=True`` turned into an ``.item()`` node; not what a size decides.
 

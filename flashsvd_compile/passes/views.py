@@ -262,9 +262,11 @@ def _position(index, size: Size) -> Size | None:
 
 
 def _indexed(before: tuple[Size, ...], after: tuple[Size, ...], index) -> tuple[Step, ...] | None:
-    """``x[...]`` with integers, unit-step slices, ``None`` and one ellipsis."""
+    """``x[...]`` with integers, unit-step slices, ``None`` and one ellipsis, or a list of one integer among slices."""
     items = list(index) if isinstance(index, tuple) else [index]
     if any(item is not None and item is not Ellipsis and not _is_basic(item) for item in items):
+        return None
+    if any(map(_is_list, items)) and sum(_is_list(item) or _is_integer(item) for item in items) > 1:
         return None
     if Ellipsis in items:
         at = items.index(Ellipsis)
@@ -278,8 +280,9 @@ def _indexed(before: tuple[Size, ...], after: tuple[Size, ...], index) -> tuple[
             shape.insert(dim, sympy.Integer(1))
         elif item == slice(None):
             pass
-        elif isinstance(item, slice):
-            narrowed = _narrowed(tuple(shape), dim, item.start or 0)
+        elif isinstance(item, slice) or _is_list(item):
+            start = item.start or 0 if isinstance(item, slice) else item[0]
+            narrowed = _narrowed(tuple(shape), dim, start)
             if narrowed is None:
                 return None
             steps += narrowed
@@ -298,7 +301,15 @@ def _indexed(before: tuple[Size, ...], after: tuple[Size, ...], index) -> tuple[
 def _is_basic(item: object) -> bool:
     if isinstance(item, slice):
         return item.step in (None, 1)
+    return _is_integer(item) or _is_list(item)
+
+
+def _is_integer(item: object) -> bool:
     return isinstance(item, (int, torch.SymInt)) and not isinstance(item, bool)
+
+
+def _is_list(item: object) -> bool:
+    return isinstance(item, list) and len(item) == 1 and _is_integer(item[0])
 
 
 def _member_of_tuple(node: Node, call: Call) -> View | None:

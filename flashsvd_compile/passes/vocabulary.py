@@ -54,6 +54,7 @@ _SIGNATURES = {
     "mish": "input inplace",
     "hardswish": "input inplace",
     "maximum": "input other",
+    "max": "input other keepdim",
     "mean": "input dim keepdim dtype",
     "sum": "input dim keepdim dtype",
     "var": "input dim unbiased keepdim",
@@ -123,6 +124,8 @@ _SIGNATURES = {
     "int": "input",
     "long": "input",
     "detach": "input",
+    "cumsum": "input dim dtype",
+    "diff": "input n dim prepend append",
 }
 
 _ALIASES = {
@@ -146,6 +149,7 @@ _ALIASES = {
     "swapaxes": "transpose",
     "swapdims": "transpose",
     "moveaxis": "movedim",
+    "broadcast_to": "expand",
     "concat": "cat",
     "concatenate": "cat",
     "ravel": "flatten",

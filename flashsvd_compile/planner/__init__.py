@@ -1,10 +1,11 @@
 """Shapes in, strategy out. Knows no graph and no kernel."""
 
-from .choice import Plan, Workspace, plan_attention, plan_linear, plan_mlp
+from .choice import Candidate, Plan, Workspace, plan_attention, plan_linear, plan_mlp
 from .shapes import AttentionShape, LinearShape, MlpShape
 
 __all__ = [
     "AttentionShape",
+    "Candidate",
     "LinearShape",
     "MlpShape",
     "Plan",

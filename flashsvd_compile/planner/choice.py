@@ -1,13 +1,18 @@
-"""The strategy for a region: the fastest one within the least memory."""
+"""The strategy for a region: the fastest, and of equally fast ones the one with the least memory."""
 
 from dataclasses import dataclass
 
 import sympy
 
 from ..options import AUTO, Options, Strategy
-from . import memory
+from . import memory, time
 from .device import Device, device_of
 from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
+
+NOISE = 0.08
+"""Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
+SHARES_OF_INPUT = (0.5, 1, 2, 4)
+"""Workspaces that a region may take where they grow with its input."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +28,25 @@ class Workspace:
 
 
 @dataclass(frozen=True)
+class Candidate:
+    """One way to compute a region.
+
+    Attributes:
+        strategy: its name.
+        workspace: bound of the operator's scratch memory.
+        seconds: predicted time.
+        transient: bytes of intermediates beside the result.
+        how: half a sentence for the report.
+    """
+
+    strategy: Strategy
+    workspace: Workspace
+    seconds: sympy.Expr
+    transient: sympy.Expr
+    how: str
+
+
+@dataclass(frozen=True)
 class Plan:
     """How to compute a region.
 
@@ -32,6 +56,7 @@ class Plan:
         reason: one sentence for the report.
         transient_before: bytes of intermediates as the model writes the region.
         transient_after: bytes of intermediates under the plan.
+        candidates: what was compared, the region as written last.
     """
 
     strategy: Strategy
@@ -39,48 +64,117 @@ class Plan:
     reason: str
     transient_before: sympy.Expr
     transient_after: sympy.Expr
+    candidates: tuple[Candidate, ...]
 
 
 def plan_mlp(shape: MlpShape, options: Options) -> Plan:
-    """Fused where the accumulators fit on chip, streamed otherwise."""
+    """Fused where the accumulators fit on chip, else streamed, merged or kept."""
     device = device_of(shape.device)
     before = memory.mlp_as_written(shape)
+    offered: list[Candidate] = []
     if _on_chip(shape, device) and "gate" not in shape.ranks:
-        strategy = Strategy.FUSED
-        reason = f"ranks up to {max(map(shape.latent, shape.ranks))} fit the on-chip accumulators"
-    else:
-        strategy, reason = Strategy.STREAMED, "rows in chunks, the hidden tensor stays in the workspace"
-    strategy, reason = _forced(strategy, reason, options, (Strategy.FUSED, Strategy.STREAMED, Strategy.MERGED))
-    workspace = _workspace(shape, device, options, on_chip=strategy == Strategy.FUSED)
-    after = memory.mlp_fused(shape) if strategy == Strategy.FUSED else workspace.bytes_for(shape.input_elements)
-    return Plan(strategy, workspace, reason, before, _at_most(after, before))
+        workspace = _workspace(shape, device, options, 0.5)
+        seconds, transient = time.mlp_fused(shape, device), memory.mlp_fused(shape)
+        offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
+    dearer = _dearer(shape, {"out": shape.features["hidden"]})
+    for workspace in _workspaces(shape, device, options):
+        bound = workspace.bytes_for(shape.input_elements)
+        needed = _at_most(bound, before)
+        seconds = time.mlp_streamed(shape, device, bound)
+        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "the hidden layer passes in chunks"))
+        if dearer:
+            seconds = time.mlp_merged(shape, device, bound)
+            offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    return _choice(shape, offered, time.mlp_kept(shape, device), before, options)
 
 
 def plan_attention(shape: AttentionShape, options: Options) -> Plan:
-    """Streamed: a few items or heads are lifted out of rank space at a time."""
+    """Streamed, a few items or heads lifted out of rank space at a time; or merged, or kept."""
     device = device_of(shape.device)
     before = memory.attention_as_written(shape)
-    strategy, reason = Strategy.STREAMED, "q, k, v are lifted a few items or heads at a time"
-    strategy, reason = _forced(strategy, reason, options, (Strategy.STREAMED, Strategy.MERGED))
-    workspace = _workspace(shape, device, options, on_chip=_on_chip(shape, device))
-    after = memory.attention_streamed(shape, workspace.bytes_for(shape.input_elements))
-    return Plan(strategy, workspace, reason, before, _at_most(after, before))
+    dearer = _dearer(shape, {"out": memory.heads_width(shape)})
+    offered: list[Candidate] = []
+    # Where rank space passes through memory too, a chunk takes more launches: fewer of them.
+    for workspace in _workspaces(shape, device, options, least_share=0.5 if _on_chip(shape, device) else 1):
+        bound = workspace.bytes_for(shape.input_elements)
+        needed = _at_most(memory.attention_streamed(shape, bound), before)
+        seconds, how = (
+            time.attention_streamed(shape, device, bound),
+            "q, k, v are lifted a few items or heads at a time",
+        )
+        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
+        if dearer:
+            seconds = time.attention_merged(shape, device, bound)
+            offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    return _choice(shape, offered, time.attention_kept(shape, device), before, options)
 
 
 def plan_linear(shape: LinearShape, options: Options) -> Plan:
-    """Streamed while the factors hold fewer elements than their product, merged otherwise."""
+    """Streamed; merged where multiplying the factors pays off for this many rows; or kept."""
     device = device_of(shape.device)
-    workspace = _workspace(shape, device, options, on_chip=False)
     before = memory.linear_as_written(shape)
-    rank, features = shape.latent("w"), shape.features["w"]
-    if rank * (shape.in_features + features) >= shape.in_features * features:
-        strategy, reason = Strategy.MERGED, "the factors hold no fewer elements than their product"
+    offered: list[Candidate] = []
+    for workspace in _workspaces(shape, device, options):
+        bound = workspace.bytes_for(shape.input_elements)
+        seconds, needed = time.linear_streamed(shape, device, bound), _at_most(bound, before)
+        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "rank space passes in chunks"))
+    dearer = _dearer(shape, {})
+    if dearer:
+        seconds, weight = time.linear_merged(shape, device), memory.merged_weight(shape)
+        offered.append(Candidate(Strategy.MERGED, offered[0].workspace, seconds, weight, _merging(dearer)))
+    return _choice(shape, offered, time.linear_kept(shape, device), before, options)
+
+
+def _dearer(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> list[str]:
+    """Roles of pairs that cost more than their product; ``inputs`` has the input sizes that are not ``x``'s."""
+    low_rank = [role for role, rank in shape.ranks.items() if rank is not None]
+    return [role for role in low_rank if shape.is_dearer_than_dense(role, inputs.get(role, shape.in_features))]
+
+
+def _merging(dearer: list[str]) -> str:
+    return f"the factors of {', '.join(dearer)} hold no fewer elements than their product"
+
+
+def _choice(
+    shape: RegionShape, offered: list[Candidate], seconds: sympy.Expr, before: sympy.Expr, options: Options
+) -> Plan:
+    """The user's candidate where there is one of that name, else the planner's.
+
+    Args:
+        offered: everything but keeping the region.
+        seconds, before: time and transient memory of the region as written.
+    """
+    kept = Candidate(Strategy.KEPT, Workspace(0), seconds, before, "the model's own operations stay")
+    candidates = (*offered, kept)
+    forced = None if options.strategy == AUTO else Strategy(options.strategy)
+    named = [candidate for candidate in candidates if candidate.strategy == forced]
+    if named:
+        chosen, reason = named[0], f"strategy {forced!s} was asked for"
     else:
-        strategy, reason = Strategy.STREAMED, "the rank-space intermediate stays in cache"
-    strategy, reason = _forced(strategy, reason, options, (Strategy.STREAMED, Strategy.MERGED))
-    merged_bytes = shape.itemsize * shape.in_features * features
-    after = merged_bytes if strategy == Strategy.MERGED else workspace.bytes_for(shape.input_elements)
-    return Plan(strategy, workspace, reason, before, after if strategy == Strategy.MERGED else _at_most(after, before))
+        chosen = _best(shape, candidates, options.memory_budget)
+        reason = f"{chosen.how}; {_comparison(shape, chosen, kept)}"
+        if forced is not None:
+            reason += f"; {forced!s} is not offered here"
+    return Plan(chosen.strategy, chosen.workspace, reason, kept.transient, chosen.transient, candidates)
+
+
+def _best(shape: RegionShape, candidates: tuple[Candidate, ...], budget: int | None) -> Candidate:
+    """The fastest within the budget, and of equally fast ones the smallest; the smallest where none is within it."""
+    sizes = {candidate: shape.at_hints(candidate.transient) for candidate in candidates}
+    within = [candidate for candidate in candidates if budget is None or sizes[candidate] <= budget]
+    if not within:
+        return min(candidates, key=sizes.__getitem__)
+    seconds = {candidate: shape.at_hints(candidate.seconds) for candidate in within}
+    fast = [candidate for candidate in within if seconds[candidate] <= (1 + NOISE) * min(seconds.values())]
+    return min(fast, key=lambda candidate: (sizes[candidate], seconds[candidate]))
+
+
+def _comparison(shape: RegionShape, chosen: Candidate, kept: Candidate) -> str:
+    """Predicted time against that of the region as written."""
+    if chosen is kept:
+        return "nothing that is offered is predicted to be as fast"
+    ratio = shape.at_hints(chosen.seconds) / shape.at_hints(kept.seconds)
+    return f"{ratio:.2f} of the time predicted as written"
 
 
 def _on_chip(shape: RegionShape, device: Device) -> bool:
@@ -89,22 +183,16 @@ def _on_chip(shape: RegionShape, device: Device) -> bool:
     return low_rank and shape.itemsize == 2
 
 
-def _workspace(shape: RegionShape, device: Device, options: Options, on_chip: bool) -> Workspace:
+def _workspaces(shape: RegionShape, device: Device, options: Options, least_share: float = 0.5) -> list[Workspace]:
+    """Bounds to choose from, the least first."""
+    shares = (share for share in SHARES_OF_INPUT if share >= least_share)
+    return list(dict.fromkeys(_workspace(shape, device, options, share) for share in shares))
+
+
+def _workspace(shape: RegionShape, device: Device, options: Options, share: float) -> Workspace:
     if options.memory_budget is not None:
         return Workspace(options.memory_budget)
-    if not device.grows:
-        return Workspace(device.least_workspace)
-    return Workspace(device.least_workspace, shape.itemsize // 2 if on_chip else shape.itemsize)
-
-
-def _forced(strategy: Strategy, reason: str, options: Options, offered: tuple[Strategy, ...]) -> tuple[Strategy, str]:
-    """The user's choice where the region offers it."""
-    if options.strategy == AUTO:
-        return strategy, reason
-    wanted = Strategy(options.strategy)
-    if wanted == Strategy.KEPT or wanted in offered:
-        return wanted, f"strategy {wanted!s} was asked for"
-    return strategy, f"{reason}; {wanted!s} is not offered here"
+    return Workspace(device.least_workspace, int(shape.itemsize * share) if device.grows else 0)
 
 
 def _at_most(bound: sympy.Expr, need: sympy.Expr) -> sympy.Expr:

@@ -8,22 +8,44 @@ class Device:
     """What a strategy's choice depends on.
 
     Attributes:
+        flops: operations a second of a large product, by bytes of an element; an addition and a multiplication are two.
+        bandwidth: bytes a second of a copy, reads and writes counted.
+        chunk_seconds: what one more chunk of rows costs: its products fill the device and drain it again.
+        attention_chunk_seconds: likewise one more chunk of keys and values.
         least_workspace: bytes an operator may always use. On a CPU this is a core's share of the last-level cache, in
             which an intermediate should stay.
         grows: whether the workspace grows with the region's input. A GPU needs chunks that fill it: an input's size
             where rank-space intermediates pass through memory, half of it where kernels keep them on chip.
         max_fused_rank: largest rank whose accumulators the fused kernels hold on chip; 0 where there are none.
+        activation_seconds: what an element of the hidden layer costs the fused kernel beside its products: with room
+            for long steps next to the rank-space tiles, and without.
+        long_step_rank: largest rank that leaves this room.
     """
 
+    flops: dict[int, float]
+    bandwidth: float
+    chunk_seconds: float
+    attention_chunk_seconds: float
     least_workspace: int
     grows: bool
     max_fused_rank: int
+    activation_seconds: tuple[float, float] = (0.0, 0.0)
+    long_step_rank: int = 0
 
 
+# GPU: measured on an H200 (benchmarks/NOTES.md, benchmarks/results/mlp_region.json); float32 without tf32. CPU: two
+# cores with AVX-512. Only the proportions matter to a choice, and they differ little between chips of a kind.
 _DEVICES = {
-    "cpu": Device(least_workspace=4 * 2**20, grows=False, max_fused_rank=0),
-    "cuda": Device(least_workspace=2**20, grows=True, max_fused_rank=384),
-}
+    "cpu": Device(
+        flops={4: 280e9, 2: 280e9}, bandwidth=20e9, chunk_seconds=1e-4, attention_chunk_seconds=1e-4,
+        least_workspace=4 * 2**20, grows=False, max_fused_rank=0,
+    ),
+    "cuda": Device(
+        flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, attention_chunk_seconds=3.5e-6,
+        least_workspace=2**20, grows=True, max_fused_rank=384,
+        activation_seconds=(0.43e-12, 1.2e-12), long_step_rank=256,
+    ),
+}  # fmt: skip
 
 
 def device_of(name: str) -> Device:

@@ -14,21 +14,25 @@ def linear_as_written(shape: LinearShape) -> sympy.Expr:
     return shape.itemsize * shape.rows * shape.latent("w")
 
 
+def merged_weight(shape: LinearShape) -> sympy.Expr:
+    """The factors' product."""
+    return sympy.sympify(shape.itemsize * shape.in_features * shape.features["w"])
+
+
 def mlp_as_written(shape: MlpShape) -> sympy.Expr:
     """The hidden tensor with its activation; with a gate both factors and their product."""
-    tensors = 3 if "gate" in shape.ranks else 2
-    return shape.itemsize * shape.rows * tensors * shape.features["hidden"]
+    return shape.itemsize * shape.rows * (1 + len(shape.into_hidden)) * shape.features["hidden"]
 
 
 def mlp_fused(shape: MlpShape) -> sympy.Expr:
-    """Rank-space input and output of the fused core; the hidden tensor stays on chip."""
-    return shape.itemsize * shape.rows * sum(shape.latent(role) for role in shape.ranks)
+    """Rank-space input and output of the fused core, beside the result, which comes when the input is gone."""
+    rank_in, rank_out = shape.latent("hidden"), shape.latent("out")
+    return shape.itemsize * shape.rows * max(rank_in + rank_out - shape.features["out"], rank_out)
 
 
 def mlp_streamed_row(shape: MlpShape) -> int:
     """Workspace of one row when rows are streamed."""
-    into_hidden = [role for role in ("hidden", "gate") if role in shape.ranks]
-    elements = sum(shape.latent(role) + shape.features[role] for role in into_hidden) + shape.latent("out")
+    elements = sum(shape.latent(role) + shape.features[role] for role in shape.into_hidden) + shape.latent("out")
     return shape.itemsize * elements
 
 
@@ -45,6 +49,11 @@ def attention_streamed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sy
     out = shape.features.get("out", heads_width(shape))
     merged = 0 if out == heads_width(shape) else shape.batch * shape.q_len * heads_width(shape)
     return workspace_bytes + shape.itemsize * merged
+
+
+def keys_and_values(shape: AttentionShape) -> sympy.Expr:
+    """Keys and values out of rank space, which pass through the workspace."""
+    return shape.itemsize * shape.batch * shape.kv_len * (shape.features["k"] + shape.features["v"])
 
 
 def heads_width(shape: AttentionShape) -> int:

@@ -1,8 +1,11 @@
 """What the planner is told about a region: sizes only, in the graph's own symbols."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import sympy
+
+UNHINTED = 2048
 
 
 @dataclass(frozen=True)
@@ -15,6 +18,7 @@ class RegionShape:
         in_features: size of the last dimension of ``x``.
         itemsize: bytes of an element.
         device: ``"cpu"`` or ``"cuda"``.
+        hints: sizes that the symbols had when the graph was traced. A choice is made for these and holds for all.
     """
 
     ranks: dict[str, int | None]
@@ -22,6 +26,7 @@ class RegionShape:
     in_features: sympy.Expr
     itemsize: int
     device: str
+    hints: Mapping[sympy.Symbol, int]
 
     @property
     def input_elements(self) -> sympy.Expr:
@@ -31,6 +36,16 @@ class RegionShape:
     def latent(self, role: str) -> int:
         """Rank-space elements a row needs for one projection; 0 when dense."""
         return self.ranks[role] or 0
+
+    def is_dearer_than_dense(self, role: str, in_features: sympy.Expr | int) -> bool:
+        """Whether two factors hold at least as many elements as their product."""
+        features = self.features[role]
+        return bool(self.latent(role) * (in_features + features) >= in_features * features)
+
+    def at_hints(self, formula: sympy.Expr) -> float:
+        """A formula's value at the traced sizes; a symbol without a hint counts as :data:`UNHINTED`."""
+        formula = sympy.sympify(formula)
+        return float(formula.subs(dict.fromkeys(formula.free_symbols, UNHINTED) | dict(self.hints)))
 
 
 @dataclass(frozen=True)
@@ -49,6 +64,11 @@ class MlpShape(RegionShape):
     """An MLP over ``rows`` rows; gated when ``"gate"`` is one of the roles."""
 
     rows: sympy.Expr
+
+    @property
+    def into_hidden(self) -> tuple[str, ...]:
+        """Roles of the projections into the hidden layer."""
+        return ("hidden", "gate") if "gate" in self.ranks else ("hidden",)
 
     @property
     def input_elements(self) -> sympy.Expr:

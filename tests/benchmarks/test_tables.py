@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from benchmarks import record, tables
+from benchmarks import record, sweep_plots, tables
 from benchmarks.rows import Row
 
 
@@ -51,6 +51,37 @@ def test_plot_is_small_and_the_same_each_time(tmp_path: Path):
     first, second = ((tmp_path / file).read_bytes() for file in ("first.svg", "second.svg"))
     assert first == second
     assert 1000 < len(first) < 200_000
+
+
+def sweep() -> dict:
+    def row(at: int, implementation: str, ms: float, ours: bool = False) -> Row:
+        return Row(
+            f"mlp rank {at}", implementation, ours, {}, {}, "none", "float32", time_ms=ms, transient_mib=2.0 * ms
+        )
+
+    rows = [row(at, "factored Inductor", at) for at in (1, 2, 4)]
+    rows += [row(at, "flashsvd", 2.0, ours=True) for at in (1, 2, 4)]
+    return found() | {"rows": [vars(row) for row in rows]}
+
+
+def test_a_sweep_says_how_often_ours_wins_and_its_worst_point():
+    text = tables.filled("<!-- records -->\n<!-- /records -->", {"cpu_sweep": sweep()})
+    assert "as fast or faster at 2 of 3 points, at worst 2.00 of its time (mlp rank 1)" in text
+    assert "docs/plots/cpu_sweep.svg" in text
+
+
+def test_points_of_a_sweep_are_each_implementation_at_its_best():
+    rows = [Row("mlp rank 8", name, True, {}, {}, "none", "float32", time_ms=ms) for name, ms in BOTH.items()]
+    assert sweep_plots.points_of(rows) == [sweep_plots.Point("mlp rank", 8, "flashsvd", 1.0, None)]
+
+
+BOTH = {"flashsvd": 3.0, "flashsvd graph": 1.0, "operator streamed": 0.5}
+
+
+def test_curves_are_small_and_the_same_each_time(tmp_path: Path):
+    for file in ("first.svg", "second.svg"):
+        sweep_plots.plot("cpu_sweep", sweep(), tmp_path / file)
+    assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
 
 
 def test_readme_shows_every_record():

@@ -32,16 +32,19 @@ class Compiled:
 
     Attributes:
         reports: one for each graph that was compiled.
+        graphs: those graphs, rewritten.
     """
 
     def __init__(self, model: Callable, inner: str = "eager", dynamic: bool | None = None):
         self.reports: list[RewriteReport] = []
+        self.graphs: list[torch.fx.Graph] = []
 
         def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
             compiled = flashsvd(module, inputs, options={"inner": inner})
             report = fsvd.last_report()
             assert report is not None
             self.reports.append(report)
+            self.graphs.append(module.graph)
             return compiled
 
         self._call = torch.compile(model, backend=backend, dynamic=dynamic)

@@ -26,6 +26,24 @@ def test_one_graph_serves_every_length_and_batch(name, padding):
     assert compiled.report.count("attention") == family.attentions
 
 
+@pytest.mark.parametrize(
+    ("name", "longest", "marked"), [("BERT", 512, True), ("ModernBERT", 4096, False), ("Llama", 4096, True)]
+)
+def test_one_graph_serves_the_extremes(name, longest, marked):
+    """From two tokens to the longest text, from two items to many; BERT has learned no more than 512 positions."""
+    family, compiled = FAMILIES[name], Compiled(factored(name), inner="aot_eager", dynamic=None if marked else True)
+    for batch, length in ((2, 7), (64, 2), (2, longest), (64, 65), (3, 2)):
+        inputs = family.inputs(batch, length, "right")
+        tensors = [value for value in inputs.values() if isinstance(value, torch.Tensor)]
+        for tensor in tensors if marked else ():
+            torch._dynamo.mark_dynamic(tensor, [0, 1])
+        assert_as_right_as_unfused(name, compiled, inputs)
+    assert len(compiled.reports) == 1
+    assert compiled.report.count("attention") == family.attentions
+    assert compiled.report.count("mlp") == family.mlps
+    assert compiled.report.refusals == []
+
+
 @pytest.mark.parametrize(("name", "padding"), PADDED)
 def test_a_batch_of_one_costs_one_more_graph(name, padding):
     """Dynamo compiles sizes of 1 apart, because they broadcast."""

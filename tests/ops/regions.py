@@ -113,12 +113,13 @@ def attention_arguments(
     k_norm: tuple = NO_NORM,
     softcap: float = 0.0,
     window: tuple[int, int] = (-1, -1),
+    documents: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``attention_v1``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
+    """Arguments of ``attention_v3``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
 
     Norms are as :func:`norm` makes them.
     """
@@ -133,7 +134,7 @@ def attention_arguments(
     o = projection(num_heads * value_dim, out_features or features, ranks[3], **how) if out else ABSENT
     cos, sin = rotation(batch if rotation_per_item else 1, q_len, rotary_dim, dtype) if rotary_dim else (None, None)
     heads = (num_heads, num_kv_heads, head_dim**-0.5, softcap)
-    options = (cos, sin, interleaved, *q_norm, *k_norm, *heads, *window, strategy, workspace_bytes)
+    options = (cos, sin, interleaved, *q_norm, *k_norm, *heads, *window, documents, strategy, workspace_bytes)
     return (x, context, *q, *k, *v, *o, key_padding, mask, *options)
 
 
@@ -163,3 +164,8 @@ def padding(*lengths: int, total: int, left: bool = False) -> Tensor:
     positions = torch.arange(total)
     positions = positions.flip(0) if left else positions
     return positions < torch.tensor(lengths)[:, None]
+
+
+def packed(*lengths: int, batch: int = 1) -> Tensor:
+    """``[batch, sum(lengths)]`` integers: documents of these lengths one after the other, numbered from 0."""
+    return torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths)).expand(batch, -1)

@@ -1,4 +1,4 @@
-"""``attention_v1`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
+"""``attention_v3`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
 import pytest
 import torch
@@ -12,10 +12,13 @@ from flashsvd_compile.ops.attention import reference
 from flashsvd_compile.ops.projection import Projection
 
 from .accuracy import assert_within_error_rule, in_float64, relative_error
-from .regions import LAYOUTS, NO_NORM, attention_arguments, norm, padding
+from .regions import LAYOUTS, NO_NORM, attention_arguments, norm, packed, padding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = st.none() | st.integers(1, 19)
+
+
+PARTS = slice(0, 40), slice(40, 90)
 
 
 def check(arguments: tuple, **how) -> Tensor:
@@ -38,6 +41,7 @@ def regions(draw) -> tuple:
     head_dim = draw(st.sampled_from((8, 10, 12)))
     dtype = draw(st.sampled_from(DTYPES))
     key_padding = draw(st.none() | st.just(torch.rand(batch, keys) < 0.6))
+    documents = draw(st.none() | st.just(torch.randint(3, (batch, q_len)))) if keys == q_len else None
     return attention_arguments(
         batch,
         q_len,
@@ -61,6 +65,7 @@ def regions(draw) -> tuple:
         k_norm=draw(norms(kv_heads, head_dim, dtype)),
         softcap=draw(st.sampled_from((0.0, 0.5, 30.0))),
         window=draw(st.tuples(st.integers(-1, 9), st.integers(-1, 9))),
+        documents=documents,
         dtype=dtype,
         layout=draw(st.sampled_from(LAYOUTS)),
         strategy=draw(st.sampled_from(("streamed", "merged"))),
@@ -159,6 +164,31 @@ class TestMasks:
         assert (result[0, 4] != 0).any()
         assert (result[1, 3] != 0).any()
 
+    @pytest.mark.parametrize("window", [(-1, -1), (-1, 0), (17, 0), (3, 5)])
+    @pytest.mark.parametrize(
+        "documents",
+        [
+            packed(64, 1, 100, 35, batch=3),
+            packed(200, batch=3),
+            packed(*[2] * 100, batch=3),
+            torch.cat((packed(64, 136, batch=2), packed(100, 100))).flip(1).int(),
+            torch.arange(600).view(3, 200) % 7 // 3,
+            torch.arange(600).view(3, 200) % 5 > 2,
+        ],
+        ids=["ranges", "one", "tiny", "unlike", "interrupted", "bool"],
+    )
+    def test_packed_documents(self, documents, window):
+        key_padding = padding(200, 150, 10, total=200)
+        mask = (torch.rand(3, 1, 200, 200) < 0.7) | torch.eye(200).bool()
+        check(attention_arguments(3, 200, documents=documents, window=window, rotary_dim=8))
+        check(attention_arguments(3, 200, documents=documents, window=window, key_padding=key_padding, num_kv_heads=2))
+        check(attention_arguments(3, 200, documents=documents, window=window, mask=mask, value_dim=6))
+
+    def test_packed_documents_are_attended_to_as_if_alone(self):
+        arguments = attention_arguments(1, 90, documents=packed(40, 50), window=(-1, 0))
+        alone = [ops.attention(arguments[0][:, part], *arguments[1:-3], None, *arguments[-2:]) for part in PARTS]
+        torch.testing.assert_close(ops.attention(*arguments), torch.cat(alone, dim=1))
+
     def test_no_keys_at_all(self):
         assert (check(attention_arguments(kv_len=0, out=False)) == 0).all()
 
@@ -170,7 +200,7 @@ class TestMasks:
     def test_causal_window_equals_a_causal_mask(self):
         arguments = attention_arguments(window=(-1, 0))
         as_mask = [*arguments]
-        as_mask[19], as_mask[-3] = torch.ones(7, 7).tril().bool(), -1
+        as_mask[19], as_mask[-4] = torch.ones(7, 7).tril().bool(), -1
         torch.testing.assert_close(ops.attention(*arguments), ops.attention(*as_mask))
 
 

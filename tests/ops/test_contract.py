@@ -7,7 +7,7 @@ from torch.library import opcheck
 
 from flashsvd_compile import ops
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, padding
+from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding
 
 SMALL = 900
 CASES = {
@@ -46,6 +46,7 @@ CASES = {
         attention_arguments(softcap=2.0, mask=torch.randn(1, 4, 7, 7), workspace_bytes=SMALL),
     ),
     "attention-values": (ops.attention, attention_arguments(value_dim=6, out_features=20)),
+    "attention-documents": (ops.attention, attention_arguments(documents=packed(3, 4, batch=2), window=(-1, 0))),
     "attention-merged": (ops.attention, attention_arguments(ranks=(32, 4, None, 16), strategy="merged")),
 }
 
@@ -65,6 +66,7 @@ OF_LENGTH = {
     "attention-normed": (ops.attention, lambda n: attention_arguments(2, n, q_norm=norm("rms", 8))),
     "attention-capped": (ops.attention, lambda n: attention_arguments(2, n, softcap=2.0, window=(-1, 0))),
     "attention-rotary": (ops.attention, lambda n: attention_arguments(2, n, rotary_dim=4)),
+    "attention-documents": (ops.attention, lambda n: attention_arguments(2, n, documents=packed(3, n - 3, batch=2))),
 }
 
 

@@ -41,6 +41,7 @@ SHAPES = [
     ("attention", "mask", torch.ones(3, 7, dtype=torch.bool), "broadcastable"),
     ("attention", "mask", torch.ones(1, 1, 1, 7, 7, dtype=torch.bool), "broadcastable"),
     ("attention", "cos", torch.ones(1, 7, 4), "both or neither"),
+    ("attention", "documents", torch.ones(2, 8, dtype=torch.int), r"shape of documents is \(2, 8\), expected \(2, 7\)"),
 ]
 
 
@@ -83,6 +84,11 @@ def test_rotations_of_two_sizes():
         call("attention", cos=torch.ones(1, 7, 4), sin=torch.ones(1, 7, 2))
 
 
+def test_documents_of_another_context():
+    with pytest.raises(ShapeError, match="length of a context of packed documents is 5, expected 7"):
+        call("attention", {"kv_len": 5}, documents=torch.ones(2, 7, dtype=torch.int))
+
+
 def test_rotation_of_another_context():
     with pytest.raises(ShapeError, match="length of a rotated context is 5, expected 7"):
         call("attention", {"kv_len": 5}, cos=torch.ones(1, 7, 4), sin=torch.ones(1, 7, 4))
@@ -94,6 +100,7 @@ DTYPES = [
     ("attention", "context", torch.ones(2, 7, 32).half()),
     ("attention", "k_down", torch.ones(4, 32).bfloat16()),
     ("attention", "key_padding", torch.ones(2, 7)),
+    ("attention", "documents", torch.ones(2, 7)),
     ("attention", "mask", torch.ones(7, 7).double()),
     ("attention", "mask", torch.ones(7, 7).long()),
 ]

@@ -12,11 +12,14 @@ from flashsvd_compile.ops.mlp import Mlp
 from flashsvd_compile.ops.mlp import scratch_as_a_whole as scratch_of_mlp
 from flashsvd_compile.ops.projection import group
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, padding
+from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding
 
 WORKSPACE = 1 << 21
 KERNEL_SCRATCH = 3 << 19
 """PyTorch's attention kernel: for each of two threads a block of 256 queries by 512 keys of scores, and outputs."""
+
+NUMBERS = 16
+"""Numbers that an activation multiplies with become tensors of one element."""
 
 
 @pytest.fixture(autouse=True)
@@ -45,7 +48,7 @@ def assert_bounded(operator, arguments: tuple, constant: int = 0) -> None:
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_mlp(activation, gated):
     how = {"width": 1024, "out_features": 256, "ranks": (64, None, 48), "workspace_bytes": WORKSPACE}
-    assert_bounded(ops.mlp, mlp_arguments(4, 1024, 256, activation=activation, gated=gated, **how))
+    assert_bounded(ops.mlp, mlp_arguments(4, 1024, 256, activation=activation, gated=gated, **how), NUMBERS)
 
 
 @pytest.mark.parametrize("rank", [64, None])
@@ -62,6 +65,8 @@ ATTENTIONS = {
     "window": {"window": (100, 0)},
     "grouped": {"num_kv_heads": 1},
     "grouped causal": {"num_kv_heads": 1, "window": (-1, 0)},
+    "documents": {"documents": packed(1000, 48, 1000, batch=2), "window": (-1, 0)},
+    "interrupted documents": {"documents": torch.arange(4096).view(2, 2048) % 3, "window": (-1, 0)},
     "normed": {"q_norm": norm("rms", 64), "k_norm": norm("layer", 4, 64, bias=True)},
     "normed over all heads": {"q_norm": norm("layer", 256, whole=True), "k_norm": norm("rms", 256, whole=True)},
     "normed in half precision": {
@@ -115,6 +120,8 @@ WHOLE = ATTENTIONS | {
     "padded": {"key_padding": padding(256, 100, total=256)},
     "capped and padded": {"softcap": 2.0, "key_padding": padding(256, 100, total=256)},
     "holes": {"key_padding": torch.arange(512).view(2, 256) % 3 > 0},
+    "documents": {"documents": packed(100, 50, 106, batch=2), "window": (-1, 0)},
+    "interrupted documents": {"documents": torch.arange(512).view(2, 256) % 3, "window": (-1, 0)},
     "rotary": {"rotary_dim": 64},
     "value_dim": {"value_dim": 32},
 }

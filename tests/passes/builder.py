@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, Proxy, Tracer
+from torch.overrides import TorchFunctionMode
 
 from flashsvd_compile import RefusalReason, RewriteReport, rewrite
 
@@ -46,7 +47,8 @@ class Rewritten:
 def graph_of(function: Callable, *inputs: Tensor) -> GraphModule:
     """The graph of ``function`` with fake example values."""
     tracer = _Inlining()
-    graph = tracer.trace(function)
+    with _Factories(tracer):
+        graph = tracer.trace(function)
     module = GraphModule(tracer.root, graph)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     _Record(module).run(*(mode.from_tensor(value) for value in inputs))
@@ -58,6 +60,19 @@ class _Inlining(Tracer):
 
     def call_module(self, m, forward, args, kwargs):
         return forward(*args, **kwargs)
+
+
+class _Factories(TorchFunctionMode):
+    """Tensors made from nothing are nodes of the graph, as in Dynamo's, and not constants of the trace."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self._tracer = tracer
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func in (torch.arange, torch.full, torch.ones, torch.tensor, torch.zeros):
+            return self._tracer.create_proxy("call_function", func, args, kwargs or {})
+        return func(*args, **(kwargs or {}))
 
 
 class _Record(Interpreter):

@@ -52,7 +52,7 @@ def assert_whole_region(result, ranks=RANKS):
     assert result.count("linear") == 0
     assert result.report.matches[0].ranks == ranks
     result.assert_same_result()
-    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v1.default)
+    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v3.default)
     return call.kwargs
 
 
@@ -408,6 +408,44 @@ def test_an_unequal_split_into_queries_keys_and_values():
 
     kwargs = assert_whole_region(rewritten(function, X, down, up, *OUT), {"q": 6, "k": 6, "v": 6, "out": 7})
     assert kwargs["num_kv_heads"] == KV_HEADS
+
+
+def test_keys_and_values_packed_behind_the_queries_of_all_heads():
+    """Falcon with one key head, taken by lists of one index."""
+    down, up = tensor(6, WIDTH, seed=35), tensor((HEADS + 2) * DIM, 6, seed=36)
+
+    def function(x, down, up, od, ou):
+        packed = low_rank(x, down, up).view(BATCH, LENGTH, HEADS + 2, DIM)
+        q, k, v = packed[..., :-2, :], packed[..., [-2], :], packed[..., [-1], :]
+        return low_rank(merge(sdpa(*(y.transpose(1, 2) for y in (q, k, v)))), od, ou)
+
+    kwargs = assert_whole_region(rewritten(function, X, down, up, *OUT), {"q": 6, "k": 6, "v": 6, "out": 7})
+    assert kwargs.get("num_kv_heads", 1) == 1
+
+
+def test_keys_and_values_packed_behind_the_queries_of_each_group():
+    """Falcon with several key heads."""
+    group = HEADS // KV_HEADS
+    down, up = tensor(6, WIDTH, seed=37), tensor(KV_HEADS * (group + 2) * DIM, 6, seed=38)
+
+    def function(x, down, up, od, ou):
+        packed = low_rank(x, down, up).view(BATCH, LENGTH, KV_HEADS, group + 2, DIM)
+        q = packed[:, :, :, :-2]
+        k, v = (torch.broadcast_to(packed[:, :, :, [i]], (BATCH, LENGTH, KV_HEADS, group, DIM)) for i in (-2, -1))
+        return low_rank(merge(sdpa(*(y.flatten(2, 3).transpose(1, 2) for y in (q, k, v)))), od, ou)
+
+    kwargs = assert_whole_region(rewritten(function, X, down, up, *OUT), {"q": 6, "k": 6, "v": 6, "out": 7})
+    assert kwargs["num_kv_heads"] == KV_HEADS
+
+
+def test_a_list_of_several_indices_is_no_view():
+    def function(x, qd, qu, kd, ku, vd, vu):
+        q, k, v = (heads_of(low_rank(x, *pair))[:, [2, 0]] for pair in ((qd, qu), (kd, ku), (vd, vu)))
+        return sdpa(q, k, v).transpose(1, 2).flatten(2)
+
+    result = rewritten(function, X, *Q, *K, *V)
+    assert result.count("attention") == 0
+    result.assert_same_result()
 
 
 # Members

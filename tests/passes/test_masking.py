@@ -13,7 +13,7 @@ BATCH, LENGTH, HEADS, DIM = 2, 6, 4, 8
 WIDTH = HEADS * DIM
 X = tensor(BATCH, LENGTH, WIDTH)
 WEIGHTS = tensor(4, WIDTH), tensor(WIDTH, 4), tensor(WIDTH, WIDTH)
-MIN = torch.finfo(torch.float32).min
+MIN, HALF_MIN = torch.finfo(torch.float32).min, torch.finfo(torch.float16).min
 
 
 def masked_attention(mask_scores):
@@ -40,8 +40,8 @@ def run(mask_scores, *masks):
 def arguments_of(result) -> set[str]:
     assert result.count("attention") == 1, result.report
     result.assert_same_result()
-    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v1.default)
-    return set(call.kwargs) & {"mask", "key_padding", "window_left", "window_right"}
+    (operator,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v3.default)
+    return set(operator.kwargs) & {"mask", "key_padding", "window_left", "window_right"}
 
 
 PADDING = torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]], dtype=torch.bool)
@@ -50,29 +50,25 @@ RANDOM[..., 0] = True
 INF = float("-inf")
 
 
-def causal():
-    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
-
-
 STRUCTURED = {
     "padding, filled where it is not": (
         {"key_padding"}, lambda s, p: s.masked_fill(~p[:, None, None, :], INF), PADDING,
     ),
     "padding equal to 0": ({"key_padding"}, lambda s, p: s.masked_fill(p[:, None, None, :] == 0, INF), PADDING),
     "where padding": ({"key_padding"}, lambda s, p: torch.where(p[:, None, None, :], s, INF), PADDING),
-    "causal, filled": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), INF)),
-    "causal, filled with the least number": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), MIN)),
-    "causal, filled with -1e9": ({"window_right"}, lambda s: s.masked_fill(~causal_of(s), -1e9)),
-    "where causal": ({"window_right"}, lambda s: torch.where(causal_of(s), s, torch.full((), MIN))),
+    "causal, filled": ({"window_right"}, lambda s: s.masked_fill(~causal(), INF)),
+    "causal, filled with the least number": ({"window_right"}, lambda s: s.masked_fill(~causal(), MIN)),
+    "causal, filled with -1e9": ({"window_right"}, lambda s: s.masked_fill(~causal(), -1e9)),
+    "where causal": ({"window_right"}, lambda s: torch.where(causal(), s, torch.full((), MIN))),
     "causal and padding in turn": (
         {"window_right", "key_padding"},
-        lambda s, p: s.masked_fill(~causal_of(s), INF).masked_fill(~p[:, None, None, :], INF),
+        lambda s, p: s.masked_fill(~causal(), INF).masked_fill(~p[:, None, None, :], INF),
         PADDING,
     ),
 }  # fmt: skip
 
 
-def causal_of(scores):
+def causal():
     i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
     return (j <= i)[None, None]
 
@@ -95,6 +91,25 @@ DENSE = {
 }
 
 
+FLOORS = {
+    "max": lambda s: torch.max(s, torch.tensor(MIN)),
+    "maximum": lambda s: torch.maximum(s, torch.full((), MIN)),
+    "clamp": lambda s: s.clamp(min=MIN),
+    "clamp_min": lambda s: torch.clamp_min(s, MIN),
+}
+
+
+@pytest.mark.parametrize("floor", FLOORS)
+def test_scores_raised_to_the_least_number(floor):
+    """A query that may see no key attends to all of them evenly."""
+    rows_without_keys = torch.where(RANDOM, 0.0, INF)
+    rows_without_keys[0, 1, 2] = INF
+    assert arguments_of(run(lambda s, m: FLOORS[floor](s + m), rows_without_keys)) == {"mask"}
+    assert arguments_of(run(lambda s, m: FLOORS[floor](s.masked_fill(m, INF)), torch.ones_like(RANDOM))) == {"mask"}
+    assert arguments_of(run(lambda s: FLOORS[floor](s.masked_fill(~causal(), INF)))) == {"window_right"}
+    assert arguments_of(run(FLOORS[floor])) == set()
+
+
 @pytest.mark.parametrize("spelling", DENSE)
 def test_other_fills_become_a_mask(spelling):
     mask_scores, mask = DENSE[spelling]
@@ -108,11 +123,66 @@ def test_a_bias_and_a_fill_together():
     assert arguments_of(result) == {"mask", "key_padding"}
 
 
+BIAS = tensor(1, HEADS, LENGTH, LENGTH)
+TOGETHER = {
+    "two biases": (lambda s, b, c: s + b + c, BIAS, tensor(LENGTH)),
+    "a bias, then least numbers": (lambda s, b, m: (s + b).masked_fill(m, MIN), BIAS, torch.ones_like(RANDOM)),
+    "a bias, then -inf": (lambda s, b, m: (s + b).masked_fill(m, INF), BIAS, ~RANDOM),
+    "-inf, then a bias": (lambda s, m, b: s.masked_fill(m, INF) + b, ~RANDOM, BIAS),
+    "two conditions": (lambda s, m, n: s.masked_fill(m, INF).masked_fill(n, INF), ~RANDOM, ~RANDOM.roll(1, 2)),
+    "least numbers twice, raised": (
+        lambda s, a, b: (s + a + b).clamp(min=MIN),
+        torch.where(RANDOM.roll(1, 3), 0.0, MIN).index_fill(2, torch.tensor(2), MIN),
+        torch.where(RANDOM, 0.0, MIN),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", TOGETHER)
+def test_two_masks_become_one(spelling):
+    mask_scores, *masks = TOGETHER[spelling]
+    assert arguments_of(run(mask_scores, *masks)) == {"mask"}
+
+
+@pytest.mark.parametrize("bias", [(BATCH * HEADS, 1, LENGTH), (1, LENGTH, LENGTH), (LENGTH,)])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_bias_that_baddbmm_adds(bias, masked):
+    """Bloom's ALiBi."""
+
+    def items_of(y):
+        return y.view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2).reshape(BATCH * HEADS, LENGTH, DIM)
+
+    def function(x, down, up, out, bias, padding):
+        q, k, v = (items_of(linear(linear(x, down), up)) for _ in range(3))
+        scores = torch.baddbmm(bias, q, k.transpose(1, 2), beta=1.0, alpha=0.3).view(BATCH, HEADS, LENGTH, LENGTH)
+        scores = scores.masked_fill(~padding[:, None, None, :], INF) if masked else scores
+        weights = scores.softmax(-1).view(BATCH * HEADS, LENGTH, LENGTH)
+        heads = torch.bmm(weights, v).view(BATCH, HEADS, LENGTH, DIM)
+        return linear(heads.transpose(1, 2).reshape(BATCH, LENGTH, WIDTH), out)
+
+    result = rewritten(function, X, *WEIGHTS, tensor(*bias, scale=2.0), PADDING)
+    assert arguments_of(result) == ({"mask", "key_padding"} if masked else {"mask"})
+
+
+def test_a_bias_on_raised_scores_that_are_raised_no_more():
+    """Raised in between: neither the sum of the masks nor that sum raised is what the graph computes."""
+    result = run(lambda s, a, b: torch.clamp(s + a, min=MIN) + b, torch.where(RANDOM, 0.0, INF), BIAS)
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
 NOT_UNDERSTOOD = {
     "a fill that is not low": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s.masked_fill(m, -5.0), ~RANDOM),
     "rows that -1e9 may fill": (RefusalReason.UNKNOWN_MASK, lambda s, m: s.masked_fill(m, -1e9), ~RANDOM),
     "a condition added": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s + m, RANDOM),
-    "two biases": (RefusalReason.UNKNOWN_MASK, lambda s, b, c: s + b + c, tensor(LENGTH, LENGTH), tensor(LENGTH)),
+    "scores raised to another number": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s: s.clamp(min=-2.0)),
+    "scores bounded on both sides": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s: s.clamp(MIN, 0.1)),
+    "two paddings": (
+        RefusalReason.UNKNOWN_MASK,
+        lambda s, p, r: s.masked_fill(~p[:, None, None], INF).masked_fill(~r[:, None, None], INF),
+        PADDING,
+        PADDING.flip(0),
+    ),
     "a wider bias": (
         RefusalReason.UNSUPPORTED_ATTENTION, lambda s, b: (s.double() + b).float(), tensor(LENGTH, LENGTH).double(),
     ),
@@ -150,6 +220,32 @@ def test_a_wide_mask_beside_half_precision_queries():
     result = rewritten(function, *half, tensor(BATCH, HEADS, LENGTH, LENGTH))
     assert result.count("attention") == 0
     assert result.reasons == [RefusalReason.UNKNOWN_MASK]
+
+
+@pytest.mark.parametrize("mask_scores", [lambda s, m: s.masked_fill(m, INF), lambda s, m: s + m.half() * HALF_MIN])
+def test_half_floats_are_too_narrow_for_rows_that_may_be_masked_completely(mask_scores):
+    """Next to -65504 a score of a few units is not rounded away in float32, in which the operator computes."""
+    attend = masked_attention(lambda s, m: mask_scores(s, m).clamp(min=HALF_MIN))
+    half = [value.half() for value in (X, *WEIGHTS)]
+    result = rewritten(lambda x, a, b, c, m: attend(x, a, b, c, m), *half, torch.ones_like(RANDOM))
+    assert result.count("attention") == 0
+    assert result.reasons == [RefusalReason.UNKNOWN_MASK]
+
+
+def test_a_sink_beside_the_keys_is_refused():
+    """GPT-OSS: a learned score takes its share of each query's attention."""
+
+    def function(x, down, up, out, sinks):
+        q, k, v = (linear(linear(x, down), up).view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2) for _ in range(3))
+        sinks = sinks.reshape(1, -1, 1, 1).expand(BATCH, -1, LENGTH, -1)
+        weights = torch.cat((q @ k.mT * 0.3, sinks), dim=-1).softmax(-1)[..., :-1]
+        return linear((weights @ v).transpose(1, 2).flatten(2), out)
+
+    result = rewritten(function, X, *WEIGHTS, tensor(HEADS))
+    assert result.count("attention") == 0
+    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
+    assert "sink" in result.report.refusals[0].sentence
+    result.assert_same_result()
 
 
 def test_a_softmax_over_the_queries_is_refused():

@@ -35,25 +35,31 @@ def rebuilt(captured: Captured, reading: MaskReading) -> torch.Tensor:
     placeholder, query = captured.argument(lambda tensor: tensor.dim() == 4)
     with graph.inserting_before(graph.output_node()):
         vector = reading.materialize(graph, placeholder)
+        numbers = None if reading.documents is None else reading.documents.build(graph, placeholder)
     key_padding = None if vector is None else captured.run(vector)
+    documents = None if numbers is None else captured.run(numbers)
+    assert documents is None or documents.shape == (BATCH, LENGTH)
     if key_padding is not None:
         assert key_padding.shape == (BATCH, LENGTH) and key_padding.dtype == torch.bool
     nothing = Projection(None, None, query, None)
     attention = Attention(
         q=nothing, k=nothing, v=nothing, out=None, key_padding=key_padding, mask=None, cos=None, sin=None,
         interleaved=False, q_norm=None, k_norm=None, num_heads=1, num_kv_heads=1, scale=1.0, softcap=0.0,
-        window_left=reading.window_left, window_right=reading.window_right,
+        window_left=reading.window_left, window_right=reading.window_right, documents=documents,
     )  # fmt: skip
     mask = full_mask(attention, slice(0, query.shape[2]), slice(0, LENGTH), query)
     return (torch.tensor(True) if mask is None else mask).expand(BATCH, 1, query.shape[2], LENGTH)
 
 
-def understood(captured: Captured, left: int = UNLIMITED, right: int = UNLIMITED, paddings: int = 0) -> None:
+def understood(
+    captured: Captured, left: int = UNLIMITED, right: int = UNLIMITED, paddings: int = 0, packed: bool = False
+) -> None:
     """The mask is read completely and as expected, and the reading means the same mask."""
     mask = captured.run()
     reading = read_mask(captured.output)
     assert reading.residual is None, reading.reason
     assert (reading.window_left, reading.window_right, len(reading.key_paddings)) == (left, right, paddings)
+    assert (reading.documents is not None) == packed
     again = rebuilt(captured, reading)
     visible = mask if mask.dtype == torch.bool else mask == 0
     assert torch.equal(visible.expand_as(again), again)
@@ -228,12 +234,114 @@ def test_a_padding_vector_common_to_a_dynamic_batch(query):
     understood(dynamic(mask, query, torch.arange(LENGTH) > 3), paddings=1)
 
 
-def test_packed_documents_stay_a_mask(query, padding):
+@every_capture
+def test_packed_documents_by_gathers(capture, query, padding):
     def mask(query, documents):
-        batch, q, kv = indices(query)
+        batch, q, _ = indices(query)
+        kv = torch.arange(query.shape[2])[None, None, None, :]
         return (kv <= q) & (documents[batch, q] == documents[batch, kv])
 
-    left_as_it_is(static(mask, query, padding), "packed documents")
+    understood(capture(mask, query, padding), right=0, packed=True)
+
+
+@pytest.mark.parametrize(
+    "spelling",
+    [
+        lambda documents: (documents[:, :, None] == documents[:, None, :])[:, None],
+        lambda documents: documents.unsqueeze(1).eq(documents.unsqueeze(2)).unsqueeze(1),
+        lambda documents: documents[0, None, None, :] == documents[0, None, :, None],
+        lambda documents: torch.where((documents[:, None, :, None] == documents[:, None, None]), 0.0, MIN),
+    ],
+)
+def test_packed_documents_spelled_by_hand(spelling, query, padding):
+    understood(static(lambda query, documents: spelling(documents.cumsum(-1)), query, padding), packed=True)
+
+
+def test_packed_documents_with_window_and_padding(query, padding):
+    def mask(query, documents, padding):
+        batch, q, kv = indices(query)
+        documents = documents.int()
+        same = documents[batch, q] == documents[batch, kv]
+        return same & (kv <= q) & (kv > q - 4) & padding.bool()[batch, kv]
+
+    understood(static(mask, query, torch.arange(27).view(3, 9) // 4, padding), left=3, right=0, paddings=1, packed=True)
+
+
+POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4, 0], [3, 4, 5, 6, 7, 8, 9, 10, 11], [0, 1, 0, 1, 0, 1, 0, 0, 7]])
+
+
+def runs(positions):
+    return (torch.diff(positions, prepend=positions[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+
+
+@pytest.mark.parametrize("capture", [static, dynamic])
+@pytest.mark.parametrize("positions", [POSITIONS, POSITIONS[:1]])
+def test_positions_in_packed_documents_as_transformers_compares_them(capture, positions, query):
+    def mask(query, positions):
+        batch, q, _ = indices(query)
+        positions, kv = positions.expand(query.shape[0], -1), q.mT
+        documents = runs(positions)
+        at_query, at_key = positions[batch, q], positions[batch, kv]
+        ordered = (at_key <= at_query) & (at_key > at_query - 3)
+        return ordered & (documents[batch, q] == documents[batch, kv])
+
+    understood(capture(mask, query, positions), left=2, right=0, packed=True)
+
+
+def test_an_order_of_positions_without_documents_stays_a_mask(query):
+    def mask(query, positions):
+        batch, q, kv = indices(query)
+        return positions[batch, kv] <= positions[batch, q]
+
+    left_as_it_is(static(mask, query, POSITIONS), "an order")
+
+
+@pytest.mark.parametrize(
+    "other_runs",
+    [
+        lambda positions: (torch.diff(positions, prepend=positions[:, :1]) != 0).cumsum(-1),
+        lambda positions: (torch.diff(positions, prepend=positions[:, :1]) != 1).cumsum(0),
+        lambda positions: runs(positions * 2),
+    ],
+)
+def test_an_order_of_positions_in_other_documents_stays_a_mask(other_runs, query):
+    def mask(query, positions):
+        batch, q, kv = indices(query)
+        documents = other_runs(positions)
+        return (positions[batch, kv] <= positions[batch, q]) & (documents[batch, q] == documents[batch, kv])
+
+    left_as_it_is(static(mask, query, POSITIONS), "an order")
+
+
+def test_documents_of_fewer_queries_than_keys_stay_a_mask(query, padding):
+    def mask(query, documents):
+        batch, q, kv = indices(query)
+        return documents[batch, q] == documents[batch, kv]
+
+    left_as_it_is(static(mask, query[:, :, :5], padding), "no documents")
+
+
+def test_documents_of_another_order_stay_a_mask(query, padding):
+    def mask(query, documents):
+        batch, q, kv = indices(query)
+        return documents[batch, LENGTH - 1 - q] == documents[batch, kv]
+
+    left_as_it_is(static(mask, query, padding), "no vector over the keys")
+
+
+def test_floats_that_are_equal_stay_a_mask(query):
+    def mask(query, numbers):
+        return (numbers[:, :, None] == numbers[:, None, :])[:, None]
+
+    left_as_it_is(static(mask, query, torch.rand(BATCH, LENGTH)), "no documents")
+
+
+def test_documents_packed_in_two_ways_stay_a_mask(query, padding):
+    def mask(query, documents, others):
+        batch, q, kv = indices(query)
+        return (documents[batch, q] == documents[batch, kv]) & (others[batch, q] == others[batch, kv])
+
+    left_as_it_is(static(mask, query, padding, padding.flip(0)), "two ways")
 
 
 def test_an_unknown_offset_stays_a_mask(query):

@@ -1,0 +1,135 @@
+"""Seconds of a region under each strategy, as formulas in the graph's symbols.
+
+A chain of products and elementwise passes takes the time of its arithmetic at the device's ceiling plus that of its
+memory traffic at the device's bandwidth. That the two are added, as if nothing overlapped, is no bound but a fit: it is
+within 7 % of the measured baselines of ``benchmarks/results/mlp_region.json`` (see ``tests/planner``).
+"""
+
+import sympy
+
+from . import memory
+from .device import Device
+from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
+
+ATTENTION_SHARE = 0.6
+"""Share of the products' rate that attention reaches (H200, heads of 64)."""
+
+
+def linear_kept(shape: LinearShape, device: Device) -> sympy.Expr:
+    """Two products."""
+    return _projection(shape, device, "w", shape.rows, shape.in_features)
+
+
+def linear_streamed(shape: LinearShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The same in chunks."""
+    return linear_kept(shape, device) + _chunks(memory.linear_as_written(shape), workspace_bytes, device.chunk_seconds)
+
+
+def linear_merged(shape: LinearShape, device: Device) -> sympy.Expr:
+    """The factors multiplied, then one product."""
+    return _merged_projection(shape, device, "w", shape.rows, shape.in_features)
+
+
+def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
+    """Products and one elementwise pass over the hidden layer."""
+    return _mlp_products(shape, device, _projection) + _activation_pass(shape, device)
+
+
+def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The same in chunks."""
+    needed = shape.rows * memory.mlp_streamed_row(shape)
+    return mlp_kept(shape, device) + _chunks(needed, workspace_bytes, device.chunk_seconds)
+
+
+def mlp_merged(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """In chunks, with each pair of factors multiplied that costs more than its product."""
+    needed = shape.rows * memory.mlp_streamed_row(shape)
+    products = _mlp_products(shape, device, _merged_projection)
+    return products + _activation_pass(shape, device) + _chunks(needed, workspace_bytes, device.chunk_seconds)
+
+
+def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
+    """Two narrow products around the core, whose hidden layer causes no traffic but costs time to activate."""
+    rank_in, rank_out, width = shape.latent("hidden"), shape.latent("out"), shape.features["hidden"]
+    narrow = _product(shape, device, shape.rows, shape.in_features, rank_in)
+    narrow += _product(shape, device, shape.rows, rank_out, shape.features["out"])
+    core = 2 * shape.rows * width * (rank_in + rank_out) / device.flops[shape.itemsize]
+    long_steps, short_steps = device.activation_seconds
+    per_element = long_steps if max(rank_in, rank_out) <= device.long_step_rank else short_steps
+    return narrow + core + shape.rows * width * per_element
+
+
+def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
+    """Projections and the core, all keys seen by all queries."""
+    return _attention_projections(shape, device, _projection) + _core(shape, device)
+
+
+def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """Keys and values in chunks."""
+    return attention_kept(shape, device) + _chunks(
+        memory.keys_and_values(shape), workspace_bytes, device.attention_chunk_seconds
+    )
+
+
+def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """In chunks, with each pair of factors multiplied that costs more than its product."""
+    projections = _attention_projections(shape, device, _merged_projection)
+    return projections + _core(shape, device) + _attention_chunks(shape, workspace_bytes, device)
+
+
+def _product(shape: RegionShape, device: Device, rows, depth, width) -> sympy.Expr:
+    """``[rows, depth] @ [depth, width]``."""
+    elements = rows * depth + rows * width + depth * width
+    return 2 * rows * depth * width / device.flops[shape.itemsize] + shape.itemsize * elements / device.bandwidth
+
+
+def _projection(shape: RegionShape, device: Device, role: str, rows, in_features) -> sympy.Expr:
+    rank, features = shape.ranks[role], shape.features[role]
+    if rank is None:
+        return _product(shape, device, rows, in_features, features)
+    return _product(shape, device, rows, in_features, rank) + _product(shape, device, rows, rank, features)
+
+
+def _merged_projection(shape: RegionShape, device: Device, role: str, rows, in_features) -> sympy.Expr:
+    rank, features = shape.ranks[role], shape.features[role]
+    if rank is None or not shape.is_dearer_than_dense(role, in_features):
+        return _projection(shape, device, role, rows, in_features)
+    merging = _product(shape, device, features, rank, in_features)
+    return merging + _product(shape, device, rows, in_features, features)
+
+
+def _mlp_products(shape: MlpShape, device: Device, projection) -> sympy.Expr:
+    width = shape.features["hidden"]
+    into = sum(projection(shape, device, role, shape.rows, shape.in_features) for role in shape.into_hidden)
+    return into + projection(shape, device, "out", shape.rows, width)
+
+
+def _activation_pass(shape: MlpShape, device: Device) -> sympy.Expr:
+    """Reads the hidden layer, and the gate if there is one, and writes their activation."""
+    tensors = 1 + len(shape.into_hidden)
+    return shape.itemsize * tensors * shape.rows * shape.features["hidden"] / device.bandwidth
+
+
+def _attention_projections(shape: AttentionShape, device: Device, projection) -> sympy.Expr:
+    queries, keys = shape.batch * shape.q_len, shape.batch * shape.kv_len
+    total = projection(shape, device, "q", queries, shape.in_features)
+    total += sum(projection(shape, device, role, keys, shape.in_features) for role in ("k", "v"))
+    if "out" in shape.ranks:
+        total += projection(shape, device, "out", queries, memory.heads_width(shape))
+    return total
+
+
+def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
+    width = shape.features["q"] + memory.heads_width(shape)
+    flops = 2 * shape.batch * shape.q_len * shape.kv_len * width
+    traffic = memory.attention_as_written(shape)
+    return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
+
+
+def _attention_chunks(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
+    return _chunks(memory.keys_and_values(shape), workspace_bytes, device.attention_chunk_seconds)
+
+
+def _chunks(needed: sympy.Expr, workspace_bytes: sympy.Expr, chunk_seconds: float) -> sympy.Expr:
+    """What chunks after the first cost."""
+    return chunk_seconds * sympy.Max(0, needed / workspace_bytes - 1)

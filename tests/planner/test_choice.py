@@ -1,0 +1,128 @@
+"""What the planner chooses, and that it says why."""
+
+import pytest
+import sympy
+
+from flashsvd_compile.options import Options, Strategy
+from flashsvd_compile.planner import (
+    AttentionShape,
+    Candidate,
+    LinearShape,
+    MlpShape,
+    plan_attention,
+    plan_linear,
+    plan_mlp,
+)
+
+ROWS = sympy.Symbol("s0", positive=True, integer=True)
+AUTO = Options()
+
+
+def mlp(
+    rows: sympy.Expr | int, rank: int, device: str = "cuda", itemsize: int = 2, gated: bool = False, hints=None
+) -> MlpShape:
+    roles = ("hidden", "gate", "out") if gated else ("hidden", "out")
+    features = {role: 768 if role == "out" else 3072 for role in roles}
+    ranks: dict[str, int | None] = dict.fromkeys(roles, rank)
+    return MlpShape(ranks, features, sympy.Integer(768), itemsize, device, hints or {}, sympy.sympify(rows))
+
+
+def linear(rows: int, rank: int, device: str = "cpu") -> LinearShape:
+    return LinearShape({"w": rank}, {"w": 768}, sympy.Integer(768), 4, device, {}, sympy.Integer(rows))
+
+
+def attention(batch: int, length: int, rank: int, device: str = "cpu", itemsize: int = 4) -> AttentionShape:
+    roles = ("q", "k", "v", "out")
+    ranks: dict[str, int | None] = dict.fromkeys(roles, rank)
+    n, m = sympy.Integer(batch), sympy.Integer(length)
+    features: dict[str, int] = dict.fromkeys(roles, 768)
+    return AttentionShape(ranks, features, sympy.Integer(768), itemsize, device, {}, n, m, m, 12, 12)
+
+
+def test_low_ranks_of_half_precision_are_fused_on_a_gpu():
+    plan = plan_mlp(mlp(65536, 192), AUTO)
+    assert plan.strategy == Strategy.FUSED
+    assert "the hidden layer stays on chip" in plan.reason
+    assert "of the time predicted as written" in plan.reason
+
+
+@pytest.mark.parametrize("shape", [mlp(65536, 512), mlp(65536, 192, itemsize=4), mlp(65536, 192, gated=True)])
+def test_what_no_kernel_holds_on_chip_is_streamed(shape):
+    assert plan_mlp(shape, AUTO).strategy == Strategy.STREAMED
+
+
+def test_the_workspace_is_the_least_that_costs_no_time():
+    """Few rows feel each further chunk, many do not."""
+    few, many = (plan_mlp(mlp(rows, 512), AUTO) for rows in (16384, 262144))
+    assert few.workspace.per_element > many.workspace.per_element
+    assert few.strategy == many.strategy == Strategy.STREAMED
+
+
+def test_short_items_are_lifted_all_at_once_on_a_gpu_and_many_long_ones_in_parts():
+    short, long = (plan_attention(attention(*size, 192, "cuda", itemsize=2), AUTO) for size in ((32, 128), (32, 2048)))
+    assert short.workspace.per_element > long.workspace.per_element
+    assert short.strategy == long.strategy == Strategy.STREAMED
+
+
+def test_a_budget_is_kept_to_even_where_its_small_chunks_cost_time():
+    plan = plan_mlp(mlp(65536, 512), Options(memory_budget=2**20, strategy="auto"))
+    times = {candidate.strategy: candidate.seconds for candidate in plan.candidates}
+    assert times[Strategy.STREAMED] > 2 * times[Strategy.KEPT]
+    assert plan.strategy == Strategy.STREAMED, "the budget leaves nothing else"
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(64, Strategy.STREAMED), (16384, Strategy.MERGED)])
+def test_factors_are_merged_where_the_rows_pay_for_it(rows, expected):
+    assert plan_linear(linear(rows, 600), AUTO).strategy == expected
+    assert plan_attention(attention(1, rows, 600), AUTO).strategy == expected
+
+
+def test_factors_smaller_than_their_product_are_not_merged():
+    plan = plan_linear(linear(2**20, 192), Options(strategy="merged"))
+    assert plan.strategy == Strategy.STREAMED
+    assert "merged is not offered here" in plan.reason
+
+
+def test_a_budget_excludes_what_is_larger():
+    assert plan_mlp(mlp(65536, 384), Options(memory_budget=2**20)).strategy == Strategy.STREAMED
+    assert plan_mlp(mlp(65536, 384), Options(memory_budget=2**28)).strategy == Strategy.FUSED
+
+
+def plan_kept(rows: int) -> Candidate:
+    return plan_mlp(mlp(rows, 192), AUTO).candidates[-1]
+
+
+def test_symbols_are_planned_for_at_their_hints_and_stay_in_the_formulas():
+    shape = mlp(ROWS, 192, hints={ROWS: 65536})
+    plan = plan_mlp(shape, AUTO)
+    assert plan.strategy == Strategy.FUSED
+    assert shape.at_hints(plan.candidates[-1].seconds) == mlp(65536, 192).at_hints(plan_kept(65536).seconds)
+    assert plan.transient_after == 2 * ROWS * 192
+    assert plan.transient_before == 2 * 2 * ROWS * 3072
+    assert all(ROWS in candidate.seconds.free_symbols for candidate in plan.candidates)
+
+
+def test_a_symbol_without_a_hint_can_be_planned_for():
+    assert plan_mlp(mlp(ROWS, 192), AUTO).strategy == Strategy.FUSED
+
+
+@pytest.mark.parametrize("strategy", Strategy)
+def test_a_strategy_that_was_asked_for_is_taken_or_the_report_says_that_it_is_not_offered(strategy):
+    plan = plan_mlp(mlp(65536, 192), Options(strategy=str(strategy)))
+    taken = plan.strategy == strategy and "was asked for" in plan.reason
+    assert taken or f"{strategy} is not offered here" in plan.reason
+    assert taken == (strategy in (Strategy.FUSED, Strategy.STREAMED, Strategy.KEPT))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("rank", [16, 192, 512, 700])
+@pytest.mark.parametrize("rows", [1, 512, 65536])
+def test_no_choice_is_predicted_slower_or_larger_than_keeping(device, rank, rows):
+    shapes = [(plan_mlp, mlp(rows, rank, device)), (plan_linear, linear(rows, rank, device))]
+    shapes.append((plan_attention, attention(1, rows, rank, device)))
+    for plan_for, shape in shapes:
+        plan = plan_for(shape, AUTO)
+        kept = plan.candidates[-1]
+        chosen = next(c for c in plan.candidates if (c.strategy, c.workspace) == (plan.strategy, plan.workspace))
+        assert shape.at_hints(chosen.seconds) <= 1.09 * shape.at_hints(kept.seconds)
+        assert plan.strategy == Strategy.MERGED or shape.at_hints(chosen.transient) <= shape.at_hints(kept.transient)
