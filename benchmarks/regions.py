@@ -40,14 +40,14 @@ def forced_mlp(module: Mlp, x: Tensor, workspaces_mib: tuple[int, ...]) -> list[
 def forced_attention(
     module: Attention, x: Tensor, key_padding: Tensor | None, workspaces_mib: tuple[int, ...]
 ) -> list[Implementation]:
-    """``attention_v2`` streamed through each workspace."""
+    """``attention_v3`` streamed through each workspace."""
     arguments = {}
     for role in ("q", "k", "v"):
         arguments |= projection_arguments(role, getattr(module, role))
     head_dim = x.shape[-1] // module.heads
 
     def run(**how) -> Tensor:
-        return torch.ops.flashsvd.attention_v2(
+        return torch.ops.flashsvd.attention_v3(
             x,
             **arguments,
             key_padding=key_padding,

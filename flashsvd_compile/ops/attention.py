@@ -1,4 +1,4 @@
-"""``flashsvd::attention_v2``: multi-head attention with its (low-rank) projections, as one operator.
+"""``flashsvd::attention_v3``: multi-head attention with its (low-rank) projections, as one operator.
 
     heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
@@ -264,5 +264,5 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return Chunked(grad, arguments, per_item, step)
 
 
-attention = register("attention_v2", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+attention = register("attention_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
 differentiable(attention, reference, _cut)

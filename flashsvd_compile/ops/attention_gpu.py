@@ -27,10 +27,10 @@ Lift = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def supported(x: Tensor, attn: Attention) -> bool:
-    """Whether our own kernels compute the region: one size of heads, a positive scale, key padding and windows only."""
+    """Whether our own kernels compute the region: no mask, documents, norm or cap, one size of heads, scale > 0."""
     in_place = attn.queries_in_place and attn.heads_in_place and x.numel() > 0
-    masked = attn.mask is not None or attn.documents is not None
-    plain = not masked and not attn.normed and not attn.softcap and attn.scale > 0
+    unmasked = attn.mask is None and attn.documents is None
+    plain = unmasked and not attn.normed and not attn.softcap and attn.scale > 0
     return in_place and plain and attention_kernel.supported(x.device, x.dtype)
 
 

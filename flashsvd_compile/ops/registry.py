@@ -24,8 +24,8 @@ def register(
     """Define ``flashsvd::name``.
 
     Args:
-        name: operator name with its version, e.g. ``"mlp_v1"``. Raise the version whenever ``fake`` changes:
-            the compile cache knows an operator by its name only.
+        name: operator name with its version, e.g. ``"mlp_v1"``. Raise the version whenever ``schema`` or
+            ``fake`` changes: the compile cache knows an operator by its name only, and calls it by position.
         schema: argument list and result, without the name.
         reference: plain PyTorch; serves every device without an implementation of its own.
         fake: shape inference; result strides must equal those of every implementation.

@@ -200,7 +200,8 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         nodes.insert(0, node)
         if product is not None:
             return _Scores(product, scale * product.scale, softcap, masks, tuple(nodes))
-        biased = None if scale != 1.0 or softcap else read_biased_product(node)
+        scaled = scale != 1.0 or bool(softcap)
+        biased = None if scaled else read_biased_product(node)
         if biased is not None:
             return _with_bias(node, *biased, masks, tuple(nodes), floored)
         factor = None if call is None else _factor(call)
@@ -210,11 +211,11 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         if call is not None and call.op == "tanh" and not softcap and scale > 0:
             node, softcap = call.input, scale
             continue
-        raised = None if scale != 1.0 or softcap else read_floor(node)
+        raised = None if scaled else read_floor(node)
         if raised is not None:
             node, floored = raised, True
             continue
-        masked = None if scale != 1.0 or softcap else _read_addition(node) or read_fill(node)
+        masked = None if scaled else _read_addition(node) or read_fill(node)
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
         node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))

@@ -119,7 +119,7 @@ def attention_arguments(
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``attention_v2``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
+    """Arguments of ``attention_v3``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
 
     Norms are as :func:`norm` makes them.
     """

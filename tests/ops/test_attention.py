@@ -1,4 +1,4 @@
-"""``attention_v2`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
+"""``attention_v3`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
 import pytest
 import torch

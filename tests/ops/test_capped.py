@@ -29,6 +29,7 @@ CASES = {
     "bool mask of each head": {"mask": torch.rand(1, 4, 7, 7) < 0.4, "num_kv_heads": 2},
     "bias of each head": {"mask": torch.randn(1, 4, 7, 7), "num_kv_heads": 2},
     "bias with holes": {"mask": ADDITIVE, "window": (-1, 0)},
+    "documents": {"documents": torch.tensor([[0, 0, 0, 1, 1, 1, 1], [3, 3, 2, 2, 2, 3, 1]]), "window": (-1, 0)},
     "cross": {"kv_len": 11},
     "no keys": {"kv_len": 0},
     "other values": {"value_dim": 6, "num_kv_heads": 2},
@@ -44,7 +45,7 @@ def few_scores(monkeypatch):
 def region(name: str, dtype: torch.dtype, batch: int = 2, **how) -> tuple:
     how = CASES[name] | how
     if batch == 1:
-        cut = {key: how[key][:1] for key in ("key_padding", "mask") if how.get(key) is not None}
+        cut = {key: how[key][:1] for key in ("key_padding", "mask", "documents") if how.get(key) is not None}
         how |= cut
     if how.get("mask") is not None and how["mask"].is_floating_point():
         how["mask"] = how["mask"].to(dtype)

@@ -119,7 +119,7 @@ def forward(self, x, down1, up1, down2, up2):
             rewritten(function, X, mask, *weights).code,
             """\
 def forward(self, x, mask, q_down, q_up, k_down, k_up, v, out_down, out_up):
-    attention = torch.ops.flashsvd.attention_v2.default(x = x, q_down = q_down, q_up = q_up, k_down = k_down, k_up = k_up, v_up = v, out_down = out_down, out_up = out_up, key_padding = mask, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v3.default(x = x, q_down = q_down, q_up = q_up, k_down = k_down, k_up = k_up, v_up = v, out_down = out_down, out_up = out_up, key_padding = mask, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, workspace_bytes = 1048576)
     return attention""",
         )
 
@@ -142,7 +142,7 @@ def forward(self, x, cos, sin, down, up):
     narrow = up.narrow(0, 0, 32)
     narrow_1 = up.narrow(0, 32, 32)
     narrow_2 = up.narrow(0, 64, 32)
-    attention = torch.ops.flashsvd.attention_v2.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, cos = cos, sin = sin, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, window_right = 0, workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v3.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, cos = cos, sin = sin, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, window_right = 0, workspace_bytes = 1048576)
     return attention""",
         )
 
