@@ -159,3 +159,27 @@ def forward(self, x, down, up):
     linear_1 = torch._C._nn.linear(linear, up)
     return (linear_1, linear)""",
         )
+
+    def test_attention_with_norms_and_a_soft_cap(self):
+        def function(x, down, up, weight, od, ou):
+            packed = low_rank(x, down, up).split(32, dim=2)
+            parts = (packed[0], packed[1], packed[2])
+            q, k, v = (part.view(2, 6, 4, 8).transpose(1, 2) for part in parts)
+            q, k = (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * (1.0 + weight) for t in (q, k))
+            scores = 50.0 * torch.tanh(q @ k.transpose(2, 3) * 0.25 / 50.0)
+            return low_rank((scores.softmax(-1) @ v).transpose(1, 2).reshape(2, 6, 32), od, ou)
+
+        weights = (tensor(4, 32), tensor(96, 4), tensor(8), tensor(4, 32), tensor(32, 4))
+        code = rewritten(function, X, *weights).code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, down, up, weight, od, ou):
+    add_1 = 1.0 + weight
+    add_3 = 1.0 + weight
+    narrow = up.narrow(0, 0, 32)
+    narrow_1 = up.narrow(0, 32, 32)
+    narrow_2 = up.narrow(0, 64, 32)
+    attention = torch.ops.flashsvd.attention_v3.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, out_down = od, out_up = ou, q_norm = 'rms', q_norm_weight = add_1, q_norm_eps = 1e-06, k_norm = 'rms', k_norm_weight = add_3, k_norm_eps = 1e-06, num_heads = 4, num_kv_heads = 4, scale = 0.25, softcap = 50.0, workspace_bytes = 1048576)
+    return attention""",
+        )
