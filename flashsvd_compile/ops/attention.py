@@ -20,7 +20,7 @@ from .backward import Chunked, differentiable, items_of_a_chunk
 from .norm import Statistics
 from .projection import Projection
 from .registry import register
-from .sdpa import QUERY_BLOCK, Core, cpu_core, is_causal, sdpa_core
+from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
 from .workspace import Workspace, affine_into, project_rows, rows_that_fit
 
 ROLES = ("q", "k", "v", "out")
@@ -134,17 +134,15 @@ def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_ele
     held += 4 * kv_len if whole_keys else 0  # a mean and a scale, float32
     latent = kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
     lifted = kv_len * (attn.head_dim + attn.value_dim)
-    passing = min(q_len, QUERY_BLOCK) * attn.group * attn.value_dim
-    if is_causal(attn):
-        passing = max(passing, q_len * attn.value_dim)
-    if attn.cos is not None:
-        passing = max(passing, max(q_len * attn.group, kv_len) * attn.cos.shape[-1] // 2)
-    item = held + latent + attn.num_kv_heads * (lifted + passing)
+    rotating = 0 if attn.cos is None else max(q_len * attn.group, kv_len) * attn.cos.shape[-1] // 2
+    passing = passing_elements(1, q_len, attn.num_heads, attn.value_dim, is_causal(attn))
+    left = workspace_elements - max(0, passing - rotating)  # heads are rotated before any are attended to
+    item = held + latent + attn.num_kv_heads * (lifted + rotating)
     items, kv_heads = 1, attn.num_kv_heads
-    if item <= workspace_elements:
-        items = rows_that_fit(workspace_elements, item, batch)
+    if item <= left:
+        items = rows_that_fit(left, item, batch)
     else:
-        kv_heads = rows_that_fit(workspace_elements - held - latent, lifted + passing, attn.num_kv_heads)
+        kv_heads = rows_that_fit(left - held - latent, lifted + rotating, attn.num_kv_heads)
     row = max(proj.rank(attn.q), 0 if attn.out is None else attn.out.up.shape[1])
     rows = max(1, min(items * q_len, (workspace_elements - items * held) // max(1, row)))
     lifting = max(kv_heads * lifted, attn.num_kv_heads * attn.head_dim if whole_keys else 0)
