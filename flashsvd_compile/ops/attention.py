@@ -144,7 +144,7 @@ def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_ele
     else:
         kv_heads = rows_that_fit(left - held - latent, lifted + rotating, attn.num_kv_heads)
     row = max(proj.rank(attn.q), 0 if attn.out is None else attn.out.up.shape[1])
-    rows = max(1, min(items * q_len, (workspace_elements - items * held) // max(1, row)))
+    rows = max(1, min(items * q_len, (left - items * held) // max(1, row)))
     lifting = max(kv_heads * lifted, attn.num_kv_heads * attn.head_dim if whole_keys else 0)
     return Chunking(items, kv_heads, items * held + max(rows * row, items * (latent + lifting)), norm_scratch)
 
