@@ -283,3 +283,23 @@ def test_the_backend_is_found_without_importing_the_package():
         "torch.compile(model, backend='flashsvd', options={'inner': 'eager'})(torch.randn(2, 4))"
     )
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_a_model_that_moves_to_another_device_and_back(block):
+    model, x = compiled(block, inner="aot_eager"), sample()
+    with torch.no_grad():
+        expected = block(x)
+        torch.testing.assert_close(model(x), expected)
+        saved = {name: tensor.clone() for name, tensor in block.state_dict().items()}
+        block.to("meta")
+        assert model(x.to("meta")).is_meta
+        assert {refusal.reason for refusal in latest().refusals} == {RefusalReason.UNSUPPORTED_DEVICE}
+        block.to_empty(device="cpu").load_state_dict(saved)
+        torch.testing.assert_close(model(x), expected)
+
+
+def test_inference_mode_computes_as_the_plain_model(block):
+    model = compiled(block, inner="aot_eager")
+    with torch.inference_mode():
+        torch.testing.assert_close(model(sample()), block(sample()))
+    assert latest().count("attention") == latest().count("mlp") == 2

@@ -101,7 +101,7 @@ def test_equals_reference(arguments):
     check(arguments, ulps=8)
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 256])
 @pytest.mark.parametrize("num_kv_heads", [4, 2, 1])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_head_sizes_and_groups(head_dim, num_kv_heads, dtype):
