@@ -98,10 +98,8 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     for workspace in _workspaces(shape, device, options, least_share=0.5 if _on_chip(shape, device) else 1):
         bound = workspace.bytes_for(shape.input_elements)
         needed = _at_most(memory.attention_streamed(shape, bound), before)
-        seconds, how = (
-            time.attention_streamed(shape, device, bound),
-            "q, k, v are lifted a few items or heads at a time",
-        )
+        seconds = time.attention_streamed(shape, device, bound)
+        how = "q, k, v are lifted a few items or heads at a time"
         offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
         if dearer:
             seconds = time.attention_merged(shape, device, bound)

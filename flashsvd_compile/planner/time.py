@@ -2,7 +2,7 @@
 
 A chain of products and elementwise passes takes the time of its arithmetic at the device's ceiling plus that of its
 memory traffic at the device's bandwidth. That the two are added, as if nothing overlapped, is no bound but a fit: it is
-within 7 % of the measured baselines of ``benchmarks/results/mlp_region.json`` (see ``tests/planner``).
+within 9 % of the measured baselines of ``benchmarks/results/mlp_region.json`` (see ``tests/planner``).
 """
 
 import sympy
@@ -66,9 +66,7 @@ def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
 
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Keys and values in chunks."""
-    return attention_kept(shape, device) + _chunks(
-        memory.keys_and_values(shape), workspace_bytes, device.attention_chunk_seconds
-    )
+    return attention_kept(shape, device) + _attention_chunks(shape, workspace_bytes, device)
 
 
 def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
