@@ -12,7 +12,7 @@ import flashsvd_compile as fsvd
 from flashsvd_compile import ops
 from flashsvd_compile.ops import attention_gpu, attention_region
 from tests.ops.accuracy import assert_within_error_rule, relative_error
-from tests.ops.regions import attention_arguments, mlp_arguments, random
+from tests.ops.regions import attention_arguments, mlp_arguments, norm, packed, random
 
 pytestmark = pytest.mark.gpu
 HALVES = (torch.bfloat16, torch.float16)
@@ -35,7 +35,7 @@ def on_gpu(arguments: tuple) -> tuple:
 
 def reference_of(operator):
     """The eager reference of an operator."""
-    name = operator._schema.name.removeprefix("flashsvd::").removesuffix("_v1")
+    name = operator._schema.name.removeprefix("flashsvd::").rpartition("_v")[0]
     return import_module(f"flashsvd_compile.ops.{name}").reference
 
 
@@ -96,6 +96,37 @@ def test_attention(name, dtype, workspace_bytes):
         padding[:, 0] = True  # torch's own kernels disagree about queries that see nothing
     arguments = attention_arguments(batch, key_padding=padding, dtype=dtype, workspace_bytes=workspace_bytes, **how)
     arguments = on_gpu(arguments)
+    assert_within_error_rule(ops.attention(*arguments), reference_of(ops.attention), arguments)
+
+
+def by_the_library(dtype: torch.dtype) -> dict[str, dict[str, Any]]:
+    """Regions that none of our attention kernels takes."""
+    return {
+        "norms-a-head": {"q_norm": norm("rms", 64, dtype=dtype), "k_norm": norm("rms", 64, dtype=dtype)},
+        "norms-of-all-heads": {
+            "q_norm": norm("layer", 256, bias=True, whole=True, dtype=dtype),
+            "k_norm": norm("layer", 256, bias=True, whole=True, dtype=dtype),
+            "window": (-1, 0),
+        },
+        "norms-and-rotation": {
+            "q_norm": norm("rms", 64, dtype=dtype), "k_norm": norm("rms", 64, dtype=dtype), "rotary_dim": 64,
+        },
+        "softcap": {"softcap": 20.0, "window": (-1, 0)},
+        "softcap-window": {"softcap": 20.0, "window": (50, 0)},
+        "documents": {"documents": packed(100, 3, 90, 40, batch=3)},
+        "documents-causal": {"documents": packed(100, 3, 90, 40, batch=3), "window": (-1, 0)},
+        "additive": {"mask": random(1, 4, 233, 233, dtype=dtype)},
+        "unequal-heads": {"value_dim": 32},
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", by_the_library(torch.float32))
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("workspace_bytes", [1 << 24, 1 << 17])
+def test_attention_by_the_library(name, dtype, workspace_bytes):
+    how = by_the_library(dtype)[name]
+    how |= {"features": 256, "head_dim": 64, "ranks": (48, 40, 33, 56), "dtype": dtype}
+    arguments = on_gpu(attention_arguments(3, 233, workspace_bytes=workspace_bytes, **how))
     assert_within_error_rule(ops.attention(*arguments), reference_of(ops.attention), arguments)
 
 
@@ -210,6 +241,17 @@ def test_models(build, how):
     assert report is not None
     assert (report.count("attention"), report.count("mlp")) == (2, 2)
     assert relative_error(result, exact) <= 1.25 * unfused
+
+
+def test_a_model_that_moves_to_the_device():
+    config = BertConfig(hidden_size=128, num_hidden_layers=1, num_attention_heads=2, intermediate_size=256)
+    model = fsvd.compress(BertModel(config).requires_grad_(False).eval(), keep_ratio=0.5)
+    fast = torch.compile(model, backend="flashsvd")
+    tokens = torch.randint(0, 1000, (2, 50))
+    with torch.no_grad():
+        before = fast(tokens)[0]
+        after = fast.to("cuda")(tokens.cuda())[0]
+    torch.testing.assert_close(after.cpu(), before, rtol=1e-4, atol=1e-4)
 
 
 def test_gradients():
