@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import LOG2_E
+from .launch import launch
 from .target import Target, describable, precision_of, target_of
 
 
@@ -197,7 +198,7 @@ def key_bounds(key_padding: Tensor) -> Tensor:
     """``[batch, 3]`` int32 of first visible key, one past the last, and their number, from ``[batch, kv_len]`` bool."""
     batch, kv_len = key_padding.shape
     bounds = key_padding.new_empty(batch, 3, dtype=torch.int32)
-    key_bounds_kernel[(batch,)](key_padding, bounds, *key_padding.stride(), kv_len, BLOCK=1024)
+    launch(key_bounds_kernel, (batch, 1), key_padding, bounds, *key_padding.stride(), kv_len, BLOCK=1024)
     return bounds
 
 
@@ -239,7 +240,9 @@ def attention(
     if descriptor:
         matrices = [TensorDescriptor.from_tensor(m, list(block)) for m, block in zip(matrices, blocks, strict=True)]
     grid = (triton.cdiv(q_len, tile.block_q), items * heads)
-    attention_kernel[grid](
+    launch(
+        attention_kernel,
+        grid,
         *matrices,
         out,
         *((key_padding, bounds) if key_padding is not None else (out, out)),

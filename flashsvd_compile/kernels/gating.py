@@ -6,6 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
+from .launch import launch
 from .target import target_of
 
 BLOCK = 4096
@@ -32,7 +33,9 @@ def gate_(activation: str, gate: Tensor, hidden: Tensor) -> Tensor:
     """
     elements = gate.numel()
     half = gate.dtype != torch.float32
-    gating_kernel[(triton.cdiv(elements, BLOCK),)](
+    launch(
+        gating_kernel,
+        (triton.cdiv(elements, BLOCK), 1),
         gate,
         hidden,
         elements,

@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
+from .launch import launch
 from .target import Target, precision_of, target_of
 from .tiles import (
     MAX_RANK,
@@ -151,7 +152,7 @@ def supported(rank_in: int, rank_out: int, dtype: torch.dtype, device: torch.dev
 def mlp_core(
     latent: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, max_splits: int = MAX_SPLITS
 ) -> Tensor:
-    """``act(latent @ up.T + bias) @ down.T`` without its hidden layer in memory.
+    """``act(latent @ up.T + bias) @ down.T`` in parts, without its hidden layer in memory.
 
     Args:
         latent: ``[rows, rank_in]``, contiguous, at most :data:`MAX_RANK` columns.
@@ -162,7 +163,7 @@ def mlp_core(
         max_splits: upper bound on the partial sums that few rows are spread over.
 
     Returns:
-        ``[rows, rank_out]`` in the dtype of ``latent``; sums are taken in float32.
+        ``[splits, rows, rank_out]`` in the dtype of ``latent``, to be summed up; each is a sum in float32, rounded.
     """
     rows, rank_in = latent.shape
     rank_out, width = down.shape
@@ -178,7 +179,9 @@ def mlp_core(
     if target.descriptors:
         latent, up, down = with_aligned_rows(latent), with_aligned_rows(up), with_aligned_rows(down)
     half = latent.dtype != torch.float32
-    mlp_core_kernel[(programs, splits)](
+    launch(
+        mlp_core_kernel,
+        (programs, splits),
         *tile_views(latent, [(tile.block_n, piece) for piece in inner], target.descriptors),
         *tile_views(up, [(tile.block_f, piece) for piece in inner], target.descriptors),
         latent if bias is None else bias.contiguous(),
@@ -206,4 +209,4 @@ def mlp_core(
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
-    return partial if splits == 1 else partial.unflatten(0, (splits, rows)).sum(0)
+    return partial.unflatten(0, (splits, rows))

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
 from .target import Target, precision_of, target_of
 from .tiles import MAX_RANK, PIECE, load_tile, pieces, store_tile, tile_views, with_aligned_rows
 
@@ -203,7 +204,9 @@ def project(x: Tensor, *maps: Map, tile: Tile | None = None) -> None:
     tensors = [part for m, cut in zip(pair, (cuts[0], cuts[-1]), strict=True) for part in _parts(m, cut, tile, target)]
     sizes = [size for m in pair for size in (*m.up.shape[::-1], *m.down.stride(), *m.up.stride(), m.out.stride(0))]
     biases = [bias is not None for m in pair for bias in (m.down_bias, m.up_bias)]
-    projection_kernel[(blocks, len(maps) * splits)](
+    launch(
+        projection_kernel,
+        (blocks, len(maps) * splits),
         *tile_views(x, [(tile.block_n, tile.block_d)], target.descriptors),
         *tensors,
         rows,

@@ -4,6 +4,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import launch
+
 BLOCK_ELEMENTS = 2048
 
 
@@ -51,7 +53,9 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     block_l = max(1, BLOCK_ELEMENTS // block_half)
     cos, sin = (table if table.stride(2) == 1 else table.contiguous() for table in (cos, sin))
     cos_item, sin_item = (0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
-    rotary_kernel[(triton.cdiv(length, block_l), items * count)](
+    launch(
+        rotary_kernel,
+        (triton.cdiv(length, block_l), items * count),
         heads,
         cos,
         sin,

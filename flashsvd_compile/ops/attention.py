@@ -161,13 +161,13 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
     if result.numel() == 0:
         return result
     chunk = chunking(attn, batch, q_len, kv_len, workspace_bytes // x.element_size())
-    workspace = Workspace(chunk.elements, like=x)
+    workspace = Workspace(chunk.elements, like=x, aligned=4)
     for first in range(0, batch, chunk.items):
         items = slice(first, min(first + chunk.items, batch))
         workspace.reset()
         merged = result[items]
         if not attn.heads_in_place:
-            merged = workspace.take(*merged.shape[:2], attn.merged_width)
+            merged = workspace.aligned().take(*merged.shape[:2], attn.merged_width)
         mark = workspace.mark()
         _attend(merged, x[items], context[items], attn.of_items(items), chunk, workspace, core)
         if attn.out is not None:
@@ -182,7 +182,7 @@ def _attend(
     """Fill ``merged[items, q_len, heads * value_dim]``, ``chunk.kv_heads`` key heads at a time."""
     queries = merged
     if not attn.queries_in_place:
-        queries = workspace.take(*merged.shape[:2], attn.num_heads * attn.head_dim)
+        queries = workspace.aligned().take(*merged.shape[:2], attn.num_heads * attn.head_dim)
     project_rows(_rows(queries), _rows(x), attn.q, workspace)
     queries = norm.apply_(queries.unflatten(-1, (attn.num_heads, attn.head_dim)), attn.q_norm, chunk.norm_scratch)
     outputs = merged.unflatten(-1, (attn.num_heads, attn.value_dim))
@@ -232,7 +232,7 @@ def _lift(
 ) -> Tensor:
     """``[items, len, count, dim]``: some heads of a projection out of its rank space."""
     features = slice(first * dim, (first + count) * dim)
-    lifted = workspace.take(latent.shape[0], latent.shape[1], count, dim)
+    lifted = workspace.aligned().take(latent.shape[0], latent.shape[1], count, dim)
     bias = None if projection.up_bias is None else projection.up_bias[features]
     affine_into(lifted.view(-1, count * dim), _rows(latent), projection.up[features], bias)
     return lifted

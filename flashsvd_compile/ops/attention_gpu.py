@@ -39,7 +39,7 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) 
     batch, q_len, _ = x.shape
     result = x.new_empty(batch, q_len, attn.out_features)
     chunk = _chunking(context, attn, workspace_bytes // x.element_size())
-    workspace = Workspace(chunk.elements, like=x)
+    workspace = Workspace(chunk.elements, like=x, aligned=2)
     _project(_rows(result), _rows(x), attn.q, workspace)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
     _rotate_(heads, attn)
@@ -141,8 +141,8 @@ def _lifter(context: Tensor, attn: Attention, workspace: Workspace) -> Lift:
 
     def take(count: int) -> tuple[Tensor, Tensor]:
         return (
-            workspace.take(items, kv_len, count, attn.head_dim),
-            workspace.take(items, kv_len, count, attn.value_dim),
+            workspace.aligned().take(items, kv_len, count, attn.head_dim),
+            workspace.aligned().take(items, kv_len, count, attn.value_dim),
         )
 
     def features(first: int, count: int, dim: int) -> slice:

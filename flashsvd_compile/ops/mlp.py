@@ -97,18 +97,26 @@ def _fusible(x: Tensor, mlp: Mlp) -> bool:
 
 
 def _fused(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor:
-    """Two narrow library products around one kernel that keeps the hidden layer on chip."""
+    """Two narrow library products around one kernel that keeps the hidden layer on chip.
+
+    Where rows are too few to fill the chip, the hidden layer is split among more programs: as far as rank space and the
+    partial sums fit in what the result, which comes when they are gone, and the workspace take.
+    """
     rows_in = x.reshape(-1, x.shape[-1])
     rows, rank_out = rows_in.shape[0], proj.rank(mlp.out)
     assert mlp.hidden.down is not None and mlp.out.down is not None
     latent = empty_with_aligned_rows(rows, proj.rank(mlp.hidden), x)
     affine_into(latent, rows_in, mlp.hidden.down, mlp.hidden.down_bias)
-    max_splits = max(1, workspace_bytes // (rows * rank_out * x.element_size()))
-    latent = triton_mlp.mlp_core(latent, mlp.hidden.up, mlp.hidden.up_bias, mlp.out.down, activation, max_splits)
+    room = workspace_bytes // x.element_size() + rows * (proj.out_features(mlp.out) - proj.rank(mlp.hidden))
+    max_splits = max(1, room // (rows * rank_out))
+    parts = triton_mlp.mlp_core(latent, mlp.hidden.up, mlp.hidden.up_bias, mlp.out.down, activation, max_splits)
+    del latent
+    summed = parts[0] if len(parts) == 1 else parts.sum(0)
+    del parts
     if mlp.out.down_bias is not None:
-        latent += mlp.out.down_bias
+        summed += mlp.out.down_bias
     out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
-    affine_into(out.view(rows, -1), latent, mlp.out.up, mlp.out.up_bias)
+    affine_into(out.view(rows, -1), summed, mlp.out.up, mlp.out.up_bias)
     return out
 
 

@@ -8,6 +8,8 @@ from functools import wraps
 
 import torch
 
+from .replay import replayed
+
 NAMESPACE = "flashsvd"
 _library = torch.library.Library(NAMESPACE, "DEF")
 
@@ -32,7 +34,7 @@ def register(
         cpu: implementation on a CPU.
         cuda: implementation on CUDA and ROCm devices.
     """
-    kernels = {"CompositeExplicitAutograd": reference, "CPU": cpu, "CUDA": cuda}
+    kernels = {"CompositeExplicitAutograd": reference, "CPU": cpu, "CUDA": replayed(cuda)}
     return define(name, schema, fake=fake, kernels=kernels)
 
 

@@ -9,15 +9,22 @@ from ..errors import InvalidOptionError
 from ..options import Strategy
 from .projection import Projection, rank
 
+ALIGNMENT = 16
+"""Elements. Attention kernels read heads 16 bytes at a time; cuDNN gives wrong results for others without a word."""
+
 
 class Workspace:
     """One allocation, handed out front to back; ``reset`` starts the next chunk.
 
     A single block keeps the allocator's peak equal to its size whatever the number of chunks.
+
+    Args:
+        elements: its size.
+        aligned: how many tensors of a chunk may be taken ``aligned``, which skips some elements more.
     """
 
-    def __init__(self, elements: int, like: Tensor):
-        self._memory = like.new_empty(elements)
+    def __init__(self, elements: int, like: Tensor, aligned: int = 0):
+        self._memory = like.new_empty(elements + ALIGNMENT * aligned)
         self._used = 0
 
     @classmethod
@@ -38,6 +45,11 @@ class Workspace:
     def reset(self, mark: int = 0) -> None:
         """Free everything taken since ``mark``."""
         self._used = mark
+
+    def aligned(self) -> "Workspace":
+        """The workspace, what is taken next starting at a multiple of :data:`ALIGNMENT`."""
+        self._used = -(-self._used // ALIGNMENT) * ALIGNMENT
+        return self
 
     def take(self, *shape: int) -> Tensor:
         """An uninitialised contiguous tensor of the given shape."""

@@ -126,10 +126,12 @@ def _workspace_bytes(graph: Graph, x: Node, workspace: Workspace) -> int | Node:
     """The planner's bound for this input: a number, or nodes that compute it where the shape is dynamic."""
     elements = value_of(x).numel()
     if isinstance(elements, int):
-        return max(workspace.least, workspace.per_element * elements)
+        return max(workspace.least, int(workspace.per_element * elements))
     if not workspace.per_element:
         return workspace.least
-    needed = emit(graph, operator.mul, emit(graph, "numel", x), workspace.per_element)
+    needed = emit(graph, operator.mul, emit(graph, "numel", x), workspace.per_element.numerator)
+    if workspace.per_element.denominator > 1:
+        needed = emit(graph, operator.floordiv, needed, workspace.per_element.denominator)
     return emit(graph, torch.sym_max, workspace.least, needed)
 
 

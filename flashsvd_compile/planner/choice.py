@@ -1,6 +1,7 @@
 """The strategy for a region: the fastest, and of equally fast ones the one with the least memory."""
 
 from dataclasses import dataclass
+from fractions import Fraction
 
 import sympy
 
@@ -11,8 +12,10 @@ from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
 
 NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
-SHARES_OF_INPUT = (0.5, 1, 2, 4)
+SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
+SHARE_FOR_SPLITS = Fraction(3, 5)
+"""Likewise a fused MLP of few rows, for partial sums: three of them at ranks of two fifths of the features."""
 
 
 @dataclass(frozen=True)
@@ -20,11 +23,12 @@ class Workspace:
     """Bound of an operator's scratch memory: ``max(least, per_element * elements of its input)`` bytes."""
 
     least: int
-    per_element: int = 0
+    per_element: Fraction = Fraction(0)
 
     def bytes_for(self, elements: sympy.Expr) -> sympy.Expr:
         """The bound as a formula."""
-        return sympy.Max(self.least, self.per_element * elements)
+        share = sympy.Rational(self.per_element.numerator, self.per_element.denominator)
+        return sympy.Max(self.least, share * elements)
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     before = memory.mlp_as_written(shape)
     offered: list[Candidate] = []
     if _on_chip(shape, device) and "gate" not in shape.ranks:
-        workspace = _workspace(shape, device, options, 0.5)
+        workspace = _workspace(shape, device, options, SHARE_FOR_SPLITS)
         seconds, transient = time.mlp_fused(shape, device), memory.mlp_fused(shape)
         offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
     dearer = _dearer(shape, {"out": shape.features["hidden"]})
@@ -94,16 +98,17 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     before = memory.attention_as_written(shape)
     dearer = _dearer(shape, {"out": memory.heads_width(shape)})
     offered: list[Candidate] = []
-    # Where rank space passes through memory too, a chunk takes more launches: fewer of them.
-    for workspace in _workspaces(shape, device, options, least_share=0.5 if _on_chip(shape, device) else 1):
-        bound = workspace.bytes_for(shape.input_elements)
-        needed = _at_most(memory.attention_streamed(shape, bound), before)
-        seconds = time.attention_streamed(shape, device, bound)
-        how = "q, k, v are lifted a few items or heads at a time"
-        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
-        if dearer:
-            seconds = time.attention_merged(shape, device, bound)
-            offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    # Chunks of keys and values cost little: the least workspace, or, where rank space passes through memory and a chunk
+    # takes more launches, the next.
+    workspace = _workspace(shape, device, options, SHARES_OF_INPUT[0 if _on_chip(shape, device) else 1])
+    bound = workspace.bytes_for(shape.input_elements)
+    needed = _at_most(memory.attention_streamed(shape, bound), before)
+    seconds = time.attention_streamed(shape, device, bound)
+    how = "q, k, v are lifted a few items or heads at a time"
+    offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
+    if dearer:
+        seconds = time.attention_merged(shape, device, bound)
+        offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
     return _choice(shape, offered, time.attention_kept(shape, device), before, options)
 
 
@@ -181,16 +186,15 @@ def _on_chip(shape: RegionShape, device: Device) -> bool:
     return low_rank and shape.itemsize == 2
 
 
-def _workspaces(shape: RegionShape, device: Device, options: Options, least_share: float = 0.5) -> list[Workspace]:
+def _workspaces(shape: RegionShape, device: Device, options: Options) -> list[Workspace]:
     """Bounds to choose from, the least first."""
-    shares = (share for share in SHARES_OF_INPUT if share >= least_share)
-    return list(dict.fromkeys(_workspace(shape, device, options, share) for share in shares))
+    return list(dict.fromkeys(_workspace(shape, device, options, share) for share in SHARES_OF_INPUT))
 
 
-def _workspace(shape: RegionShape, device: Device, options: Options, share: float) -> Workspace:
+def _workspace(shape: RegionShape, device: Device, options: Options, share: Fraction) -> Workspace:
     if options.memory_budget is not None:
         return Workspace(options.memory_budget)
-    return Workspace(device.least_workspace, int(shape.itemsize * share) if device.grows else 0)
+    return Workspace(device.least_workspace, shape.itemsize * share if device.grows else Fraction(0))
 
 
 def _at_most(bound: sympy.Expr, need: sympy.Expr) -> sympy.Expr:

@@ -11,7 +11,7 @@ class Device:
         flops: operations a second of a large product, by bytes of an element; an addition and a multiplication are two.
         bandwidth: bytes a second of a copy, reads and writes counted.
         chunk_seconds: what one more chunk of rows costs: its products fill the device and drain it again.
-        attention_chunk_seconds: likewise one more chunk of keys and values.
+        launch_seconds: what an operation costs before and after it fills the device; a chunk of keys and values is two.
         least_workspace: bytes an operator may always use. On a CPU this is a core's share of the last-level cache, in
             which an intermediate should stay.
         grows: whether the workspace grows with the region's input. A GPU needs chunks that fill it: an input's size
@@ -25,7 +25,7 @@ class Device:
     flops: dict[int, float]
     bandwidth: float
     chunk_seconds: float
-    attention_chunk_seconds: float
+    launch_seconds: float
     least_workspace: int
     grows: bool
     max_fused_rank: int
@@ -37,11 +37,11 @@ class Device:
 # cores with AVX-512. Only the proportions matter to a choice, and they differ little between chips of a kind.
 _DEVICES = {
     "cpu": Device(
-        flops={4: 280e9, 2: 280e9}, bandwidth=20e9, chunk_seconds=1e-4, attention_chunk_seconds=1e-4,
+        flops={4: 280e9, 2: 280e9}, bandwidth=20e9, chunk_seconds=1e-4, launch_seconds=5e-5,
         least_workspace=4 * 2**20, grows=False, max_fused_rank=0,
     ),
     "cuda": Device(
-        flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, attention_chunk_seconds=3.5e-6,
+        flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
         least_workspace=2**20, grows=True, max_fused_rank=384,
         activation_seconds=(0.43e-12, 1.2e-12), long_step_rank=256,
     ),

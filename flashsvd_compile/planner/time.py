@@ -60,19 +60,22 @@ def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
 
 
 def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
-    """Projections and the core, all keys seen by all queries."""
-    return _attention_projections(shape, device, _projection) + _core(shape, device)
+    """Projections and the core, all keys seen by all queries, an operation each."""
+    operations = 1 + sum(1 if rank is None else 2 for rank in shape.ranks.values())
+    work = _attention_projections(shape, device, _projection) + _core(shape, device)
+    return work + operations * device.launch_seconds
 
 
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Keys and values in chunks."""
-    return attention_kept(shape, device) + _attention_chunks(shape, workspace_bytes, device)
+    work = _attention_projections(shape, device, _projection) + _core(shape, device)
+    return work + _attention_launches(shape, workspace_bytes, device)
 
 
 def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """In chunks, with each pair of factors multiplied that costs more than its product."""
     projections = _attention_projections(shape, device, _merged_projection)
-    return projections + _core(shape, device) + _attention_chunks(shape, workspace_bytes, device)
+    return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
 
 
 def _product(shape: RegionShape, device: Device, rows, depth, width) -> sympy.Expr:
@@ -124,8 +127,11 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
-def _attention_chunks(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
-    return _chunks(memory.keys_and_values(shape), workspace_bytes, device.attention_chunk_seconds)
+def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
+    """Queries and output once, then two operations a chunk of keys and values."""
+    once = 2 if "out" in shape.ranks else 1
+    chunks = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes)
+    return device.launch_seconds * (once + 2 * chunks)
 
 
 def _chunks(needed: sympy.Expr, workspace_bytes: sympy.Expr, chunk_seconds: float) -> sympy.Expr:

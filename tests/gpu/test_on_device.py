@@ -183,6 +183,26 @@ def test_replays_in_a_cuda_graph_without_synchronising(index):
     torch.testing.assert_close(captured, operator(*arguments), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", ["mlp", "split mlp", "streamed mlp", *ATTENTIONS])
+def test_replayed_launches_are_right_for_other_tensors(name):
+    """From the third call on; a shape of its own each, so that no other test has called it."""
+    operator = ops.mlp if "mlp" in name else ops.attention
+    for _ in range(5):
+        if "mlp" in name:
+            rows, strategy = (40, "fused") if "split" in name else (1030, "streamed" if "streamed" in name else "fused")
+            ranks = (96, None, 81)
+            given = mlp_arguments(
+                rows, 264, width=520, out_features=264, ranks=ranks, strategy=strategy, dtype=torch.half
+            )
+        else:
+            how: dict[str, Any] = {"ranks": (48, 40, 33, 56), **ATTENTIONS[name], "dtype": torch.half}
+            batch, length = how.pop("batch", 3) + 1, how["q_len"]
+            padding = torch.arange(length)[None] < torch.randint(1, length, (batch, 1))
+            given = attention_arguments(batch, key_padding=padding, workspace_bytes=1 << 17, **how)
+        given = on_gpu(given)
+        assert_within_error_rule(operator(*given), reference_of(operator), given)
+
+
 def test_attention_needs_its_result_and_the_workspace():
     how: dict[str, Any] = {
         "features": 768,

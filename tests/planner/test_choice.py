@@ -58,10 +58,11 @@ def test_the_workspace_is_the_least_that_costs_no_time():
     assert few.strategy == many.strategy == Strategy.STREAMED
 
 
-def test_short_items_are_lifted_all_at_once_on_a_gpu_and_many_long_ones_in_parts():
-    short, long = (plan_attention(attention(*size, 192, "cuda", itemsize=2), AUTO) for size in ((32, 128), (32, 2048)))
-    assert short.workspace.per_element > long.workspace.per_element
-    assert short.strategy == long.strategy == Strategy.STREAMED
+@pytest.mark.parametrize(("batch", "length"), [(32, 128), (8, 2048)])
+def test_attention_takes_half_its_input_where_kernels_lift_keys_and_values_else_all_of_it(batch, length):
+    low, high = (plan_attention(attention(batch, length, rank, "cuda", itemsize=2), AUTO) for rank in (192, 700))
+    assert low.workspace.per_element == 1
+    assert high.workspace.per_element == 2
 
 
 def test_a_budget_is_kept_to_even_where_its_small_chunks_cost_time():

@@ -1,0 +1,174 @@
+"""Launching kernels, and launching them again for other tensors without Triton's look at every argument.
+
+Triton binds, specialises and looks up for each launch what depends on the arguments' types and alignment only, and
+encodes every tensor descriptor anew: 60 to 230 us, many times the launch itself. A :class:`Launch` keeps the outcome.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import lru_cache
+from inspect import getclosurevars
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+Listener = Callable[["Launch", list[Tensor]], None]
+"""Called with a launch and its tensors."""
+
+REMEMBERED = 256
+"""Sets of addresses that one launch keeps its arguments for: a few calls in each of the layers that share it."""
+
+_listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    """Launch a ``@triton.jit`` kernel, and tell :func:`listening` about it.
+
+    Args:
+        kernel: the kernel.
+        grid: programs along both axes.
+        arguments: its leading arguments by position.
+        constants: the remaining arguments and the compiler's options by name.
+    """
+    compiled = kernel[grid](*arguments, **constants)
+    listener = _listener.get()
+    if listener is not None:
+        beneath = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments)
+        tensors = [tensor for tensor in beneath if isinstance(tensor, Tensor)]
+        listener(Launch(kernel, compiled, grid, arguments, constants), tensors)
+
+
+@contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Call ``listener`` after every :func:`launch` of this thread."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+class Launch:
+    """One launch apart from where its tensors are. It holds no tensor.
+
+    Attributes:
+        by_address: whether :meth:`again` takes addresses; Triton's interpreter needs the tensors.
+    """
+
+    def __init__(self, kernel: Any, compiled: Any, grid: tuple[int, int], arguments: tuple, constants: dict[str, Any]):
+        self.by_address = compiled is not None
+        if self.by_address:
+            # What a compiled kernel takes: all of the kernel's parameters in their order, no compiler's options.
+            rest = kernel.arg_names[len(arguments) :]
+            arguments = (*arguments, *(constants[name] for name in rest))
+            starter = _beneath_descriptors if _is_known(triton.__version__) else _as_published
+            self._start = starter(compiled, (*grid, 1), [_without_tensor(argument) for argument in arguments])
+        else:
+            template = [_without_tensor(argument) for argument in arguments]
+            self._start = lambda operands: kernel[grid](*_filled(template, operands), **constants)
+
+    def again(self, operands: tuple) -> None:
+        """Launch for other tensors of the same shapes, strides, dtypes and alignment, in the same order.
+
+        Args:
+            operands: their addresses where ``by_address``, else the tensors.
+        """
+        self._start(operands)
+
+
+class _Operand:
+    """Stands for a tensor among a launch's arguments."""
+
+
+_OPERAND = _Operand()
+
+
+def _without_tensor(argument: Any) -> Any:
+    if isinstance(argument, TensorDescriptor):
+        return _at(argument, _OPERAND)
+    return _OPERAND if isinstance(argument, Tensor) else argument
+
+
+def _filled(template: list, operands: tuple) -> list:
+    """The arguments with operands where tensors were."""
+    rest = iter(operands)
+    filled = []
+    for argument in template:
+        if argument is _OPERAND:
+            argument = next(rest)
+        elif isinstance(argument, TensorDescriptor):
+            argument = _at(argument, next(rest))
+        filled.append(argument)
+    return filled
+
+
+class _Address:
+    """What Triton asks a descriptor's tensor for."""
+
+    def __init__(self, address: int):
+        self._address = address
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
+def _at(descriptor: TensorDescriptor, operand: Any) -> TensorDescriptor:
+    """The same tiles of another tensor or address, without a second check of them."""
+    moved = object.__new__(TensorDescriptor)
+    moved.__dict__.update(descriptor.__dict__)
+    moved.base = _Address(operand) if isinstance(operand, int) else operand
+    return moved
+
+
+def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[[tuple], None]:
+    """By a compiled kernel's own interface, which encodes descriptors each time."""
+    start = compiled[grid]
+
+    @lru_cache(REMEMBERED)
+    def arguments(operands: tuple) -> list:
+        return _filled(template, operands)
+
+    return lambda operands: start(*arguments(operands))
+
+
+def _is_known(version: str) -> bool:
+    """Whether :func:`_beneath_descriptors` knows this Triton."""
+    return version.split(".")[:2] == ["3", "6"] and torch.version.hip is None
+
+
+def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[[tuple], None]:
+    """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once an address.
+
+    ``CudaLauncher.launch`` is that function, or a closure that encodes descriptors before it calls it.
+    """
+    launcher = compiled.run
+    encode, metadata, raw = None, iter(()), launcher.launch
+    if any(isinstance(argument, TensorDescriptor) for argument in template):
+        from triton.backends.nvidia.driver import make_tensordesc_arg as encode
+
+        closure = getclosurevars(launcher.launch).nonlocals
+        metadata, raw = closure["tensordesc_meta"], closure["launcher"]
+    once = launcher.launch_cooperative_grid, launcher.launch_pdl, None, None  # no scratch memory
+    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        return _as_published(compiled, grid, template)
+
+    @lru_cache(REMEMBERED)
+    def arguments(operands: tuple) -> list:
+        flat, of_descriptor = [], iter(metadata)
+        for argument in _filled(template, operands):
+            if isinstance(argument, TensorDescriptor):
+                flat += encode(argument, next(of_descriptor))  # pyright: ignore[reportOptionalCall]
+            else:
+                flat.append(argument)
+        return flat
+
+    def start(operands: tuple) -> None:
+        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+        compiled_once = (stream, compiled.function, *once, compiled.packed_metadata, None, None, None)
+        raw(*grid, *compiled_once, *arguments(operands))
+
+    return start

@@ -1,0 +1,283 @@
+"""An operator's launches, recorded once for each combination of shapes and made again without its Python.
+
+A region on a GPU takes up to twenty launches, and the Python that cuts chunks and describes tiles takes several times
+as long as the GPU works. All of it depends on shapes, strides, dtypes, alignment and plain numbers only. So the second
+call of a combination is recorded: every library operation and every kernel launch, with each tensor as a view of an
+argument or of something allocated on the way. Later calls allocate, compute addresses and launch. Nothing is kept of
+the tensors themselves; unlike a CUDA graph, a recording has neither memory nor addresses of its own.
+
+What a recording cannot hold (an operation whose result's shape depends on values, a tensor from elsewhere) is never
+replayed; the operator runs as written each time.
+"""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import wraps
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ..kernels.launch import Launch, listening
+
+MAX_RECORDINGS = 1024
+"""Combinations of shapes that one operator remembers; the oldest goes first."""
+ALIGNMENT = 16
+"""Bytes. Kernels are compiled for addresses that are multiples of this or not."""
+
+Implementation = Callable[..., Tensor]
+
+
+def replayed(implementation: Implementation) -> Implementation:
+    """The implementation, recorded at the second call of each combination of arguments and replayed from the third on.
+
+    Args:
+        implementation: a function of tensors, numbers, strings and ``None``; it changes none of them, its result is a
+            fresh tensor, and what it does depends on its tensors' metadata only.
+    """
+    recordings: dict[tuple, Recording | None] = {}
+
+    @wraps(implementation)
+    def call(*arguments: Any) -> Tensor:
+        key = _key(arguments)
+        if key not in recordings:
+            if len(recordings) >= MAX_RECORDINGS:
+                del recordings[next(iter(recordings))]
+            recordings[key] = Recording()
+            return implementation(*arguments)
+        recording = recordings[key]
+        if recording is None:
+            return implementation(*arguments)
+        if recording.result is not None:
+            return recording.replay(arguments)
+        result = record(recording, implementation, arguments)
+        if recording.result is None:
+            recordings[key] = None
+        return result
+
+    return call
+
+
+def _key(arguments: tuple) -> tuple:
+    """All that an implementation may look at, and which arguments are one and the same tensor."""
+    positions: dict[int, int] = {}
+    parts: list[Any] = [torch.get_float32_matmul_precision(), arguments[0].device]
+    for position, argument in enumerate(arguments):
+        if isinstance(argument, Tensor):
+            first = positions.setdefault(id(argument), position)
+            alignment = argument.data_ptr() % ALIGNMENT
+            argument = (first, argument.dtype, argument.shape, argument.stride(), alignment)
+        parts.append(argument)
+    return tuple(parts)
+
+
+class Tensors:
+    """The tensors of one call: the operator's arguments, then what its operations return, in their order."""
+
+    def __init__(self, arguments: tuple):
+        self._tensors: list[Any] = list(arguments)
+        self.addresses = [a.data_ptr() if isinstance(a, Tensor) else 0 for a in arguments]
+
+    def add(self, tensor: Tensor) -> None:
+        self._tensors.append(tensor)
+        self.addresses.append(tensor.data_ptr())
+
+    def drop(self, base: int) -> None:
+        self._tensors[base] = None
+
+    def __getitem__(self, base: int) -> Any:
+        return self._tensors[base]
+
+
+class Reference(NamedTuple):
+    """A view of one of a call's :class:`Tensors`.
+
+    Attributes:
+        base: which.
+        layout: shape, strides and offset in elements from the base's first, or ``None`` for the base itself.
+        offset_bytes: offset of the first element.
+    """
+
+    base: int
+    layout: tuple[Sequence[int], Sequence[int], int] | None
+    offset_bytes: int
+
+    def of(self, tensors: Tensors) -> Tensor:
+        """The view in this call's tensors."""
+        base = tensors[self.base]
+        if self.layout is None:
+            return base
+        shape, strides, offset = self.layout
+        return base.as_strided(shape, strides, base.storage_offset() + offset)
+
+
+class Operation(NamedTuple):
+    """A library operation whose tensors are :class:`Reference`; ``finished`` are bases that nothing needs after it."""
+
+    function: Callable
+    arguments: tuple
+    keywords: dict[str, Any]
+    produced: int
+    finished: list[int]
+
+    def again(self, tensors: Tensors) -> None:
+        """Run it on this call's tensors, and add what it returns to them."""
+        arguments = [a.of(tensors) if isinstance(a, Reference) else a for a in self.arguments]
+        keywords = {name: a.of(tensors) if isinstance(a, Reference) else a for name, a in self.keywords.items()}
+        result = self.function(*arguments, **keywords)
+        if self.produced:
+            for tensor in result if isinstance(result, tuple | list) else [result]:
+                if isinstance(tensor, Tensor):
+                    tensors.add(tensor)
+
+
+class KernelLaunch(NamedTuple):
+    """A launch of one of our kernels; ``finished`` as in :class:`Operation`."""
+
+    launch: Launch
+    operands: list[Reference]
+    finished: list[int]
+
+    def again(self, tensors: Tensors) -> None:
+        """Launch it for this call's tensors."""
+        if self.launch.by_address:
+            addresses = tensors.addresses
+            self.launch.again(tuple([addresses[base] + offset for base, _, offset in self.operands]))
+        else:
+            self.launch.again(tuple([operand.of(tensors) for operand in self.operands]))
+
+
+@dataclass
+class Recording:
+    """What one call did.
+
+    Attributes:
+        steps: in their order.
+        result: the operator's result; ``None`` until there is a recording.
+    """
+
+    steps: list[Operation | KernelLaunch] = field(default_factory=list)
+    result: Reference | None = None
+
+    def replay(self, arguments: tuple) -> Tensor:
+        """The operator's result for other tensors of the same metadata."""
+        tensors = Tensors(arguments)
+        for step in self.steps:
+            step.again(tensors)
+            for base in step.finished:
+                tensors.drop(base)
+        assert self.result is not None
+        return self.result.of(tensors)
+
+
+def record(recording: Recording, implementation: Implementation, arguments: tuple) -> Tensor:
+    """Call the implementation and fill the recording, whose ``result`` stays ``None`` where that is impossible."""
+    recorder = _Recorder(arguments)
+    with recorder, listening(recorder.take_launch):
+        result = implementation(*arguments)
+    if recorder.possible:
+        reference = recorder.reference(result)
+        if reference is not None and reference.base >= len(arguments):
+            recording.steps = _without_leftovers(recorder.steps, reference.base, len(arguments))
+            recording.result = reference
+    return result
+
+
+def _without_leftovers(steps: list, result: int, count: int) -> list:
+    """The steps, each with the allocations that no later step reads."""
+    last: dict[int, int] = {}
+    produced = count
+    for index, step in enumerate(steps):
+        if isinstance(step, Operation):
+            references = [a for a in (*step.arguments, *step.keywords.values()) if isinstance(a, Reference)]
+            for base in range(produced, produced + step.produced):
+                last[base] = index
+            produced += step.produced
+        else:
+            references = step.operands
+        last |= {reference.base: index for reference in references}
+    finished: list[list[int]] = [[] for _ in steps]
+    for base, index in last.items():
+        if base >= count and base != result:
+            finished[index].append(base)
+    return [step._replace(finished=bases) for step, bases in zip(steps, finished, strict=True)]
+
+
+class _Recorder(TorchDispatchMode):
+    """Follows every tensor of a call to what it is a view of, and writes down the operations that are no views."""
+
+    def __init__(self, arguments: tuple):
+        super().__init__()
+        self.steps: list[Operation | KernelLaunch] = []
+        self.possible = True
+        self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._offsets: list[int] = []  # of each base in its storage, in elements
+        for argument in arguments:
+            self._enter(argument)
+
+    def reference(self, tensor: Tensor) -> Reference | None:
+        """What a tensor is a view of, ``None`` if it comes from elsewhere."""
+        return self._known.get(tensor)
+
+    def take_launch(self, launch: Launch, tensors: list[Tensor]) -> None:
+        """A launch of one of our kernels."""
+        references = [self.reference(tensor) for tensor in tensors]
+        if None in references:
+            self.possible = False
+        self.steps.append(KernelLaunch(launch, references, []))  # pyright: ignore[reportArgumentType]
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._take(func, args, kwargs, result)
+        return result
+
+    def _take(self, func, args: tuple, kwargs: dict[str, Any], result: Any) -> None:
+        inputs = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        outputs = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        top_level = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
+        self.possible &= len(top_level) == len(inputs) and all(t in self._known for t in inputs) and _repeatable(func)
+        if not self.possible:
+            return
+        arguments, keywords = self._referring(args), dict(zip(kwargs, self._referring(kwargs.values()), strict=True))
+        fresh = []
+        for output in outputs:
+            if output in self._known:
+                continue
+            source = next((t for t in inputs if t.untyped_storage()._cdata == output.untyped_storage()._cdata), None)
+            if source is None:
+                fresh.append(output)
+            elif source.dtype != output.dtype:
+                self.possible = False  # as_strided cannot say it
+            else:
+                self._known[output] = self._view(output, self._known[source].base)
+        if fresh and len(fresh) != len(outputs):
+            self.possible = False
+        for output in fresh:
+            self._enter(output)
+        if fresh or func._schema.is_mutable:
+            self.steps.append(Operation(func, arguments, keywords, len(fresh), []))
+
+    def _referring(self, values: Iterable) -> tuple:
+        return tuple(self._known[value] if isinstance(value, Tensor) else value for value in values)
+
+    def _enter(self, base: Any) -> None:
+        """An argument or a fresh result."""
+        if isinstance(base, Tensor) and base not in self._known:
+            self._known[base] = Reference(len(self._offsets), None, 0)
+        self._offsets.append(int(base.storage_offset()) if isinstance(base, Tensor) else 0)
+
+    def _view(self, tensor: Tensor, base: int) -> Reference:
+        offset = int(tensor.storage_offset()) - self._offsets[base]
+        return Reference(base, (tuple(tensor.shape), tensor.stride(), offset), offset * tensor.element_size())
+
+
+def _repeatable(func: torch._ops.OpOverload) -> bool:
+    """Whether an operation does the same again: no random numbers, no shapes out of values, no look at values."""
+    if func.name().startswith("aten::_scaled_dot_product"):  # tagged for dropout, which no region has
+        return True
+    tags = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
+    return tags.isdisjoint(func.tags)

@@ -1,0 +1,131 @@
+"""Recordings of an operator's launches: they must be what the operator does, for every tensor of the same metadata."""
+
+from collections.abc import Callable
+from inspect import getclosurevars
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, replayed
+
+
+def recordings(call: Callable) -> dict[tuple, Recording | None]:
+    """What a replayed implementation remembers."""
+    return getclosurevars(call).nonlocals["recordings"]
+
+
+def low_rank(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, steps: int) -> Tensor:
+    """Chunks through one workspace, views of every kind, products into views, an operation in place."""
+    out = x.new_empty(*x.shape[:-1], up.shape[0])
+    rows_in, rows_out = x.reshape(-1, x.shape[-1]), out.view(-1, up.shape[0])
+    memory = x.new_empty(rows_in.shape[0] * down.shape[0] + 8)
+    for start in range(0, len(rows_in), steps):
+        rows = slice(start, start + steps)
+        latent = memory[3 : 3 + len(rows_in[rows]) * down.shape[0]].view(-1, down.shape[0])
+        torch.mm(rows_in[rows], down.t(), out=latent)
+        torch.mm(latent, up.t(), out=rows_out[rows])
+    if bias is not None:
+        rows_out += bias
+    return out
+
+
+def arguments(layout: Callable[[Tensor], Tensor] = lambda x: x, bias: bool = True) -> tuple:
+    x = layout(torch.randn(2, 10, 6))
+    return (x, torch.randn(3, 6), torch.randn(5, 3), torch.randn(5) if bias else None, 7)
+
+
+LAYOUTS = {
+    "contiguous": lambda x: x,
+    "strided": lambda x: torch.stack((x, x), -1)[..., 0],
+    "transposed": lambda x: x.mT.contiguous().mT,
+    "expanded": lambda x: x[:1].expand_as(x),
+    "offset": lambda x: torch.cat((x.new_zeros(3), x.flatten()))[3:].view(x.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_call_gives_what_the_implementation_gives(layout, bias):
+    call = replayed(low_rank)
+    for _ in range(4):
+        given = arguments(LAYOUTS[layout], bias)
+        assert torch.equal(call(*given), low_rank(*given))
+    (recording,) = recordings(call).values()
+    assert recording is not None
+    assert recording.result is not None, "the third call was replayed"
+
+
+def test_each_combination_has_a_recording_of_its_own():
+    call = replayed(low_rank)
+    for given in (arguments(), arguments(bias=False), arguments(LAYOUTS["strided"]), arguments(LAYOUTS["offset"])):
+        for _ in range(3):
+            assert torch.equal(call(*given), low_rank(*given))
+    assert len(recordings(call)) == 4
+
+
+def test_results_share_no_memory_with_earlier_ones():
+    call, given = replayed(low_rank), arguments()
+    results = [call(*given) for _ in range(4)]
+    results[-1].zero_()
+    assert torch.equal(results[2], low_rank(*given))
+
+
+def test_one_tensor_in_two_places_is_another_combination_than_two_tensors():
+    def product(x: Tensor, y: Tensor) -> Tensor:
+        return torch.mm(x, y.t())
+
+    call = replayed(product)
+    x, y = torch.randn(4, 4), torch.randn(4, 4)
+    for _ in range(3):
+        assert torch.equal(call(x, x), product(x, x))
+    for _ in range(3):
+        assert torch.equal(call(x, y), product(x, y))
+
+
+def test_two_views_of_one_storage_may_be_two_storages_the_next_time():
+    def difference(x: Tensor, y: Tensor) -> Tensor:
+        return x[1:] - y[1:]
+
+    call, packed = replayed(difference), torch.randn(8, 3)
+    for _ in range(2):
+        call(packed[:4], packed[4:])
+    x, y = torch.randn(4, 3), torch.randn(4, 3)
+    assert torch.equal(call(x, y), difference(x, y))
+
+
+def test_intermediates_are_released_when_nothing_reads_them_any_more():
+    call = replayed(lambda x: (x.exp() + 1).sin())
+    for _ in range(2):
+        call(torch.randn(4))
+    (recording,) = recordings(call).values()
+    assert recording is not None
+    assert [step.finished for step in recording.steps] == [[], [1], [2]]
+
+
+ELSEWHERE = torch.ones(3)
+UNRECORDABLE = {
+    "looks at values": lambda x: x * float(x.sum()),
+    "shape out of values": lambda x: x[x > 0].sum() + x,
+    "random numbers": lambda x: x + torch.rand_like(x) * 0,
+    "tensor from elsewhere": lambda x: x + ELSEWHERE,
+    "returns its argument": lambda x: x.view(-1),
+    "another dtype's view": lambda x: x.clone().view(torch.int32).view(torch.float32) + 0,
+}
+
+
+@pytest.mark.parametrize("why", UNRECORDABLE)
+def test_what_cannot_be_recorded_runs_as_written_each_time(why):
+    implementation = UNRECORDABLE[why]
+    call = replayed(implementation)
+    for _ in range(4):
+        x = torch.randn(3)
+        assert torch.equal(call(x), implementation(x))
+    assert list(recordings(call).values()) == [None]
+
+
+def test_the_oldest_combination_goes_when_there_are_too_many():
+    call = replayed(lambda x, n: x + n)
+    for n in range(MAX_RECORDINGS + 5):
+        call(torch.zeros(1), n)
+    assert len(recordings(call)) == MAX_RECORDINGS
