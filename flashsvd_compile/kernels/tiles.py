@@ -79,5 +79,10 @@ def with_aligned_rows(matrix: Tensor) -> Tensor:
 
 
 def empty_with_aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
-    """``[rows, columns]``, uninitialised, rows 16 elements aligned."""
-    return like.new_empty(rows, -(-columns // 16) * 16)[:, :columns]
+    """``[rows, columns]``, uninitialised, each row at a multiple of 16 elements."""
+    return like.new_empty(rows, aligned_columns(columns))[:, :columns]
+
+
+def aligned_columns(columns: int) -> int:
+    """Distance in elements of rows that tensor descriptors can address."""
+    return -(-columns // 16) * 16

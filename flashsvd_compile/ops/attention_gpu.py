@@ -2,7 +2,8 @@
 
 Queries and output are projected for all rows at once, over the memory of the result. Keys and values are lifted
 straight from the input, a chunk of batch items or a group of heads at a time, by one kernel that keeps their rank space
-on chip; ranks beyond that kernel go through the library and a rank-space intermediate in the workspace.
+on chip; ranks beyond that kernel go through the library and a rank-space intermediate in the workspace. Short sequences
+are the other way round: their rank space is in the workspace, and the attention kernel lifts it where it uses it.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
+from ..kernels import short_attention as short_kernel
 from ..kernels.target import target_of
+from ..kernels.tiles import aligned_columns
 from . import projection as proj
 from .attention_region import UNLIMITED, Attention
 from .projection import Projection
@@ -38,16 +41,20 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) 
     """The region's result; besides it only one workspace exists. See :func:`supported`."""
     batch, q_len, _ = x.shape
     result = x.new_empty(batch, q_len, attn.out_features)
-    chunk = _chunking(context, attn, workspace_bytes // x.element_size())
+    short = _is_short(x, context, attn)
+    chunk = (_short_chunking if short else _chunking)(context, attn, workspace_bytes // x.element_size())
     workspace = Workspace(chunk.elements, like=x, aligned=2)
     _project(_rows(result), _rows(x), attn.q, workspace)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
     _rotate_(heads, attn)
-    bounds = None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding)
+    bounds = None if attn.key_padding is None or short else attention_kernel.key_bounds(attn.key_padding)
     for first in range(0, batch, chunk.items):
         items = slice(first, min(first + chunk.items, batch))
         part = attn.of_items(items)
         workspace.reset()
+        if short:
+            _attend_in_rank_space(heads[items], context[items], part, workspace)
+            continue
         lift = _lifter(context[items], part, workspace)
         mark = workspace.mark()
         for first_head in range(0, attn.num_kv_heads, chunk.kv_heads):
@@ -111,6 +118,43 @@ def _chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
         return _Chunk(items, attn.num_kv_heads, items * item)
     kv_heads = rows_that_fit(elements - latent, head, attn.num_kv_heads)
     return _Chunk(1, kv_heads, latent + kv_heads * head)
+
+
+def _is_short(x: Tensor, context: Tensor, attn: Attention) -> bool:
+    """Whether the kernel for short sequences takes the region."""
+    q_len, kv_len, ranks = x.shape[1], context.shape[1], (proj.rank(attn.k), proj.rank(attn.v))
+    return attn.cos is None and short_kernel.supported(q_len, kv_len, attn.head_dim, ranks, x.dtype, x.device)
+
+
+def _short_chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
+    """As :func:`_chunking`, for items whose keys and values stay in rank space."""
+    batch, kv_len, _ = context.shape
+    item = kv_len * (aligned_columns(proj.rank(attn.k)) + aligned_columns(proj.rank(attn.v)))
+    items = rows_that_fit(elements, item, batch)
+    return _Chunk(items, attn.num_kv_heads, items * item)
+
+
+def _attend_in_rank_space(heads: Tensor, context: Tensor, attn: Attention, workspace: Workspace) -> None:
+    """Attention of short items; the outputs replace the queries in ``heads[items, q_len, heads, dim]``."""
+    rows = _rows(context)
+
+    def factors(projection: Projection[Tensor]) -> short_kernel.Factors:
+        assert projection.down is not None
+        latent = workspace.take(len(rows), aligned_columns(proj.rank(projection)))[:, : proj.rank(projection)]
+        affine_into(latent, rows, projection.down, projection.down_bias)
+        return short_kernel.Factors(latent, projection.up, projection.up_bias)
+
+    short_kernel.short_attention(
+        heads,
+        factors(attn.k),
+        factors(attn.v),
+        heads,
+        key_padding=attn.key_padding,
+        kv_heads=attn.num_kv_heads,
+        scale=attn.scale,
+        window_left=attn.window_left,
+        window_right=attn.window_right,
+    )
 
 
 def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
