@@ -23,7 +23,6 @@ MAX_KEYS = 128
 MAX_QUERIES = 2 * MAX_KEYS
 """More blocks of queries would lift the same keys again and again."""
 BLOCK_Q = 128
-WARPS = 8
 _RESERVE = 4096  # barriers and what softmax exchanges between warps
 
 
@@ -215,7 +214,7 @@ def short_attention(
         BLOCK_D=block_d,
         DESCRIPTOR=descriptor,
         PRECISION=precision_of(q.dtype),
-        num_warps=WARPS if max(block_k, q_len) > 64 else WARPS // 2,
+        num_warps=4 if block_d <= 64 else 8,  # of heads of 64 two programs of 4 warps share a processor
     )
 
 

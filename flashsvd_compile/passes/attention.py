@@ -92,7 +92,7 @@ def _read_region(node: Node) -> Region | Obstacle | None:
         members=members,
         constants=constants,
         nodes=tuple(dict.fromkeys(nodes)),
-        plan=partial(plan_attention, _shape(q, k, members)),
+        plan=partial(plan_attention, _shape(q, k, members, _is_masked(constants))),
         output=output,
     )
 
@@ -154,7 +154,11 @@ def _table(table: Table) -> Deferred:
     return Deferred(table.build, (table.node,))
 
 
-def _shape(q: Member, k: Member, members: dict[str, Factored]) -> AttentionShape:
+def _is_masked(constants: dict[str, Any]) -> bool:
+    return not {"key_padding", "mask"}.isdisjoint(constants)
+
+
+def _shape(q: Member, k: Member, members: dict[str, Factored], masked: bool) -> AttentionShape:
     queries, keys = shape_of(q.factored.source), shape_of(k.factored.source)
     assert queries is not None
     assert keys is not None
@@ -165,6 +169,7 @@ def _shape(q: Member, k: Member, members: dict[str, Factored]) -> AttentionShape
         kv_len=keys[1],
         num_heads=q.heads,
         num_kv_heads=k.heads,
+        masked=masked,
     )
 
 

@@ -122,6 +122,11 @@ class Region:
         return {name: value for name, value in given.items() if isinstance(value, Node) or value != defaults[name]}
 
 
+def _name_of(device: torch.device) -> str:
+    """The name that the planner knows a device by."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" and torch.cuda.is_available() else device.type
+
+
 def _workspace_bytes(graph: Graph, x: Node, workspace: Workspace) -> int | Node:
     """The planner's bound for this input: a number, or nodes that compute it where the shape is dynamic."""
     elements = value_of(x).numel()
@@ -174,7 +179,7 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
         "features": {role: p.up.shape[0] for role, p in projections.items()},
         "in_features": shape[-1],
         "itemsize": tensor.element_size(),
-        "device": tensor.device.type,
+        "device": _name_of(tensor.device),
         "hints": {symbol: hint for node in (x, context or x) for symbol, hint in hints_of(node).items()},
     }
 

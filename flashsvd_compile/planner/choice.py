@@ -14,8 +14,6 @@ NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
 SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
-SHARE_FOR_SPLITS = Fraction(3, 5)
-"""Likewise a fused MLP of few rows, for partial sums: three of them at ranks of two fifths of the features."""
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,7 @@ class Workspace:
 
     def bytes_for(self, elements: sympy.Expr) -> sympy.Expr:
         """The bound as a formula."""
-        share = sympy.Rational(self.per_element.numerator, self.per_element.denominator)
-        return sympy.Max(self.least, share * elements)
+        return sympy.Max(self.least, sympy.Rational(self.per_element) * elements)
 
 
 @dataclass(frozen=True)
@@ -77,13 +74,13 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     before = memory.mlp_as_written(shape)
     offered: list[Candidate] = []
     if _on_chip(shape, device) and "gate" not in shape.ranks:
-        workspace = _workspace(shape, device, options, SHARE_FOR_SPLITS)
-        seconds, transient = time.mlp_fused(shape, device), memory.mlp_fused(shape)
+        workspace = _workspace(shape, device, options, memory.SHARE_FOR_PARTIAL_SUMS)
+        seconds, transient = time.mlp_fused(shape, device), memory.mlp_fused(shape, device)
         offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
     dearer = _dearer(shape, {"out": shape.features["hidden"]})
     for workspace in _workspaces(shape, device, options):
         bound = workspace.bytes_for(shape.input_elements)
-        needed = _at_most(bound, before)
+        needed = _at_most(memory.mlp_streamed(shape, bound), before)
         seconds = time.mlp_streamed(shape, device, bound)
         offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "the hidden layer passes in chunks"))
         if dearer:

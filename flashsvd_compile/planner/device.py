@@ -1,6 +1,6 @@
 """Ceilings of the devices a plan can be made for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -9,7 +9,8 @@ class Device:
 
     Attributes:
         flops: operations a second of a large product, by bytes of an element; an addition and a multiplication are two.
-        bandwidth: bytes a second of a copy, reads and writes counted.
+        bandwidth: bytes a second of what passes through memory, reads and writes counted; more than a copy reaches
+            where some of it is still in the cache.
         chunk_seconds: what one more chunk of rows costs: its products fill the device and drain it again.
         launch_seconds: what an operation costs before and after it fills the device; a chunk of keys and values is two.
         least_workspace: bytes an operator may always use. On a CPU this is a core's share of the last-level cache, in
@@ -20,6 +21,7 @@ class Device:
         activation_seconds: what an element of the hidden layer costs the fused kernel beside its products: with room
             for long steps next to the rank-space tiles, and without.
         long_step_rank: largest rank that leaves this room.
+        full_rows: rows that occupy the device; a fused MLP of fewer splits its hidden layer.
     """
 
     flops: dict[int, float]
@@ -31,23 +33,28 @@ class Device:
     max_fused_rank: int
     activation_seconds: tuple[float, float] = (0.0, 0.0)
     long_step_rank: int = 0
+    full_rows: int = 0
 
 
-# GPU: measured on an H200 (benchmarks/NOTES.md, benchmarks/results/mlp_region.json); float32 without tf32. CPU: two
-# cores with AVX-512. Only the proportions matter to a choice, and they differ little between chips of a kind.
+# GPUs: measured (benchmarks/NOTES.md, benchmarks/results); float32 without tf32. CPU: two cores with AVX-512. Only the
+# proportions matter to a choice, and they differ little between chips of a kind.
 _DEVICES = {
     "cpu": Device(
         flops={4: 280e9, 2: 280e9}, bandwidth=20e9, chunk_seconds=1e-4, launch_seconds=5e-5,
         least_workspace=4 * 2**20, grows=False, max_fused_rank=0,
     ),
-    "cuda": Device(
+    "H200": Device(
         flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
         least_workspace=2**20, grows=True, max_fused_rank=384,
-        activation_seconds=(0.43e-12, 1.2e-12), long_step_rank=256,
+        activation_seconds=(0.43e-12, 1.2e-12), long_step_rank=256, full_rows=132 * 128,
     ),
 }  # fmt: skip
 
 
+_DEVICES["H100"] = replace(_DEVICES["H200"], bandwidth=3.8e12)
+_ANY_GPU = _DEVICES["H200"]
+
+
 def device_of(name: str) -> Device:
-    """The ceilings of a device type, ``"cpu"`` or ``"cuda"``."""
-    return _DEVICES[name]
+    """The ceilings of ``"cpu"`` or of a GPU by its name; of one that was not measured, those of an H200."""
+    return next((device for known, device in _DEVICES.items() if known in name), _ANY_GPU)

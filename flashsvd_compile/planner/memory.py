@@ -4,8 +4,11 @@ Every formula is a sympy expression in the graph's symbols. "As written" is the 
 when each operation allocates its result, which is what eager execution does.
 """
 
+from fractions import Fraction
+
 import sympy
 
+from .device import Device
 from .shapes import AttentionShape, LinearShape, MlpShape
 
 
@@ -24,16 +27,43 @@ def mlp_as_written(shape: MlpShape) -> sympy.Expr:
     return shape.itemsize * shape.rows * (1 + len(shape.into_hidden)) * shape.features["hidden"]
 
 
-def mlp_fused(shape: MlpShape) -> sympy.Expr:
-    """Rank-space input and output of the fused core, beside the result, which comes when the input is gone."""
+def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
+    """Rank-space input and partial sums of the fused core, beside the result, which comes when they are gone."""
     rank_in, rank_out = shape.latent("hidden"), shape.latent("out")
-    return shape.itemsize * shape.rows * max(rank_in + rank_out - shape.features["out"], rank_out)
+    beside = rank_in + rank_out * partial_sums(shape, device) - shape.features["out"]
+    return shape.itemsize * shape.rows * sympy.Max(beside, rank_out)
 
 
-def mlp_streamed_row(shape: MlpShape) -> int:
-    """Workspace of one row when rows are streamed."""
-    elements = sum(shape.latent(role) + shape.features[role] for role in shape.into_hidden) + shape.latent("out")
-    return shape.itemsize * elements
+SHARE_FOR_PARTIAL_SUMS = Fraction(3, 5)
+"""Of the input, what partial sums may take beside the result."""
+
+
+def partial_sums(shape: MlpShape, device: Device) -> sympy.Expr:
+    """Parts of the hidden layer that are computed side by side where rows are too few to fill the device."""
+    room = shape.features["out"] + sympy.Rational(SHARE_FOR_PARTIAL_SUMS) * shape.in_features - shape.latent("hidden")
+    most = sympy.floor(room / shape.latent("out"))
+    return sympy.Max(1, sympy.Min(most, sympy.floor(device.full_rows / shape.rows)))
+
+
+def mlp_streamed(shape: MlpShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The workspace of one chunk of rows."""
+    return sympy.ceiling(shape.rows / mlp_chunks(shape, workspace_bytes)) * _mlp_streamed_row(shape)
+
+
+def mlp_chunks(shape: MlpShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """Chunks of rows, evenly cut."""
+    fitting = sympy.Max(1, sympy.floor(workspace_bytes / _mlp_streamed_row(shape)))
+    return sympy.ceiling(shape.rows / fitting)
+
+
+def _mlp_streamed_row(shape: MlpShape) -> int:
+    """Bytes of one row: its hidden layer, and what of its rank space does not fit where its result goes."""
+    room = shape.features["out"] if shape.ranks["out"] is not None else 0
+    beside = 0
+    for rank in (shape.latent(role) for role in (*shape.into_hidden, "out")):
+        room, beside = (room - rank, beside) if rank <= room else (room, beside + rank)
+    hidden = len(shape.into_hidden) * shape.features["hidden"]
+    return shape.itemsize * (beside + max(hidden, shape.latent("out")))
 
 
 def attention_as_written(shape: AttentionShape) -> sympy.Expr:

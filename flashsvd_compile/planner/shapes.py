@@ -17,7 +17,7 @@ class RegionShape:
         features: output features of each projection by role.
         in_features: size of the last dimension of ``x``.
         itemsize: bytes of an element.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"`` or the name of a GPU.
         hints: sizes that the symbols had when the graph was traced. A choice is made for these and holds for all.
     """
 
@@ -77,13 +77,18 @@ class MlpShape(RegionShape):
 
 @dataclass(frozen=True)
 class AttentionShape(RegionShape):
-    """Attention of ``num_heads`` heads over ``batch`` items."""
+    """Attention of ``num_heads`` heads over ``batch`` items.
+
+    Attributes:
+        masked: padding or an arbitrary mask hides some of the keys.
+    """
 
     batch: sympy.Expr
     q_len: sympy.Expr
     kv_len: sympy.Expr
     num_heads: int
     num_kv_heads: int
+    masked: bool = False
 
     @property
     def input_elements(self) -> sympy.Expr:

@@ -13,6 +13,8 @@ from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
 
 ATTENTION_SHARE = 0.6
 """Share of the products' rate that attention reaches (H200, heads of 64)."""
+MASKED_ATTENTION = 1.55
+"""Factor on the time of a GPU library's attention where a mask becomes a bias (H100, 512 to 32768 keys)."""
 
 
 def linear_kept(shape: LinearShape, device: Device) -> sympy.Expr:
@@ -31,21 +33,21 @@ def linear_merged(shape: LinearShape, device: Device) -> sympy.Expr:
 
 
 def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
-    """Products and one elementwise pass over the hidden layer."""
-    return _mlp_products(shape, device, _projection) + _activation_pass(shape, device)
+    """Products and one elementwise pass over the hidden layer, an operation each."""
+    operations = 1 + _operations(shape)
+    work = _mlp_products(shape, device, _projection) + _activation_pass(shape, device)
+    return work + operations * device.launch_seconds
 
 
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The same in chunks."""
-    needed = shape.rows * memory.mlp_streamed_row(shape)
-    return mlp_kept(shape, device) + _chunks(needed, workspace_bytes, device.chunk_seconds)
+    return mlp_kept(shape, device) + _further_chunks(shape, device, workspace_bytes)
 
 
 def mlp_merged(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """In chunks, with each pair of factors multiplied that costs more than its product."""
-    needed = shape.rows * memory.mlp_streamed_row(shape)
     products = _mlp_products(shape, device, _merged_projection)
-    return products + _activation_pass(shape, device) + _chunks(needed, workspace_bytes, device.chunk_seconds)
+    return products + _activation_pass(shape, device) + _further_chunks(shape, device, workspace_bytes)
 
 
 def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
@@ -56,14 +58,17 @@ def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
     core = 2 * shape.rows * width * (rank_in + rank_out) / device.flops[shape.itemsize]
     long_steps, short_steps = device.activation_seconds
     per_element = long_steps if max(rank_in, rank_out) <= device.long_step_rank else short_steps
-    return narrow + core + shape.rows * width * per_element
+    parts = memory.partial_sums(shape, device)
+    adding_up = sympy.Min(1, parts - 1) * device.launch_seconds
+    adding_up += 2 * (parts - 1) * shape.itemsize * shape.rows * rank_out / device.bandwidth
+    return narrow + core + shape.rows * width * per_element + 3 * device.launch_seconds + adding_up
 
 
 def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
     """Projections and the core, all keys seen by all queries, an operation each."""
-    operations = 1 + sum(1 if rank is None else 2 for rank in shape.ranks.values())
-    work = _attention_projections(shape, device, _projection) + _core(shape, device)
-    return work + operations * device.launch_seconds
+    core = _core(shape, device) * (MASKED_ATTENTION if shape.masked and device.grows else 1)
+    operations = 1 + _operations(shape)
+    return _attention_projections(shape, device, _projection) + core + operations * device.launch_seconds
 
 
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -76,6 +81,11 @@ def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sym
     """In chunks, with each pair of factors multiplied that costs more than its product."""
     projections = _attention_projections(shape, device, _merged_projection)
     return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
+
+
+def _operations(shape: RegionShape) -> int:
+    """Products that the projections take as written."""
+    return sum(1 if rank is None else 2 for rank in shape.ranks.values())
 
 
 def _product(shape: RegionShape, device: Device, rows, depth, width) -> sympy.Expr:
@@ -132,6 +142,11 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
     once = 2 if "out" in shape.ranks else 1
     chunks = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes)
     return device.launch_seconds * (once + 2 * chunks)
+
+
+def _further_chunks(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """What chunks of rows after the first cost."""
+    return device.chunk_seconds * (memory.mlp_chunks(shape, workspace_bytes) - 1)
 
 
 def _chunks(needed: sympy.Expr, workspace_bytes: sympy.Expr, chunk_seconds: float) -> sympy.Expr:

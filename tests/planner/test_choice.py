@@ -1,5 +1,8 @@
 """What the planner chooses, and that it says why."""
 
+from dataclasses import replace
+from fractions import Fraction
+
 import pytest
 import sympy
 
@@ -9,10 +12,12 @@ from flashsvd_compile.planner import (
     Candidate,
     LinearShape,
     MlpShape,
+    memory,
     plan_attention,
     plan_linear,
     plan_mlp,
 )
+from flashsvd_compile.planner.device import device_of
 
 ROWS = sympy.Symbol("s0", positive=True, integer=True)
 AUTO = Options()
@@ -49,6 +54,24 @@ def test_low_ranks_of_half_precision_are_fused_on_a_gpu():
 @pytest.mark.parametrize("shape", [mlp(65536, 512), mlp(65536, 192, itemsize=4), mlp(65536, 192, gated=True)])
 def test_what_no_kernel_holds_on_chip_is_streamed(shape):
     assert plan_mlp(shape, AUTO).strategy == Strategy.STREAMED
+
+
+def test_few_rows_split_the_hidden_layer_as_far_as_memory_allows():
+    """At rank 304 rank space and three partial sums are as large as the result and three fifths of the input."""
+    shapes = {rows: mlp(rows, 304) for rows in (4096, 8192, 16384)}
+    parts = {rows: memory.partial_sums(shape, device_of("H200")) for rows, shape in shapes.items()}
+    assert parts == {4096: 3, 8192: 2, 16384: 1}
+    plan = plan_mlp(shapes[4096], AUTO)
+    assert plan.transient_after == 2 * 4096 * (4 * 304 - 768)
+    assert plan.workspace.per_element == Fraction(6, 5)
+
+
+def test_padding_is_known_to_slow_down_what_is_kept():
+    plain = attention(8, 2048, 192, "cuda", itemsize=2)
+    plans = [plan_attention(shape, AUTO) for shape in (plain, replace(plain, masked=True))]
+    kept = [float(plan.candidates[-1].seconds) for plan in plans]
+    assert kept[1] > 1.3 * kept[0]
+    assert plans[0].candidates[0] == plans[1].candidates[0]
 
 
 def test_the_workspace_is_the_least_that_costs_no_time():
@@ -97,8 +120,10 @@ def test_symbols_are_planned_for_at_their_hints_and_stay_in_the_formulas():
     shape = mlp(ROWS, 192, hints={ROWS: 65536})
     plan = plan_mlp(shape, AUTO)
     assert plan.strategy == Strategy.FUSED
-    assert shape.at_hints(plan.candidates[-1].seconds) == mlp(65536, 192).at_hints(plan_kept(65536).seconds)
-    assert plan.transient_after == 2 * ROWS * 192
+    kept = mlp(65536, 192).at_hints(plan_kept(65536).seconds)
+    assert shape.at_hints(plan.candidates[-1].seconds) == pytest.approx(kept)
+    assert shape.at_hints(plan.transient_after) == 2 * 65536 * 192
+    assert ROWS in plan.transient_after.free_symbols
     assert plan.transient_before == 2 * 2 * ROWS * 3072
     assert all(ROWS in candidate.seconds.free_symbols for candidate in plan.candidates)
 

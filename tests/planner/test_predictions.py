@@ -1,6 +1,7 @@
 """The planner's formulas beside what was measured on a GPU: ``benchmarks/results/*_region.json``."""
 
 from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import sympy
@@ -29,13 +30,19 @@ def rows_of(name: str) -> list[Row]:
 def shape_of(row: Row) -> MlpShape | AttentionShape:
     sizes = {name: sympy.Integer(size) for name, size in row.shape.items()}
     if "d_ff" in row.shape:
-        features = {"hidden": row.shape["d_ff"], "out": row.shape["D"]}
-        return MlpShape(row.ranks, features, sizes["D"], 2, "cuda", {}, sizes["N"])
+        ranks, features = dict(row.ranks), {"hidden": row.shape["d_ff"], "out": row.shape["D"]}
+        if row.shape["gated"]:
+            ranks["gate"], features["gate"] = ranks["hidden"], features["hidden"]
+        return MlpShape(ranks, features, sizes["D"], 2, device_of("mlp_region"), {}, sizes["N"])
     features: dict[str, int] = dict.fromkeys("qkv", row.shape["D"])
-    heads = row.shape["H"]
-    return AttentionShape(
-        row.ranks, features, sizes["D"], 2, "cuda", {}, sizes["B"], sizes["L"], sizes["L"], heads, heads
-    )
+    heads, lengths = row.shape["H"], (sizes["B"], sizes["L"], sizes["L"])
+    device, masked = device_of("attention_region"), row.mask == "padded"
+    return AttentionShape(row.ranks, features, sizes["D"], 2, device, {}, *lengths, heads, heads, masked)
+
+
+@cache
+def device_of(name: str) -> str:
+    return record.read(name)["device"]
 
 
 def plan_for(row: Row, options: Options = DEFAULTS) -> Plan:
