@@ -34,7 +34,7 @@ def register(
         cpu: implementation on a CPU.
         cuda: implementation on CUDA and ROCm devices.
     """
-    kernels = {"CompositeExplicitAutograd": reference, "CPU": cpu, "CUDA": replayed(cuda)}
+    kernels = {"CompositeExplicitAutograd": reference, "CPU": replayed(cpu), "CUDA": replayed(cuda)}
     return define(name, schema, fake=fake, kernels=kernels)
 
 

@@ -1,16 +1,18 @@
 """An operator's launches, recorded once for each combination of shapes and made again without its Python.
 
-A region on a GPU takes up to twenty launches, and the Python that cuts chunks and describes tiles takes several times
-as long as the GPU works. All of it depends on shapes, strides, dtypes, alignment and plain numbers only. So the second
-call of a combination is recorded: every library operation and every kernel launch, with each tensor as a view of an
-argument or of something allocated on the way. Later calls allocate, compute addresses and launch. Nothing is kept of
-the tensors themselves; unlike a CUDA graph, a recording has neither memory nor addresses of its own.
+A region takes up to a hundred launches or library calls, and the Python that cuts chunks and describes tiles takes
+several times as long as a GPU works, and a twentieth of what a CPU does. All of it depends on shapes, strides, dtypes,
+alignment and plain numbers only. So the second call of a combination is recorded: every library operation and every
+kernel launch, with each tensor as a view of an argument or of something allocated on the way. Later calls allocate,
+compute addresses and launch. Nothing is kept of the tensors themselves; unlike a CUDA graph, a recording has neither
+memory nor addresses of its own.
 
-What a recording cannot hold (an operation whose result's shape depends on values, a tensor from elsewhere) is never
-replayed; the operator runs as written each time.
+What a recording cannot hold (an operation whose result's shape depends on values, a tensor from elsewhere, a look at
+values) is never replayed; the operator runs as written each time.
 """
 
 from collections.abc import Callable, Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, NamedTuple
@@ -173,11 +175,25 @@ class Recording:
         return self.result.of(tensors)
 
 
+_recorder: ContextVar["_Recorder | None"] = ContextVar("recorder", default=None)
+
+
+def reads_values() -> None:
+    """An implementation calls it where it looks at values past the dispatcher, as ``tolist`` does."""
+    recorder = _recorder.get()
+    if recorder is not None:
+        recorder.possible = False
+
+
 def record(recording: Recording, implementation: Implementation, arguments: tuple) -> Tensor:
     """Call the implementation and fill the recording, whose ``result`` stays ``None`` where that is impossible."""
     recorder = _Recorder(arguments)
-    with recorder, listening(recorder.take_launch):
-        result = implementation(*arguments)
+    token = _recorder.set(recorder)
+    try:
+        with recorder, listening(recorder.take_launch):
+            result = implementation(*arguments)
+    finally:
+        _recorder.reset(token)
     if recorder.possible:
         reference = recorder.reference(result)
         if reference is not None and reference.base >= len(arguments):

@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import capped
 from .attention_region import UNLIMITED, Attention, full_mask, in_window
+from .replay import reads_values
 from .workspace import rows_that_fit
 
 Core = Callable[[Tensor, Tensor, Tensor, Tensor, Attention], None]
@@ -62,6 +63,7 @@ def document_ranges(documents: Tensor | None, batch: int, length: int) -> Iterat
 
 def _ranges(documents: Tensor) -> list[slice] | None:
     """The positions of each document of one item."""
+    reads_values()
     values, lengths = documents.unique_consecutive(return_counts=True)
     tiny = documents.numel() < SHORTEST_DOCUMENT * (values.numel() - 1)
     if tiny or values.unique().numel() < values.numel():
@@ -85,6 +87,7 @@ def visible_keys(key_padding: Tensor | None, batch: int, kv_len: int) -> Iterato
     if key_padding is None or kv_len == 0:
         yield slice(0, batch), slice(0, kv_len)
         return
+    reads_values()
     visible = key_padding.to(torch.uint8)
     ranges = zip(
         visible.argmax(1).tolist(),

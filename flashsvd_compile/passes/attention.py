@@ -24,20 +24,23 @@ from .. import ops
 from ..ops.norm import argument_names
 from ..planner import AttentionShape, plan_attention
 from ..report import RefusalReason
-from .affine import read_affine
+from .affine import Affine, read_affine
 from .axes import extent, named
 from .concatenation import read_merges, read_out
 from .factored import Factored, Obstacle
 from .factors import read_pair
 from .heads import Member, read_member
 from .masking import Scores, mask_arguments
-from .norms import Norm
+from .norms import Norm, source_of_norm
 from .region import Deferred, Region, present, sizes_of
 from .rope import Table
 from .scores import Core, read_core
 from .values import shape_of, tensor_of
+from .vocabulary import read
 
 _NEIGHBOURHOOD = 200
+_PARTS = {"getitem", "split", "chunk", "narrow", "slice"}
+"""How a latent is told apart from what else its projection computes."""
 
 
 def read_attention(node: Node) -> Region | Obstacle | None:
@@ -51,12 +54,26 @@ def _near_low_rank(node: Node) -> bool:
     seen, waiting = {node}, [node]
     while waiting and len(seen) < _NEIGHBOURHOOD:
         current = waiting.pop()
-        if read_affine(current) is not None:
-            if read_pair(current) is not None:
+        affine = read_affine(current)
+        if affine is not None:
+            if read_pair(current) is not None or _is_normed_pair(affine):
                 return True
             continue
         waiting += [above for above in current.all_input_nodes if above not in seen]
         seen.update(waiting)
+    return False
+
+
+def _is_normed_pair(outer: Affine) -> bool:
+    """Whether a norm stands between two factors, as in multi-head latent attention: no map of low rank, but near."""
+    latent = source_of_norm(outer.source)
+    out_features, rank = outer.weight.shape
+    while latent is not None:
+        inner = read_affine(latent)
+        if inner is not None:
+            return rank < min(inner.weight.shape[1], out_features)
+        call = read(latent)
+        latent = call.input if call is not None and call.op in _PARTS else None
     return False
 
 

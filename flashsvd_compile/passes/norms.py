@@ -87,6 +87,15 @@ def read_norm(node: Node, layout: Layout, head_dim: Dim) -> Norm | None:
     return None
 
 
+def source_of_norm(node: Node) -> Node | None:
+    """What ``node`` is a norm of by its spelling: some mean is taken, and only vectors enter from elsewhere."""
+    for chain in _chains(node):
+        means = any(call is not None and call.op in _REDUCTIONS | _LIBRARY for call in map(read, chain.nodes))
+        if means and all(len(_shape(other)) <= 1 for other in chain.others):
+            return chain.source
+    return None
+
+
 class _Frame(NamedTuple):
     """Where the heads and their features are in a tensor.
 

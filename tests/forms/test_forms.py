@@ -92,8 +92,9 @@ def test_the_backend_by_its_name_compiles_one_whole_graph():
     assert report is not None and _counts(report) == [LAYERS, LAYERS, 0]
 
 
-def test_the_attention_of_mla_is_refused_by_name_and_its_latent_stays():
-    model = made("DeepSeek MLA without norms")
+@pytest.mark.parametrize("name", ["DeepSeek MLA", "DeepSeek MLA without norms"])
+def test_the_attention_of_mla_is_refused_by_name_and_its_latent_stays(name):
+    model = made(name)
     compiled = Compiled(model, inner="aot_eager")
     arguments = inputs()
     assert_as_right_as_unfused(model, compiled, **arguments)

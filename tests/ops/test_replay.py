@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, replayed
+from flashsvd_compile import ops
+from flashsvd_compile.ops.attention import reference as attention_reference
+from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, reads_values, replayed
+from tests.ops.regions import attention_arguments, packed, padding
 
 
 def recordings(call: Callable) -> dict[tuple, Recording | None]:
@@ -122,6 +125,24 @@ def test_what_cannot_be_recorded_runs_as_written_each_time(why):
         x = torch.randn(3)
         assert torch.equal(call(x), implementation(x))
     assert list(recordings(call).values()) == [None]
+
+
+def test_a_look_past_the_dispatcher_has_to_be_announced():
+    def as_many_as(x: Tensor, count: Tensor) -> Tensor:
+        reads_values()
+        return x[: count.tolist()[0]] + 0
+
+    call, x = replayed(as_many_as), torch.arange(9)
+    for count in (3, 3, 3, 5):
+        assert len(call(x, torch.tensor([count]))) == count
+
+
+@pytest.mark.parametrize("hidden", ["key_padding", "documents"])
+def test_attention_on_a_cpu_looks_at_masks_anew_each_time(hidden):
+    for lengths in ((40, 30), (40, 30), (40, 30), (1, 69), (35, 35)):
+        mask = padding(*lengths, total=70) if hidden == "key_padding" else packed(*lengths, batch=2)
+        given = attention_arguments(2, 70, workspace_bytes=1 << 12, **{hidden: mask})
+        torch.testing.assert_close(ops.attention(*given), attention_reference(*given))
 
 
 def test_the_oldest_combination_goes_when_there_are_too_many():
