@@ -26,17 +26,44 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_of(target: Target, dim: int, itemsize: int) -> Tile:
-    """Configuration for a head size: measured on sm_90, small enough for shared memory elsewhere."""
+MAX_HEAD_DIM = 256
+
+
+def tile_of(target: Target, dim: int, itemsize: int) -> Tile | None:
+    """Configuration for a head size, or ``None``.
+
+    In half precision measured on sm_90; elsewhere one that fits registers and shared memory
+    (``tests/kernels/test_cross_compilation.py``).
+    """
+    if dim > MAX_HEAD_DIM:
+        return None
     if itemsize == 4:
-        return Tile(32, 32, 4, 1) if dim > 64 else Tile(64, 32, 4, 1)
-    if target.shared_memory < 99 * 1024:
-        return Tile(64, 32, 4, 1) if dim <= 128 else Tile(32, 16, 4, 1)
+        return _float32_tile(target, dim)
+    if target.shared_memory < _AMPLE:
+        return Tile(64, 16, 4, 1) if dim <= 128 else Tile(32, 16, 4, 1)
+    if not target.descriptors:
+        if dim <= 64:
+            return Tile(64, 64, 4, 3)
+        return Tile(64, 32, 4, 2) if dim <= 128 else Tile(32, 32, 4, 1)
     if dim <= 64:
-        return Tile(64, 128, 4, 2)
-    if dim <= 128:
-        return Tile(64, 64, 4, 3) if target.descriptors else Tile(64, 32, 4, 2)
-    return Tile(64, 32, 4, 2) if target.descriptors else Tile(32, 32, 4, 1)
+        return Tile(64, 64, 4, 2) if target.name == "sm_100" else Tile(64, 128, 4, 2)
+    return Tile(64, 64, 4, 3) if dim <= 128 else Tile(64, 32, 4, 2)
+
+
+_AMPLE = 99 * 1024
+
+
+def _float32_tile(target: Target, dim: int) -> Tile | None:
+    """Without tensor cores a thread holds whole rows of its operands: long rows leave it few scores."""
+    if target.shared_memory < _AMPLE:
+        return None
+    if dim <= 32:
+        return Tile(64, 32, 4, 1)
+    if not target.descriptors:
+        return Tile(32, 32, 8, 1) if dim <= 128 else Tile(32, 16, 8, 1)
+    if dim <= 64:
+        return Tile(32, 16, 8, 1)
+    return Tile(16, 16, 8, 1) if dim <= 128 else None
 
 
 @triton.jit
@@ -188,10 +215,9 @@ def attention_kernel(
     tl.store(pointers, acc.to(out.dtype.element_ty), mask=(queries[:, None] < q_len) & (columns[None, :] < VALUE_DIM))
 
 
-def supported(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether the kernel runs there; float32 needs more shared memory than the smallest chips have."""
-    target = target_of(device)
-    return dtype.itemsize == 2 or target.shared_memory >= 99 * 1024
+def supported(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a configuration for these head sizes exists on this device."""
+    return tile_of(target_of(device), max(head_dim, value_dim), dtype.itemsize) is not None
 
 
 def key_bounds(key_padding: Tensor) -> Tensor:
@@ -231,6 +257,7 @@ def attention(
     kv_len, kv_heads, value_dim = v.shape[1:]
     target = target_of(q.device)
     tile = tile or tile_of(target, max(head_dim, value_dim), q.element_size())
+    assert tile is not None, "ask supported() first"
     block_d, block_v = triton.next_power_of_2(max(head_dim, 16)), triton.next_power_of_2(max(value_dim, 16))
     matrices = [_matrix(tensor) for tensor in (q, k, v)]
     strides = [matrix.stride(0) for matrix in matrices]

@@ -56,16 +56,30 @@ _RESERVE = 4096  # barriers
 
 
 def _candidates(target: Target, width: int, itemsize: int) -> list[Tile]:
+    """Fastest first; none needs more registers than a thread has (``tests/kernels/test_cross_compilation.py``)."""
     if itemsize == 4:
-        return [Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)] if width <= PIECE else []
+        return _float32_candidates(target, width)
     if target.name in ("sm_90", "sm_100"):
         wide = [Tile(128, 64, 8, 3), Tile(128, 64, 8, 2), Tile(128, 32, 8, 2)]
         return [Tile(128, 64, 4, 3), *wide] if width <= 96 and target.name == "sm_90" else wide
+    if width > 2 * PIECE:
+        return []
     if width <= PIECE:
         return [Tile(64, 64, 4, 2), Tile(64, 32, 4, 2), Tile(32, 32, 4, 1)]
-    if width <= 2 * PIECE:
+    if width <= 192 or target.name == "gfx942":
         return [Tile(64, 32, 8, 2), Tile(64, 32, 8, 1), Tile(32, 32, 4, 1)]
-    return []
+    return [Tile(64, 16, 8, 2), Tile(32, 16, 8, 1)]
+
+
+def _float32_candidates(target: Target, width: int) -> list[Tile]:
+    """Without tensor cores a thread holds whole rows of its operands: long rows leave it few results."""
+    if width > PIECE:
+        return []
+    if target.name == "gfx942" or (target.descriptors and width <= 32):
+        return [Tile(32, 32, 4, 1)]
+    if target.descriptors and width > 64:
+        return [Tile(16, 16, 8, 1)]
+    return [Tile(32, 32, 8, 1), Tile(16, 16, 8, 1)]
 
 
 @triton.jit
@@ -105,15 +119,15 @@ def mlp_core_kernel(
     steps = tl.cdiv(f_stop - f_start, BLOCK_F)
     shift = tl.program_id(0) % steps
     columns = tl.arange(0, BLOCK_F)
+    f_next = f_start + shift * BLOCK_F
     if HAS_BIAS:
-        f = f_start + shift * BLOCK_F
-        bias_next = tl.load(bias + f + columns, mask=f + columns < width, other=0.0)
-    for step in tl.range(0, steps, num_stages=STAGES):
-        f = f_start + (step + shift) % steps * BLOCK_F
+        bias_next = tl.load(bias + f_next + columns, mask=f_next + columns < width, other=0.0)
+    for _ in tl.range(0, steps, num_stages=STAGES):
+        f = f_next
+        f_next = tl.where(f + BLOCK_F < f_stop, f + BLOCK_F, f_start)
         if HAS_BIAS:
             # One step ahead, in registers: a bias loaded where it is used stalls every step (16 % at rank 304).
             bias_here = bias_next
-            f_next = f_start + (step + 1 + shift) % steps * BLOCK_F
             bias_next = tl.load(bias + f_next + columns, mask=f_next + columns < width, other=0.0)
         u0 = load_tile(up_0, f, 0, width, rank_in, stride_up_f, stride_up_r, BLOCK_F, I0, DESCRIPTOR)
         hidden = tl.dot(x0, u0.T, input_precision=PRECISION)

@@ -66,16 +66,40 @@ _RESERVE = 2048  # barriers
 
 
 def _candidates(target: Target, width: int, itemsize: int, few: bool) -> list[Tile]:
-    """``few``: the short blocks all run at once, or two share a processor; else longer ones reread the weights less."""
+    """Fastest first; none needs more registers than a thread has (``tests/kernels/test_cross_compilation.py``).
+
+    ``few``: the short blocks all run at once, or two share a processor; else longer ones reread the weights less.
+    """
     if itemsize == 4:
-        return [Tile(32, 32, 32, 4, 1)] if width <= PIECE else []
+        return _float32_candidates(target, width)
     if target.name in ("sm_90", "sm_100"):
+        if width > 320:
+            return [Tile(SHORT_BLOCK, 64, 64, 8, 3), Tile(SHORT_BLOCK, 64, 64, 8, 2)]
         short, long = Tile(SHORT_BLOCK, 64, 64, 4, 3), Tile(128, 64, 64, 8, 3)
         shallow = [Tile(SHORT_BLOCK, 64, 64, 4, 2), Tile(128, 64, 64, 8, 2), Tile(128, 32, 32, 8, 2)]
+        if target.name == "sm_100" and width > 192:
+            # A long block's rank space goes through shared memory there.
+            return [short, Tile(SHORT_BLOCK, 64, 64, 8, 2)]
         return [short, long, *shallow] if few else [long, short, *shallow]
-    if width <= 2 * PIECE:
+    if width > 2 * PIECE:
+        return []
+    if target.name == "gfx942":
+        pipelined = [Tile(64, 64, 64, 4, 2), Tile(64, 32, 32, 4, 2)]
+        return [*(pipelined if width <= 192 else []), Tile(64, 32, 32, 4, 1), Tile(32, 32, 32, 4, 1)]
+    if width <= PIECE:
         return [Tile(64, 64, 64, 4, 2), Tile(64, 32, 32, 4, 2), Tile(32, 32, 32, 4, 1)]
-    return []
+    return [Tile(64, 32, 32, 8, 2), Tile(32, 32, 32, 4, 1)]
+
+
+def _float32_candidates(target: Target, width: int) -> list[Tile]:
+    """As in the MLP core."""
+    if width > PIECE:
+        return []
+    if target.name == "gfx942" or width <= 32:
+        return [Tile(32, 32, 32, 4, 1)]
+    if target.descriptors and width > 64:
+        return [Tile(16, 16, 16, 8, 1)]
+    return [Tile(32, 32, 32, 8, 1)]
 
 
 @triton.jit

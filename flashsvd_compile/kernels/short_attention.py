@@ -128,13 +128,17 @@ def short_attention_kernel(
 def supported(
     q_len: int, kv_len: int, dim: int, ranks: tuple[int, int], dtype: torch.dtype, device: torch.device
 ) -> bool:
-    """Whether the kernel is meant for these sizes and its tiles fit the chip."""
+    """Whether the kernel is meant for these sizes and has registers and shared memory for them.
+
+    Without tensor descriptors addresses take the registers that it needs; such chips lift keys and values beforehand.
+    """
+    target = target_of(device)
     short = kv_len <= MAX_KEYS and q_len <= MAX_QUERIES and dim <= MAX_KEYS
-    if not short or dtype.itemsize != 2 or min(ranks) < 1 or max(ranks) > MAX_RANK:
+    if not short or not target.descriptors or dtype.itemsize != 2 or min(ranks) < 1 or max(ranks) > MAX_RANK:
         return False
     block_d = triton.next_power_of_2(max(dim, 16))
     tiles = (MAX_KEYS + block_d) * max(pieces(max(ranks)))  # of a factor and a latent, a piece after the other
-    return tiles * dtype.itemsize + _RESERVE <= target_of(device).shared_memory
+    return tiles * dtype.itemsize + _RESERVE <= target.shared_memory
 
 
 def short_attention(

@@ -34,7 +34,7 @@ def supported(x: Tensor, attn: Attention) -> bool:
     in_place = attn.queries_in_place and attn.heads_in_place and x.numel() > 0
     unmasked = attn.mask is None and attn.documents is None
     plain = unmasked and not attn.normed and not attn.softcap and attn.scale > 0
-    return in_place and plain and attention_kernel.supported(x.device, x.dtype)
+    return in_place and plain and attention_kernel.supported(attn.head_dim, attn.value_dim, x.dtype, x.device)
 
 
 def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> Tensor:

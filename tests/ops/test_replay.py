@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from inspect import getclosurevars
+from typing import Any
 
 import pytest
 import torch
@@ -141,7 +142,8 @@ def test_a_look_past_the_dispatcher_has_to_be_announced():
 def test_attention_on_a_cpu_looks_at_masks_anew_each_time(hidden):
     for lengths in ((40, 30), (40, 30), (40, 30), (1, 69), (35, 35)):
         mask = padding(*lengths, total=70) if hidden == "key_padding" else packed(*lengths, batch=2)
-        given = attention_arguments(2, 70, workspace_bytes=1 << 12, **{hidden: mask})
+        how: dict[str, Any] = {hidden: mask}
+        given = attention_arguments(2, 70, workspace_bytes=1 << 12, **how)
         torch.testing.assert_close(ops.attention(*given), attention_reference(*given))
 
 

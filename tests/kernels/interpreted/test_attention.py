@@ -120,7 +120,8 @@ def test_head_sizes(head_dim, chip):
 
 def dtypes_of(chip: str) -> list[torch.dtype]:
     with running_on(INTERPRETED[chip]):
-        return [dtype for dtype in (torch.float16, torch.float32) if attention.supported(torch.device("cpu"), dtype)]
+        device = torch.device("cpu")
+        return [dtype for dtype in (torch.float16, torch.float32) if attention.supported(64, 64, dtype, device)]
 
 
 def test_float32_needs_more_shared_memory_than_the_smallest_chips_have():

@@ -1,0 +1,108 @@
+"""Compiling kernels for GPUs that are not there, and reading off the result what it takes of them.
+
+The wrappers in ``flashsvd_compile.kernels`` run as they do on a GPU, on tensors without contents, but where they would
+launch a kernel Triton only compiles it. So tiles, signatures and specialisation are exactly those of a launch.
+"""
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from math import ceil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.compiler import CompiledKernel
+from triton.runtime.driver import driver
+
+from flashsvd_compile.kernels import attention, gating, mlp, projection, rotary, short_attention
+from flashsvd_compile.kernels.target import KNOWN
+
+from .chips import running_on
+
+GPUS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+"""What Triton calls the chips of ``KNOWN`` that kernels are compiled for."""
+
+TENSOR_MEMORY = 512
+"""Columns of it that sm_100 has."""
+
+
+class Usage(NamedTuple):
+    """What one program of a compiled kernel takes.
+
+    Attributes:
+        shared_memory: bytes.
+        tensor_memory: columns; 0 where the chip has none.
+        spills: registers of a thread that did not fit and live in memory.
+    """
+
+    shared_memory: int
+    tensor_memory: int
+    spills: int
+
+
+def usage_of(compiled: CompiledKernel) -> Usage:
+    """Read from the metadata and the machine code of a kernel."""
+    spills = _spills_nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _spills_amd(compiled.asm["amdgcn"])
+    return Usage(compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0, spills)
+
+
+def _spills_nvidia(cubin: bytes) -> int:
+    """As the driver counts them: local memory, in which our kernels, without arrays and calls, keep nothing else.
+
+    ``LOCAL`` has been zero since registers spill to the stack; the stack frame is the figure that counts.
+    """
+    with TemporaryDirectory() as folder:
+        file = Path(folder, "kernel.cubin")
+        file.write_bytes(cubin)
+        command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file]
+        report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    (local_bytes,) = [int(stack) + int(local) for stack, local in re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", report)]
+    return ceil(local_bytes / 4)
+
+
+def _spills_amd(assembly: str) -> int:
+    """From the kernel's metadata at the end of its assembly."""
+    counts = re.findall(r"^ *\.[sv]gpr_spill_count: *(\d+)$", assembly, re.MULTILINE)
+    scalar, vector = map(int, counts)
+    return scalar + vector
+
+
+class _Driver(NamedTuple):
+    """What Triton asks a GPU's driver for before it compiles."""
+
+    target: GPUTarget
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> GPUTarget:
+        return self.target  # kernels keep what they compiled by device
+
+    def get_current_stream(self, device: GPUTarget) -> int:
+        return 0
+
+
+@contextmanager
+def compiling_for(chip: str) -> Iterator[list[CompiledKernel]]:
+    """Compile for a chip of :data:`GPUS` what would be launched; yields the list that the kernels are added to."""
+    kernels: list[CompiledKernel] = []
+
+    def compile_only(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+        kernels.append(kernel.run(*arguments, grid=grid, warmup=True, **constants))
+
+    with ExitStack() as stack:
+        stack.enter_context(running_on(KNOWN[chip]))
+        stack.enter_context(patch.object(driver, "_active", _Driver(GPUS[chip])))
+        for module in (attention, gating, mlp, projection, rotary, short_attention):
+            stack.enter_context(patch.object(module, "launch", compile_only))
+        yield kernels

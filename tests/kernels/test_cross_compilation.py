@@ -1,0 +1,150 @@
+"""Every kernel configuration compiled for each architecture: no register may spill, no chip's memory be exceeded.
+
+A configuration is what the tables give for the ranks, head sizes and dtypes below; where a table has none on a chip
+(``supported`` says so), the operators take the library there, and there is nothing to compile.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsvd_compile.kernels import attention, gating, mlp, projection, rotary, short_attention
+from flashsvd_compile.kernels.short_attention import Factors
+from flashsvd_compile.kernels.target import KNOWN
+from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
+from flashsvd_compile.ops.activation import ACTIVATIONS
+
+from .cross import GPUS, TENSOR_MEMORY, Usage, compiling_for, usage_of
+
+HALF, SINGLE = torch.bfloat16, torch.float32
+DEVICE = torch.device("cpu")
+RANKS = (96, 192, 256, 304, 384)
+HEADS = (64, 80, 96, 128, 256)
+WINDOWS = {"plain": (-1, -1), "causal": (-1, 0), "window": (128, 0)}
+
+
+def matrix(rows: int, columns: int, dtype: torch.dtype = HALF) -> Tensor:
+    return torch.empty(rows, columns, dtype=dtype)
+
+
+def latent(rows: int, rank: int, dtype: torch.dtype = HALF) -> Tensor:
+    return empty_with_aligned_rows(rows, rank, torch.empty(0, dtype=dtype))
+
+
+def fused_mlp(rank: int, dtype: torch.dtype = HALF, activation: str = "gelu", bias: bool = True) -> None:
+    if mlp.supported(rank, rank, dtype, DEVICE):
+        vector = torch.empty(3072, dtype=dtype) if bias else None
+        mlp.mlp_core(
+            latent(4096, rank, dtype), matrix(3072, rank, dtype), vector, matrix(rank, 3072, dtype), activation
+        )
+
+
+def projections(*ranks: int, rows: int = 16384, dtype: torch.dtype = HALF) -> None:
+    if projection.supported(list(ranks), dtype, DEVICE):
+        bias = torch.empty(768, dtype=dtype)
+        factors = [(matrix(rank, 768, dtype), matrix(768, rank, dtype)) for rank in ranks]
+        maps = [projection.Map(down, None, up, bias, matrix(rows, 768, dtype)) for down, up in factors]
+        projection.project(matrix(rows, 768, dtype), *maps)
+
+
+def attend(dim: int, window: str = "plain", padded: bool = False, dtype: torch.dtype = HALF) -> None:
+    if attention.supported(dim, dim, dtype, DEVICE):
+        q, k, v, out = (torch.empty(2, 512, 4, dim, dtype=dtype) for _ in range(4))
+        mask = torch.ones(2, 512, dtype=torch.bool) if padded else None
+        bounds = None if mask is None else attention.key_bounds(mask)
+        left, right = WINDOWS[window]
+        how: dict[str, Any] = {"scale": 0.1, "window_left": left, "window_right": right}
+        attention.attention(q, k, v, out, key_padding=mask, bounds=bounds, **how)
+
+
+def attend_to_short(dim: int, rank: int, length: int = 128) -> None:
+    if short_attention.supported(length, length, dim, (rank, rank), HALF, DEVICE):
+        q, out = (torch.empty(2, length, 4, dim, dtype=HALF) for _ in range(2))
+        bias = torch.empty(4 * dim, dtype=HALF)
+        k, v = (Factors(latent(2 * length, rank), matrix(4 * dim, rank), bias) for _ in range(2))
+        padding = torch.ones(2, length, dtype=torch.bool)
+        how: dict[str, Any] = {"kv_heads": 4, "scale": 0.1, "window_left": -1, "window_right": -1}
+        short_attention.short_attention(q, k, v, out, key_padding=padding, **how)
+
+
+def rotate(dtype: torch.dtype, interleaved: bool) -> None:
+    cos, sin = (torch.empty(1, 512, 64, dtype=dtype) for _ in range(2))
+    rotary.rotate_(torch.empty(2, 512, 4, 64, dtype=dtype), cos, sin, interleaved)
+
+
+def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
+    """Names and calls; each compiles what the chip at hand has a configuration for."""
+    for rank in RANKS:
+        yield f"mlp {rank}", lambda rank=rank: fused_mlp(rank)
+        yield f"projection {rank}", lambda rank=rank: projections(rank)
+        yield f"projections {rank}", lambda rank=rank: projections(rank, rank)
+        yield f"short attention {rank}", lambda rank=rank: attend_to_short(64, rank)
+    yield "projections of few rows", lambda: projections(192, 192, rows=2048)
+    yield "short attention of wide heads", lambda: attend_to_short(128, 192)
+    yield "short attention of few keys", lambda: attend_to_short(64, 192, length=32)
+    for activation in sorted(set(ACTIVATIONS) - {"gelu"}):
+        yield f"mlp {activation}", lambda activation=activation: fused_mlp(96, activation=activation)
+    yield "mlp without bias", lambda: fused_mlp(304, bias=False)
+    yield "mlp float32", lambda: fused_mlp(96, SINGLE)
+    yield "projection float32", lambda: projections(96, dtype=SINGLE)
+    for dim in HEADS:
+        yield f"attention {dim}", lambda dim=dim: attend(dim)
+        yield f"attention {dim} float32", lambda dim=dim: attend(dim, dtype=SINGLE)
+    for window in WINDOWS:
+        yield f"attention {window} padded", lambda window=window: attend(64, window, padded=True)
+    yield "attention 128 causal", lambda: attend(128, "causal")
+    yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
+    yield "rotation", lambda: rotate(HALF, False)
+    yield "interleaved rotation float32", lambda: rotate(SINGLE, True)
+
+
+def drop(_: object) -> None:
+    """Ignore a result."""
+
+
+CALLS = dict(configurations())
+WITHOUT_FUSED_RANKS = {"sm_80": (304, 384), "sm_90": (), "sm_100": (), "gfx942": (304, 384)}
+"""Ranks that the tables leave to the library."""
+
+
+def fits(usage: Usage, chip: str) -> bool:
+    """Whether a program runs on a chip without spilling."""
+    within = usage.shared_memory <= KNOWN[chip].shared_memory and usage.tensor_memory <= TENSOR_MEMORY
+    return within and usage.spills == 0
+
+
+@pytest.mark.parametrize("chip", GPUS)
+@pytest.mark.parametrize("name", CALLS)
+def test_no_spills_and_no_more_memory_than_there_is(name, chip):
+    with compiling_for(chip) as kernels:
+        CALLS[name]()
+    for kernel in kernels:
+        usage = usage_of(kernel)
+        assert fits(usage, chip), (kernel.metadata.name, usage)
+
+
+@pytest.mark.parametrize("chip", GPUS)
+def test_the_tables_have_what_is_compiled(chip):
+    """So that nothing above passes for want of a configuration."""
+    with compiling_for(chip) as kernels:
+        for rank in RANKS:
+            supported = mlp.supported(rank, rank, HALF, DEVICE), projection.supported([rank], HALF, DEVICE)
+            assert supported == ((rank not in WITHOUT_FUSED_RANKS[chip]),) * 2, rank
+        descriptors = KNOWN[chip].descriptors
+        assert short_attention.supported(128, 128, 64, (192, 192), HALF, DEVICE) == descriptors
+        assert attention.supported(128, 128, SINGLE, DEVICE) == (chip != "gfx942")
+    assert not kernels
+
+
+@pytest.mark.parametrize("chip", GPUS)
+def test_a_configuration_that_is_too_large_is_found_out(chip):
+    """A tile of accumulators that no chip has registers for."""
+    q, k, v, out = (torch.empty(1, 512, 1, 128, dtype=HALF) for _ in range(4))
+    with compiling_for(chip) as kernels:
+        how: dict[str, Any] = {"scale": 0.1, "window_left": -1, "window_right": -1}
+        tile = attention.Tile(256, 128, 4, 3)
+        attention.attention(q, k, v, out, key_padding=None, bounds=None, tile=tile, **how)
+    assert not fits(usage_of(kernels[0]), chip)
