@@ -15,6 +15,7 @@ from ..errors import ShapeError
 from ..kernels import mlp as triton_mlp
 from ..kernels.tiles import empty_with_aligned_rows
 from ..options import Strategy
+from . import mlp_gpu
 from . import projection as proj
 from .activation import activate_, activation_of, gate_
 from .backward import Chunked, by_rows, differentiable
@@ -86,6 +87,9 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
         return _fused(x, mlp, activation, workspace_bytes)
+    region = mlp_gpu.Region(_into_hidden(mlp), mlp.out, activation)
+    if mlp_gpu.supported(x, region):
+        return mlp_gpu.streamed(x, region, workspace_bytes)
     return streamed(x, mlp, activation, workspace_bytes)
 
 

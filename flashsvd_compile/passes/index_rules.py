@@ -24,7 +24,9 @@ from .index_values import (
     along,
     at,
     at_least_zero,
+    axis,
     negation,
+    replaced,
     shifted,
 )
 from .values import number_of, shape_of, tensor_of
@@ -157,8 +159,12 @@ _COMPARISONS: dict[str, Callable] = {
     "gt": lambda a, b: at_least_zero(a - b - 1),
     "ge": lambda a, b: at_least_zero(a - b),
     "eq": lambda a, b: Predicate.of(AtLeastZero(a - b), AtLeastZero(b - a)),
-    "ne": lambda a, b: None,  # a disjunction
+    "ne": lambda a, b: _known(sympy.expand(a - b).is_zero),  # a disjunction where it is not known
 }
+
+
+def _known(equal: bool | None) -> Predicate | None:
+    return None if equal is None else FALSE if equal else TRUE
 
 
 def _comparison(algebra: Reader, node: Node, call: Call) -> Value | None:
@@ -289,6 +295,26 @@ def _gather(algebra: Reader, node: Node, call: Call) -> Value | None:
     return at(algebra.read(source), positions)  # pyright: ignore[reportArgumentType]
 
 
+def _differences(algebra: Reader, node: Node, call: Call) -> Value | None:
+    """``diff`` along the last dimension of numbers that go on in front as they do behind."""
+    numbers = algebra.read(call.input)
+    if not isinstance(numbers, sympy.Expr) or call.get("n", 1) != 1 or call.get("append") is not None:
+        return None
+    if call.get("dim", -1) not in (-1, len(shape_of(node) or ()) - 1):
+        return None
+    before = replaced(numbers, {axis(0): axis(0) - 1})
+    prepend = call.get("prepend")
+    if not isinstance(prepend, Node):
+        return replaced(numbers, {axis(0): axis(0) + 1}) - numbers
+    continues = sympy.expand(replaced(before, {axis(0): sympy.Integer(0)}) - algebra.read(prepend)) == 0
+    return sympy.expand(numbers - before) if continues and (shape_of(prepend) or ())[-1:] == (1,) else None
+
+
+def _running_count(algebra: Reader, node: Node, call: Call) -> Value | None:
+    """``cumsum`` of nothing but zeros."""
+    return sympy.Integer(0) if algebra.read(call.input) in (FALSE, sympy.Integer(0)) else None
+
+
 RULES: dict[str, Rule] = {
     "arange": _arange,
     "zeros": _filled(0),
@@ -316,6 +342,8 @@ RULES: dict[str, Rule] = {
     "masked_fill": _masked_fill,
     "tril": _triangle(1),
     "triu": _triangle(-1),
+    "diff": _differences,
+    "cumsum": _running_count,
     "getitem": _gather,
     "index": _gather,
 }

@@ -48,6 +48,15 @@ def test_fused_mlp(dtype, ranks, layout):
     assert_within_error_rule(ops.mlp(*arguments), reference_of(ops.mlp), arguments)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("workspace_bytes", [1 << 19, 1 << 24])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_mlp_of_odd_ranks(gated, workspace_bytes, dtype):
+    shape: dict[str, Any] = {"width": 3000, "out_features": 768, "gated": gated, "workspace_bytes": workspace_bytes}
+    arguments = on_gpu(mlp_arguments(3, 200, 768, ranks=(453, 449, 501), dtype=dtype, **shape))
+    assert_within_error_rule(ops.mlp(*arguments), reference_of(ops.mlp), arguments)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "silu", "relu_squared", "quick_gelu"])
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("dtype", HALVES)

@@ -288,6 +288,38 @@ def test_positions_in_packed_documents_as_transformers_compares_them(capture, po
     understood(capture(mask, query, positions), left=2, right=0, packed=True)
 
 
+@pytest.mark.parametrize("capture", [static, dynamic])
+@pytest.mark.parametrize("first", [0, 5])
+def test_positions_that_count_on_are_one_document(capture, first, query):
+    """What transformers makes of a decoder's default positions."""
+
+    def mask(query):
+        batch, q, kv = indices(query)
+        positions = (torch.arange(query.shape[2]) + first).unsqueeze(0).expand(query.shape[0], -1)
+        documents = runs(positions)
+        return (kv <= q) & (documents[batch, q] == documents[batch, kv])
+
+    understood(capture(mask, query), right=0)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        lambda positions: positions * 2,
+        lambda positions: positions + positions % 3,
+        lambda positions: torch.cat([positions[:, 4:], positions[:, :4]], dim=1),
+    ],
+)
+def test_positions_that_do_not_count_on_are_not_one_document(broken, query):
+    def mask(query):
+        batch, q, kv = indices(query)
+        positions = torch.arange(query.shape[2]).unsqueeze(0).expand(query.shape[0], -1)
+        documents = runs(broken(positions))
+        return (kv <= q) & (documents[batch, q] == documents[batch, kv])
+
+    understood(static(mask, query), right=0, packed=True)
+
+
 def test_an_order_of_positions_without_documents_stays_a_mask(query):
     def mask(query, positions):
         batch, q, kv = indices(query)

@@ -1,0 +1,59 @@
+"""The streamed MLP of a GPU, its loops run on a CPU."""
+
+from importlib import import_module
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashsvd_compile.kernels.target import KNOWN
+from flashsvd_compile.ops import mlp_gpu
+from flashsvd_compile.ops.projection import group
+
+from .accuracy import assert_within_error_rule
+from .regions import mlp_arguments
+
+reference = import_module("flashsvd_compile.ops.mlp").reference
+
+
+def region_of(arguments: tuple) -> mlp_gpu.Region:
+    """The region of an operator's arguments."""
+    hidden, gate, out = group(arguments[1:13])
+    assert hidden is not None and out is not None
+    return mlp_gpu.Region([hidden] if gate is None else [hidden, gate], out, arguments[13])
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """What a CPU lacks: a product of half precision with a float32 result, and a chip to cut tiles for."""
+
+    def add_product(total: Tensor, x: Tensor, weight: Tensor, first: bool) -> None:
+        product = x.float() @ weight.t().float()
+        total.copy_(product if first else total + product)
+
+    monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
+    monkeypatch.setattr(mlp_gpu, "target_of", lambda device: KNOWN["sm_90"]._replace(processors=4))
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("ranks", [(37, 35, 41), (40, 16, 24), (40, 33, 24)])
+@pytest.mark.parametrize("workspace_bytes", [1 << 14, 1 << 18, 1 << 24])
+@pytest.mark.parametrize("down_bias", [False, True])
+def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
+    shape: dict[str, Any] = {"width": 600, "out_features": 136, "gated": gated, "down_bias": down_bias}
+    arguments = mlp_arguments(2, 301, 96, ranks=ranks, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape)
+    x, region = arguments[0], region_of(arguments)
+    assert mlp_gpu.supported(x, region)
+    assert_within_error_rule(mlp_gpu.streamed(x, region, workspace_bytes), reference, arguments)
+
+
+@pytest.mark.parametrize("rank", [1024, 1493])
+@pytest.mark.parametrize("rows", [2048, 16384])
+@pytest.mark.parametrize("mebibytes", [48, 64, 128])
+def test_tile_stays_within_the_workspace(rank, rows, mebibytes):
+    arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
+    tile = mlp_gpu.tile_of(region_of(arguments), rows, mebibytes * 2**19, processors=132)
+    assert tile.elements <= mebibytes * 2**19
+    assert 0 < tile.rows <= rows
+    assert 0 < tile.columns <= 11008 + 128
