@@ -46,7 +46,7 @@ def flashsvd(
     _trace(report)
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
-    return _INNER[parsed.inner](graph_module, example_inputs, parsed)
+    return _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
 
 
 def last_report() -> RewriteReport | None:
@@ -54,19 +54,26 @@ def last_report() -> RewriteReport | None:
     return _last_report
 
 
-def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+_SUMS_EXIST_ONCE = {"realize_reads_threshold": 1}
+"""Inductor computes a sum of up to four tensors anew at each use and so keeps the summands: in a stack of residual
+layers the outputs of several, where eager execution keeps one tensor."""
+
+
+def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, rewritten: bool) -> Callable:
     from torch._inductor import list_mode_options
     from torch._inductor.compile_fx import compile_fx
 
     patches = list_mode_options(options.mode) if options.mode else {}
+    if rewritten:
+        patches = _SUMS_EXIST_ONCE | patches
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
 
 
-def _aot_eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+def _aot_eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, rewritten: bool) -> Callable:
     return torch._dynamo.lookup_backend("aot_eager")(graph_module, example_inputs)  # pyright: ignore
 
 
-def _eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable:
+def _eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, rewritten: bool) -> Callable:
     return graph_module.forward
 
 

@@ -96,7 +96,20 @@ def test_a_mode_among_the_options_reaches_inductor(block, monkeypatch):
         compiled(block, inner="inductor", mode=None)(sample())
         torch.compiler.reset()
         torch.compile(block, backend="flashsvd", options={"mode": "reduce-overhead"})(sample())
-    assert seen == [{}, {"triton.cudagraphs": True}]
+    plain, captured = seen
+    assert captured == plain | {"triton.cudagraphs": True}
+
+
+def test_without_a_match_inductor_is_as_always(monkeypatch):
+    import torch._inductor.compile_fx as inductor
+
+    seen = []
+    monkeypatch.setattr(
+        inductor, "compile_fx", lambda gm, *_, config_patches: seen.append(config_patches) or gm.forward
+    )
+    with torch.no_grad():
+        compiled(torch.nn.Linear(8, 8), inner="inductor", mode=None)(torch.randn(2, 8))
+    assert seen == [{}]
 
 
 def test_one_graph_serves_all_lengths_and_batches(block):

@@ -4,28 +4,33 @@ Rank space of the whole input is computed at once, into the memory of the result
 through ranges of the hidden layer, whose contributions are summed in float32. Rows and ranges are cut so that the
 library's tiles leave few processors idle.
 
-Factors of a rank that is no multiple of 8 have rows at addresses that no fast product can read: one of 4096 rows takes
-five times as long at rank 1493 as at rank 1496. A range of such a factor is copied to where its rows are aligned, used,
-and overwritten by the next, so that at no time a whole factor is copied.
+The library multiplies slowly where a rank is no multiple of 8: 4096 rows take five times as long at rank 1493 as at
+1496. There a range of a factor at a time is copied, padded with zeros, used and overwritten by the next.
 """
 
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
+from ..kernels.padding import padded_copy
 from ..kernels.target import target_of
-from ..kernels.tiles import aligned_columns
 from . import projection as proj
 from .activation import activate_, gate_
 from .projection import Projection
-from .workspace import Workspace, affine_into, rows_that_fit
+from .workspace import affine_into, rows_that_fit
 
 LEAST_ROWS = 128
-"""With fewer rows copying unaligned factors costs more than reading them slowly."""
+"""With fewer rows copying factors costs more than multiplying them slowly."""
 ALIGNED = 8
 """Elements of half precision in 16 bytes."""
-MAX_RANGES = 16
+
+
+def padded(rank: int) -> int:
+    """The next rank that is multiplied fast."""
+    return -(-rank // ALIGNED) * ALIGNED
 
 
 class Region(NamedTuple):
@@ -41,11 +46,9 @@ class Region(NamedTuple):
         return proj.out_features(self.into[0])
 
     def columns_in_result(self) -> list[slice]:
-        """Where in the result's columns the rank spaces of ``into`` wait for their turn."""
-        starts = [0]
-        for projection in self.into:
-            starts.append(starts[-1] + aligned_columns(proj.rank(projection)))
-        return [slice(start, start + proj.rank(p)) for start, p in zip(starts, self.into, strict=False)]
+        """Where in the result's columns the padded rank spaces of ``into`` wait for their turn."""
+        ends = list(accumulate(padded(proj.rank(projection)) for projection in self.into))
+        return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 def supported(x: Tensor, region: Region) -> bool:
@@ -58,41 +61,59 @@ def supported(x: Tensor, region: Region) -> bool:
 
 
 class Tile(NamedTuple):
-    """Rows, and columns of the hidden layer, that are computed at a time; elements of workspace that takes."""
+    """Rows, and columns of the hidden layer, that are computed at a time.
+
+    Attributes:
+        beside: columns of the second tensor of these rows: the hidden layer beside its gate, the rank space of ``out``.
+        copied: elements of a range of a factor where it is copied.
+        summed: columns of the float32 sums, if there are several ranges.
+    """
 
     rows: int
     columns: int
-    elements: int
+    beside: int
+    copied: int
+    summed: int
+
+    @property
+    def elements(self) -> int:
+        """Elements of half precision that this takes."""
+        return self.rows * (self.columns + self.beside + 2 * self.summed) + self.copied
+
+
+MAX_RANGES = 16
+COPYING, LAUNCHING, FILLING, SUMMING = 4, 5_000_000, 256, 1.35
+"""In multiplications of one processor (2.5e12 a second): an element copied by the device, the time between two
+products, the depth that filling and emptying a tile is worth; factor on a product that is added to a float32 sum."""
 
 
 def tile_of(region: Region, rows: int, elements: int, processors: int) -> Tile:
     """The tile within ``elements`` of workspace whose products leave the fewest processors idle."""
-    rank, ranks = proj.rank(region.out), [proj.rank(projection) for projection in region.into]
-    unaligned = max((aligned_columns(r) for r in (rank, *ranks) if r % ALIGNED), default=0)
+    rank, ranks = padded(proj.rank(region.out)), [padded(proj.rank(projection)) for projection in region.into]
+    odd = any(proj.rank(projection) % ALIGNED for projection in (*region.into, region.out))
 
     def tile(ranges: int) -> Tile:
         columns = -(-region.width // (ranges * 128)) * 128
-        per_row = max(len(ranks) * columns, aligned_columns(rank))
-        sums = 2 * aligned_columns(rank) if ranges > 1 else 0  # float32
-        left = elements - columns * unaligned
-        chunk = rows_that_fit(max(0, left - 128 * (per_row + sums)), per_row + sums, rows)
-        chunk = min(rows, -(-chunk // 128) * 128)
-        return Tile(chunk, columns, chunk * (per_row + sums) + columns * unaligned)
+        one = Tile(
+            rows=1,
+            columns=columns,
+            beside=max(rank, columns if len(ranks) > 1 else 0),
+            copied=columns * max(rank, *ranks) if odd else 0,
+            summed=rank if ranges > 1 else 0,
+        )
+        per_row = one.elements - one.copied
+        chunk = rows_that_fit(max(0, elements - one.copied - 128 * per_row), per_row, rows)
+        return one._replace(rows=min(rows, -(-chunk // 128) * 128))
 
     def cost(tile: Tile) -> float:
         chunks, ranges = -(-rows // tile.rows), -(-region.width // tile.columns)
         hidden = sum(_product_cost(tile.rows, tile.columns, r, processors) for r in ranks)
-        summing = _product_cost(tile.rows, rank, tile.columns, processors)
+        summing = _product_cost(tile.rows, rank, tile.columns, processors) * (SUMMING if tile.summed else 1)
         lifting = _product_cost(tile.rows, proj.out_features(region.out), rank, processors)
-        copies = ranges * tile.columns * unaligned * (1 + len(ranks)) * COPYING
+        copies = ranges * tile.copied * (1 + len(ranks)) * COPYING
         return chunks * (ranges * (hidden + summing) + lifting + copies)
 
     return min(map(tile, range(1, MAX_RANGES + 1)), key=cost)
-
-
-COPYING, LAUNCHING, FILLING = 4, 5_000_000, 256
-"""In multiplications of one processor (2.5e12 a second): an element copied by the device, the time between two
-products, the depth that filling and emptying a tile is worth."""
 
 
 def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float:
@@ -107,76 +128,95 @@ def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float
 
 def streamed(x: Tensor, region: Region, workspace_bytes: int) -> Tensor:
     """The MLP's ``[..., out_features]``. See :func:`supported`."""
-    rows_in, out = x.reshape(-1, x.shape[-1]), region.out
-    result = x.new_empty((*x.shape[:-1], proj.out_features(out)))
+    rows_in = x.reshape(-1, x.shape[-1])
+    result = x.new_empty((*x.shape[:-1], proj.out_features(region.out)))
     rows_out = result.view(-1, result.shape[-1])
     latents = [rows_out[:, columns] for columns in region.columns_in_result()]
     for latent, projection in zip(latents, region.into, strict=True):
-        assert projection.down is not None
-        affine_into(latent, rows_in, projection.down, projection.down_bias)
+        _into_rank_space(latent, rows_in, projection)
     processors = target_of(x.device).processors
     tile = tile_of(region, rows_in.shape[0], workspace_bytes // x.element_size(), processors)
-    workspace = Workspace(tile.elements, like=x, aligned=4)
+    chunks = _Chunks(region, tile, like=x)
     for start in range(0, rows_in.shape[0], tile.rows):
         rows = slice(start, min(start + tile.rows, rows_in.shape[0]))
-        workspace.reset()
-        latent = _through_hidden_layer([latent[rows] for latent in latents], region, tile.columns, workspace)
-        _lift_all(rows_out[rows], latent, out, tile.columns, workspace)
+        chunks.finish(rows_out[rows], [latent[rows] for latent in latents])
     return result
 
 
-def _through_hidden_layer(latents: list[Tensor], region: Region, columns: int, workspace: Workspace) -> Tensor:
-    """``[rows, rank]``: the rank space of ``out``, in the workspace."""
-    rows, rank, down = latents[0].shape[0], proj.rank(region.out), region.out.down
+def _into_rank_space(latent: Tensor, x: Tensor, projection: Projection[Tensor]) -> None:
+    """``latent[rows, padded rank]``, zero where it is padded."""
+    down, bias = projection.down, projection.down_bias
     assert down is not None
-    if columns >= region.width:
-        hidden = _hidden(latents, region, slice(0, region.width), workspace)
-        return affine_into(_take_rows(workspace, rows, rank), hidden, down, region.out.down_bias)
-    total = latents[0].new_empty(rows, aligned_columns(rank), dtype=torch.float32)[:, :rank]
-    for first in range(0, region.width, columns):
-        workspace.reset()
-        features = slice(first, min(first + columns, region.width))
-        hidden = _hidden(latents, region, features, workspace)
-        _add_product(total, hidden, down[:, features], first == 0)
-    workspace.reset()
-    bias = region.out.down_bias
-    return torch.add(total, 0.0 if bias is None else bias, out=_take_rows(workspace, rows, rank))
+    padding = latent.shape[1] - down.shape[0]
+    if padding:
+        down, bias = pad(down, (0, 0, 0, padding)), None if bias is None else pad(bias, (0, padding))
+    affine_into(latent, x, down, bias)
 
 
-def _hidden(latents: list[Tensor], region: Region, features: slice, workspace: Workspace) -> Tensor:
-    """``[rows, features]``: some of the activated hidden layer."""
-    lifted = []
-    for latent, projection in zip(latents, region.into, strict=True):
-        out = workspace.aligned().take(latent.shape[0], features.stop - features.start)
-        lifted.append(_lift(out, latent, projection, features, workspace))
-    if len(lifted) == 1:
-        return activate_(region.activation, lifted[0])
-    hidden, gate = lifted
-    return gate_(region.activation, gate, hidden)
+class _Chunks:
+    """A chunk of rows at a time from the rank space of ``into`` to the result, through the same memory."""
+
+    def __init__(self, region: Region, tile: Tile, like: Tensor):
+        self._region, self._columns = region, tile.columns
+        self._hidden = like.new_empty(tile.rows * tile.columns)
+        self._beside = like.new_empty(tile.rows * tile.beside)
+        self._factor = like.new_empty(tile.copied)
+        self._sums = like.new_empty(tile.rows, tile.summed, dtype=torch.float32)
+
+    def finish(self, out: Tensor, latents: list[Tensor]) -> None:
+        """``out[rows, features]``; its memory may be where the latents are."""
+        width, odd = out.shape[1], proj.rank(self._region.out) % ALIGNED
+        latent = self._rank_space_of_out(latents)
+        for features in _ranges(width, self._columns if odd else width):
+            self._lift(out[:, features], latent, self._region.out, features)
+
+    def _rank_space_of_out(self, latents: list[Tensor]) -> Tensor:
+        rows, (down, bias, *_) = latents[0].shape[0], self._region.out
+        assert down is not None
+        rank = padded(down.shape[0])
+        bias = bias if bias is None else pad(bias, (0, rank - len(bias)))
+        sums = self._sums[:rows]
+        for features in _ranges(self._region.width, self._columns):
+            hidden = self._activated(latents, features)
+            factor = self._padded(down[:, features], rank, hidden.shape[1])
+            if not sums.numel():
+                return affine_into(_view(self._beside, rows, rank), hidden, factor, bias)
+            _add_product(sums, hidden, factor, features.start == 0)
+        return torch.add(sums, 0.0 if bias is None else bias, out=_view(self._beside, rows, rank))
+
+    def _activated(self, latents: list[Tensor], features: slice) -> Tensor:
+        """``[rows, features]``: some of the hidden layer."""
+        rows, columns = latents[0].shape[0], features.stop - features.start
+        into, activation = self._region.into, self._region.activation
+        memories = [self._hidden] if len(into) == 1 else [self._beside, self._hidden]
+        lifted = [
+            self._lift(_view(memory, rows, columns), latent, projection, features)
+            for memory, latent, projection in zip(memories, latents, into, strict=True)
+        ]
+        if len(lifted) == 1:
+            return activate_(activation, lifted[0])
+        hidden, gate = lifted
+        return gate_(activation, gate, hidden)
+
+    def _lift(self, out: Tensor, latent: Tensor, projection: Projection[Tensor], features: slice) -> Tensor:
+        """Some features out of rank space."""
+        bias = None if projection.up_bias is None else projection.up_bias[features]
+        factor = projection.up[features]
+        return affine_into(out, latent, self._padded(factor, factor.shape[0], latent.shape[1]), bias)
+
+    def _padded(self, factor: Tensor, rows: int, columns: int) -> Tensor:
+        """``[rows, columns]``: the factor itself, or a copy with zeros behind its rows or columns."""
+        if factor.shape == (rows, columns):
+            return factor
+        return padded_copy(factor, _view(self._factor, rows, columns))
 
 
-def _lift_all(out: Tensor, latent: Tensor, projection: Projection[Tensor], columns: int, workspace: Workspace) -> None:
-    """All features out of rank space; of an unaligned factor a range at a time."""
-    width = out.shape[1]
-    columns = columns if latent.shape[1] % ALIGNED else width
-    for first in range(0, width, columns):
-        features = slice(first, min(first + columns, width))
-        _lift(out[:, features], latent, projection, features, workspace)
+def _ranges(width: int, columns: int) -> list[slice]:
+    return [slice(first, min(first + columns, width)) for first in range(0, width, columns)]
 
 
-def _lift(out: Tensor, latent: Tensor, projection: Projection[Tensor], features: slice, workspace: Workspace) -> Tensor:
-    """Some features out of rank space; an unaligned factor's are copied into the workspace for the while."""
-    bias = None if projection.up_bias is None else projection.up_bias[features]
-    factor, mark = projection.up[features], workspace.mark()
-    if latent.shape[1] % ALIGNED:
-        factor = _take_rows(workspace, *factor.shape).copy_(factor)
-    workspace.reset(mark)
-    return affine_into(out, latent, factor, bias)
-
-
-def _take_rows(workspace: Workspace, rows: int, columns: int) -> Tensor:
-    """``[rows, columns]``, each row aligned."""
-    return workspace.aligned().take(rows, aligned_columns(columns))[:, :columns]
+def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
+    return memory[: rows * columns].view(rows, columns)
 
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor, first: bool) -> None:

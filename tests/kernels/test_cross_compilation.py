@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd_compile.kernels import attention, gating, mlp, projection, rotary, short_attention
+from flashsvd_compile.kernels import attention, gating, mlp, padding, projection, rotary, short_attention
 from flashsvd_compile.kernels.short_attention import Factors
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
@@ -96,6 +96,7 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     for window in WINDOWS:
         yield f"attention {window} padded", lambda window=window: attend(64, window, padded=True)
     yield "attention 128 causal", lambda: attend(128, "causal")
+    yield "padding", lambda: drop(padding.padded_copy(matrix(500, 1493), matrix(500, 1496)))
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)
     yield "interleaved rotation float32", lambda: rotate(SINGLE, True)

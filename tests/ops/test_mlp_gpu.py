@@ -32,7 +32,12 @@ def on_cpu(monkeypatch):
         product = x.float() @ weight.t().float()
         total.copy_(product if first else total + product)
 
+    def padded_copy(source: Tensor, out: Tensor) -> Tensor:
+        padding = [size for dim in (1, 0) for size in (0, out.shape[dim] - source.shape[dim])]
+        return out.copy_(torch.nn.functional.pad(source, padding))
+
     monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
+    monkeypatch.setattr(mlp_gpu, "padded_copy", padded_copy)
     monkeypatch.setattr(mlp_gpu, "target_of", lambda device: KNOWN["sm_90"]._replace(processors=4))
 
 
