@@ -54,9 +54,9 @@ def last_report() -> RewriteReport | None:
     return _last_report
 
 
-_SUMS_EXIST_ONCE = {"realize_reads_threshold": 1}
-"""Inductor computes a sum of up to four tensors anew at each use and so keeps the summands: in a stack of residual
-layers the outputs of several, where eager execution keeps one tensor."""
+_SUMS_EXIST_ONCE = {"realize_reads_threshold": 2}
+"""Inductor computes a sum of up to four tensors anew at each use and so keeps the summands: in a stack of pre-norm
+layers the outputs of several, where eager execution keeps one tensor. With 1 it would store sums before a norm, too."""
 
 
 def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, rewritten: bool) -> Callable:
