@@ -51,7 +51,7 @@ _DEVICES = {
 }  # fmt: skip
 
 
-_DEVICES["H100"] = replace(_DEVICES["H200"], bandwidth=3.8e12)
+_DEVICES["H100"] = replace(_DEVICES["H200"], bandwidth=3.85e12)
 _ANY_GPU = _DEVICES["H200"]
 
 
