@@ -91,7 +91,7 @@ float32 sum, the time between two products. The last is the share of the time th
 
 
 def tile_of(region: Region, rows: int, elements: int, processors: int) -> Tile:
-    """The tile within ``elements`` of workspace whose products leave the fewest processors idle."""
+    """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
     rank, ranks = padded(proj.rank(region.out)), [padded(proj.rank(projection)) for projection in region.into]
     odd = any(proj.rank(projection) % ALIGNED for projection in (*region.into, region.out))
 
@@ -116,7 +116,9 @@ def tile_of(region: Region, rows: int, elements: int, processors: int) -> Tile:
         copies = ranges * tile.copied * (1 + len(ranks)) * COPYING
         return chunks * (ranges * (hidden + summing) + lifting + copies)
 
-    return min(map(tile, range(1, MAX_RANGES + 1)), key=cost)
+    tiles = [tile(ranges) for ranges in range(1, MAX_RANGES + 1)]
+    within = [tile for tile in tiles if tile.elements <= elements]
+    return min(within, key=cost) if within else min(tiles, key=lambda tile: tile.elements)
 
 
 def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float:

@@ -62,3 +62,13 @@ def test_tile_stays_within_the_workspace(rank, rows, mebibytes):
     assert tile.elements <= mebibytes * 2**19
     assert 0 < tile.rows <= rows
     assert 0 < tile.columns <= 11008 + 128
+
+
+@pytest.mark.parametrize(
+    ("rank", "rows", "mebibytes"), [(1024, 128, 1), (1493, 128, 4), (1493, 512, 6), (1493, 2048, 6)]
+)
+def test_small_tile_stays_within_the_workspace(rank, rows, mebibytes):
+    """Where the fastest tile of all would need more."""
+    arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
+    tile = mlp_gpu.tile_of(region_of(arguments), rows, mebibytes * 2**19, processors=132)
+    assert tile.elements <= mebibytes * 2**19
