@@ -19,6 +19,7 @@ from . import mlp_gpu
 from . import projection as proj
 from .activation import activate_, activation_of, gate_
 from .backward import Chunked, by_rows, differentiable
+from .mlp_region import Mlp
 from .projection import Projection
 from .registry import register
 from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
@@ -31,23 +32,6 @@ SCHEMA = (
 CPU_COLUMNS = 512
 """Narrower tiles starve the products; wider ones leave room for fewer rows, and the library packs weights again for
 each chunk of rows."""
-
-
-class Mlp(NamedTuple):
-    """The projections of one MLP region; ``gate`` is ``None`` for a plain two-layer MLP."""
-
-    hidden: Projection[Tensor]
-    gate: Projection[Tensor] | None
-    out: Projection[Tensor]
-
-    @property
-    def width(self) -> int:
-        """Size of the hidden layer, d_ff."""
-        return proj.out_features(self.hidden)
-
-    def merged(self) -> "Mlp":
-        """The region with each projection dense whose factors cost more."""
-        return Mlp(*(p and proj.merge_if_dearer(p) for p in self))  # pyright: ignore[reportArgumentType]
 
 
 def reference(x: Tensor, *arguments) -> Tensor:
@@ -87,9 +71,8 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
         return _fused(x, mlp, activation, workspace_bytes)
-    region = mlp_gpu.Region(_into_hidden(mlp), mlp.out, activation)
-    if mlp_gpu.supported(x, region):
-        return mlp_gpu.streamed(x, region, workspace_bytes)
+    if mlp_gpu.supported(x, mlp):
+        return mlp_gpu.streamed(x, mlp, activation, workspace_bytes)
     return streamed(x, mlp, activation, workspace_bytes)
 
 
@@ -153,21 +136,17 @@ class Tile(NamedTuple):
 
 def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int) -> Tile:
     """As many rows as fit with ``columns`` of the hidden layer, then as many columns as fit with these rows."""
-    latent, copies = _latent_beside_result(mlp), len(_into_hidden(mlp))
+    latent, copies = _latent_beside_result(mlp), len(mlp.into_hidden)
     columns, total = min(columns, mlp.width), proj.rank(mlp.out)
     rows = rows_that_fit(workspace_elements, latent + max(copies * columns, total), rows)
     columns = max(columns, rows_that_fit(workspace_elements // rows - latent, copies, mlp.width))
     return Tile(rows, columns, rows * (latent + max(copies * columns, total)))
 
 
-def _into_hidden(mlp: Mlp) -> list[Projection[Tensor]]:
-    return [mlp.hidden] if mlp.gate is None else [mlp.hidden, mlp.gate]
-
-
 def _latent_beside_result(mlp: Mlp) -> int:
     """Rank-space elements of a row for which the result's memory has no room; see :func:`_take`."""
     room, beside = proj.out_features(mlp.out) if mlp.out.down is not None else 0, 0
-    for rank in map(proj.rank, (*_into_hidden(mlp), mlp.out)):
+    for rank in map(proj.rank, (*mlp.into_hidden, mlp.out)):
         if rank <= room:
             room -= rank
         else:
@@ -251,7 +230,7 @@ def _lift(latent: Tensor, projection: Projection[Tensor], features: slice, works
 
 def workspace_elements_per_row(mlp: Mlp) -> int:
     """Elements of scratch one row needs in :func:`streamed`."""
-    return sum(proj.rank(p) + mlp.width for p in _into_hidden(mlp)) + proj.rank(mlp.out)
+    return sum(proj.rank(p) + mlp.width for p in mlp.into_hidden) + proj.rank(mlp.out)
 
 
 def _cut(grad: Tensor, arguments: tuple) -> Chunked:

@@ -19,6 +19,7 @@ from ..kernels.padding import padded_copy
 from ..kernels.target import target_of
 from . import projection as proj
 from .activation import activate_, gate_
+from .mlp_region import Mlp
 from .projection import Projection
 from .workspace import affine_into, rows_that_fit
 
@@ -33,31 +34,19 @@ def padded(rank: int) -> int:
     return -(-rank // ALIGNED) * ALIGNED
 
 
-class Region(NamedTuple):
-    """``out(act(into(x)))`` with all projections low-rank; ``into`` is the hidden layer's, then a gate's."""
-
-    into: list[Projection[Tensor]]
-    out: Projection[Tensor]
-    activation: str
-
-    @property
-    def width(self) -> int:
-        """Features of the hidden layer."""
-        return proj.out_features(self.into[0])
-
-    def columns_in_result(self) -> list[slice]:
-        """Where in the result's columns the padded rank spaces of ``into`` wait for their turn."""
-        ends = list(accumulate(padded(proj.rank(projection)) for projection in self.into))
-        return [slice(start, end) for start, end in pairwise([0, *ends])]
-
-
-def supported(x: Tensor, region: Region) -> bool:
+def supported(x: Tensor, mlp: Mlp) -> bool:
     """Half precision, low-rank members, rows enough, and a result that has room for the rank space of its rows."""
-    features = proj.out_features(region.out)
-    low_rank = all(projection.down is not None for projection in (*region.into, region.out))
+    features = proj.out_features(mlp.out)
+    low_rank = all(projection.down is not None for projection in (*mlp.into_hidden, mlp.out))
     if not low_rank or x.element_size() != 2 or x.numel() < LEAST_ROWS * x.shape[-1] or features % ALIGNED:
         return False
-    return region.columns_in_result()[-1].stop <= features
+    return _columns_in_result(mlp)[-1].stop <= features
+
+
+def _columns_in_result(mlp: Mlp) -> list[slice]:
+    """Where in the result's columns the padded rank spaces of hidden layer and gate wait for their turn."""
+    ends = list(accumulate(padded(proj.rank(projection)) for projection in mlp.into_hidden))
+    return [slice(start, end) for start, end in pairwise([0, *ends])]
 
 
 class Tile(NamedTuple):
@@ -90,13 +79,13 @@ float32 sum, the time between two products. The last is the share of the time th
 """
 
 
-def tile_of(region: Region, rows: int, elements: int, processors: int) -> Tile:
+def tile_of(mlp: Mlp, rows: int, elements: int, processors: int) -> Tile:
     """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
-    rank, ranks = padded(proj.rank(region.out)), [padded(proj.rank(projection)) for projection in region.into]
-    odd = any(proj.rank(projection) % ALIGNED for projection in (*region.into, region.out))
+    rank, ranks = padded(proj.rank(mlp.out)), [padded(proj.rank(projection)) for projection in mlp.into_hidden]
+    odd = any(proj.rank(projection) % ALIGNED for projection in (*mlp.into_hidden, mlp.out))
 
     def tile(ranges: int) -> Tile:
-        columns = -(-region.width // (ranges * 128)) * 128
+        columns = -(-mlp.width // (ranges * 128)) * 128
         one = Tile(
             rows=1,
             columns=columns,
@@ -109,10 +98,10 @@ def tile_of(region: Region, rows: int, elements: int, processors: int) -> Tile:
         return one._replace(rows=min(rows, -(-chunk // 128) * 128))
 
     def cost(tile: Tile) -> float:
-        chunks, ranges = -(-rows // tile.rows), -(-region.width // tile.columns)
+        chunks, ranges = -(-rows // tile.rows), -(-mlp.width // tile.columns)
         hidden = sum(_product_cost(tile.rows, tile.columns, r, processors) for r in ranks)
         summing = _product_cost(tile.rows, rank, tile.columns, processors) + tile.rows * tile.summed * SUMMING
-        lifting = _product_cost(tile.rows, proj.out_features(region.out), rank, processors)
+        lifting = _product_cost(tile.rows, proj.out_features(mlp.out), rank, processors)
         copies = ranges * tile.copied * (1 + len(ranks)) * COPYING
         return chunks * (ranges * (hidden + summing) + lifting + copies)
 
@@ -132,19 +121,18 @@ def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float
     return LAUNCHING + min(of(128, 256, 1.0), of(128, 192, 0.95), of(128, 128, 0.85))
 
 
-def streamed(x: Tensor, region: Region, workspace_bytes: int) -> Tensor:
+def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor:
     """The MLP's ``[..., out_features]``. See :func:`supported`."""
     rows_in = x.reshape(-1, x.shape[-1])
-    result = x.new_empty((*x.shape[:-1], proj.out_features(region.out)))
+    result = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
     rows_out = result.view(-1, result.shape[-1])
-    latents = [rows_out[:, columns] for columns in region.columns_in_result()]
-    for latent, projection in zip(latents, region.into, strict=True):
+    latents = [rows_out[:, columns] for columns in _columns_in_result(mlp)]
+    for latent, projection in zip(latents, mlp.into_hidden, strict=True):
         _into_rank_space(latent, rows_in, projection)
     processors = target_of(x.device).processors
-    tile = tile_of(region, rows_in.shape[0], workspace_bytes // x.element_size(), processors)
-    chunks = _Chunks(region, tile, like=x)
-    for start in range(0, rows_in.shape[0], tile.rows):
-        rows = slice(start, min(start + tile.rows, rows_in.shape[0]))
+    tile = tile_of(mlp, rows_in.shape[0], workspace_bytes // x.element_size(), processors)
+    chunks = _Chunks(mlp, activation, tile, like=x)
+    for rows in _ranges(rows_in.shape[0], tile.rows):
         chunks.finish(rows_out[rows], [latent[rows] for latent in latents])
     return result
 
@@ -155,15 +143,22 @@ def _into_rank_space(latent: Tensor, x: Tensor, projection: Projection[Tensor]) 
     assert down is not None
     padding = latent.shape[1] - down.shape[0]
     if padding:
-        down, bias = pad(down, (0, 0, 0, padding)), None if bias is None else pad(bias, (0, padding))
-    affine_into(latent, x, down, bias)
+        down = pad(down, (0, 0, 0, padding))
+    affine_into(latent, x, down, _padded_bias(bias, latent.shape[1]))
+
+
+def _padded_bias(bias: Tensor | None, rank: int) -> Tensor | None:
+    """``[rank]``: a bias in rank space, with zeros behind it."""
+    return bias if bias is None or len(bias) == rank else pad(bias, (0, rank - len(bias)))
 
 
 class _Chunks:
-    """A chunk of rows at a time from the rank space of ``into`` to the result, through the same memory."""
+    """A chunk of rows at a time from the rank space before the hidden layer to the result, through the same memory."""
 
-    def __init__(self, region: Region, tile: Tile, like: Tensor):
-        self._region, self._columns = region, tile.columns
+    def __init__(self, mlp: Mlp, activation: str, tile: Tile, like: Tensor):
+        self._mlp, self._activation, self._columns = mlp, activation, tile.columns
+        self._rank = padded(proj.rank(mlp.out))
+        self._bias = _padded_bias(mlp.out.down_bias, self._rank)
         self._hidden = like.new_empty(tile.rows * tile.columns)
         self._beside = like.new_empty(tile.rows * tile.beside)
         self._factor = like.new_empty(tile.copied)
@@ -171,38 +166,36 @@ class _Chunks:
 
     def finish(self, out: Tensor, latents: list[Tensor]) -> None:
         """``out[rows, features]``; its memory may be where the latents are."""
-        width, odd = out.shape[1], proj.rank(self._region.out) % ALIGNED
+        width, odd = out.shape[1], proj.rank(self._mlp.out) % ALIGNED
         latent = self._rank_space_of_out(latents)
         for features in _ranges(width, self._columns if odd else width):
-            self._lift(out[:, features], latent, self._region.out, features)
+            self._lift(out[:, features], latent, self._mlp.out, features)
 
     def _rank_space_of_out(self, latents: list[Tensor]) -> Tensor:
-        rows, (down, bias, *_) = latents[0].shape[0], self._region.out
+        rows, down = latents[0].shape[0], self._mlp.out.down
         assert down is not None
-        rank = padded(down.shape[0])
-        bias = bias if bias is None else pad(bias, (0, rank - len(bias)))
-        sums = self._sums[:rows]
-        for features in _ranges(self._region.width, self._columns):
+        sums, total = self._sums[:rows], _view(self._beside, rows, self._rank)
+        for features in _ranges(self._mlp.width, self._columns):
             hidden = self._activated(latents, features)
-            factor = self._padded(down[:, features], rank, hidden.shape[1])
+            factor = self._padded(down[:, features], self._rank, hidden.shape[1])
             if not sums.numel():
-                return affine_into(_view(self._beside, rows, rank), hidden, factor, bias)
+                return affine_into(total, hidden, factor, self._bias)
             _add_product(sums, hidden, factor, features.start == 0)
-        return torch.add(sums, 0.0 if bias is None else bias, out=_view(self._beside, rows, rank))
+        return torch.add(sums, 0.0 if self._bias is None else self._bias, out=total)
 
     def _activated(self, latents: list[Tensor], features: slice) -> Tensor:
         """``[rows, features]``: some of the hidden layer."""
         rows, columns = latents[0].shape[0], features.stop - features.start
-        into, activation = self._region.into, self._region.activation
+        into = self._mlp.into_hidden
         memories = [self._hidden] if len(into) == 1 else [self._beside, self._hidden]
         lifted = [
             self._lift(_view(memory, rows, columns), latent, projection, features)
             for memory, latent, projection in zip(memories, latents, into, strict=True)
         ]
         if len(lifted) == 1:
-            return activate_(activation, lifted[0])
+            return activate_(self._activation, lifted[0])
         hidden, gate = lifted
-        return gate_(activation, gate, hidden)
+        return gate_(self._activation, gate, hidden)
 
     def _lift(self, out: Tensor, latent: Tensor, projection: Projection[Tensor], features: slice) -> Tensor:
         """Some features out of rank space."""

@@ -8,8 +8,8 @@ from flashsvd_compile.measure import peak_activation_bytes
 from flashsvd_compile.ops.activation import ACTIVATIONS
 from flashsvd_compile.ops.attention import scratch_as_a_whole as scratch_of_attention
 from flashsvd_compile.ops.attention_region import parse
-from flashsvd_compile.ops.mlp import Mlp
 from flashsvd_compile.ops.mlp import scratch_as_a_whole as scratch_of_mlp
+from flashsvd_compile.ops.mlp_region import Mlp
 from flashsvd_compile.ops.projection import group
 
 from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding

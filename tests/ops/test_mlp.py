@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from flashsvd_compile import ops
 from flashsvd_compile.ops.activation import ACTIVATIONS
-from flashsvd_compile.ops.mlp import Mlp, reference, tiling
+from flashsvd_compile.ops.mlp import reference, tiling
+from flashsvd_compile.ops.mlp_region import Mlp
 
 from .accuracy import assert_within_error_rule
 from .regions import LAYOUTS, mlp_arguments, projection

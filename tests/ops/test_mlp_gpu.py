@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.ops import mlp_gpu
+from flashsvd_compile.ops.mlp_region import Mlp
 from flashsvd_compile.ops.projection import group
 
 from .accuracy import assert_within_error_rule
@@ -17,11 +18,11 @@ from .regions import mlp_arguments
 reference = import_module("flashsvd_compile.ops.mlp").reference
 
 
-def region_of(arguments: tuple) -> mlp_gpu.Region:
+def mlp_of(arguments: tuple) -> Mlp:
     """The region of an operator's arguments."""
     hidden, gate, out = group(arguments[1:13])
     assert hidden is not None and out is not None
-    return mlp_gpu.Region([hidden] if gate is None else [hidden, gate], out, arguments[13])
+    return Mlp(hidden, gate, out)
 
 
 @pytest.fixture
@@ -48,9 +49,9 @@ def on_cpu(monkeypatch):
 def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
     shape: dict[str, Any] = {"width": 600, "out_features": 136, "gated": gated, "down_bias": down_bias}
     arguments = mlp_arguments(2, 301, 96, ranks=ranks, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape)
-    x, region = arguments[0], region_of(arguments)
-    assert mlp_gpu.supported(x, region)
-    assert_within_error_rule(mlp_gpu.streamed(x, region, workspace_bytes), reference, arguments)
+    x, mlp = arguments[0], mlp_of(arguments)
+    assert mlp_gpu.supported(x, mlp)
+    assert_within_error_rule(mlp_gpu.streamed(x, mlp, arguments[13], workspace_bytes), reference, arguments)
 
 
 @pytest.mark.parametrize("rank", [1024, 1493])
@@ -58,7 +59,7 @@ def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
 @pytest.mark.parametrize("mebibytes", [48, 64, 128])
 def test_tile_stays_within_the_workspace(rank, rows, mebibytes):
     arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
-    tile = mlp_gpu.tile_of(region_of(arguments), rows, mebibytes * 2**19, processors=132)
+    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, processors=132)
     assert tile.elements <= mebibytes * 2**19
     assert 0 < tile.rows <= rows
     assert 0 < tile.columns <= 11008 + 128
@@ -70,5 +71,5 @@ def test_tile_stays_within_the_workspace(rank, rows, mebibytes):
 def test_small_tile_stays_within_the_workspace(rank, rows, mebibytes):
     """Where the fastest tile of all would need more."""
     arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
-    tile = mlp_gpu.tile_of(region_of(arguments), rows, mebibytes * 2**19, processors=132)
+    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, processors=132)
     assert tile.elements <= mebibytes * 2**19
