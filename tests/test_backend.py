@@ -85,31 +85,31 @@ def test_a_mode_reaches_inductor(block):
         torch.testing.assert_close(compiled(block, mode="max-autotune-no-cudagraphs")(x), block(x))
 
 
-def test_a_mode_among_the_options_reaches_inductor(block, monkeypatch):
+@pytest.fixture
+def patches(monkeypatch) -> list[dict]:
+    """The configuration that each compilation gives to Inductor, which then compiles nothing."""
     import torch._inductor.compile_fx as inductor
 
     seen = []
     monkeypatch.setattr(
         inductor, "compile_fx", lambda gm, *_, config_patches: seen.append(config_patches) or gm.forward
     )
+    return seen
+
+
+def test_a_mode_among_the_options_reaches_inductor(block, patches):
     with torch.no_grad():
         compiled(block, inner="inductor", mode=None)(sample())
         torch.compiler.reset()
         torch.compile(block, backend="flashsvd", options={"mode": "reduce-overhead"})(sample())
-    plain, captured = seen
-    assert captured == plain | {"triton.cudagraphs": True}
+    sums = {"realize_reads_threshold": 2}
+    assert patches == [sums, sums | {"triton.cudagraphs": True}]
 
 
-def test_without_a_match_inductor_is_as_always(monkeypatch):
-    import torch._inductor.compile_fx as inductor
-
-    seen = []
-    monkeypatch.setattr(
-        inductor, "compile_fx", lambda gm, *_, config_patches: seen.append(config_patches) or gm.forward
-    )
+def test_without_a_match_inductor_is_as_always(patches):
     with torch.no_grad():
         compiled(torch.nn.Linear(8, 8), inner="inductor", mode=None)(torch.randn(2, 8))
-    assert seen == [{}]
+    assert patches == [{}]
 
 
 def test_one_graph_serves_all_lengths_and_batches(block):
