@@ -23,7 +23,8 @@ class Strategy(StrEnum):
 
 
 AUTO = "auto"
-RULES = ("attention", "mlp", "linear")
+PACKING = "packing"
+RULES = ("attention", "mlp", "linear", PACKING)
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 

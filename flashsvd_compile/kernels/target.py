@@ -16,6 +16,7 @@ class Target(NamedTuple):
         processors: multiprocessors of the device at hand; how many programs run side by side.
         descriptors: tiles are best loaded through tensor descriptors (TMA).
         hardware_tanh: ``tanh.approx.f32`` exists.
+        overlapping: a launch may begin before the one before it ends (programmatic dependent launch).
     """
 
     name: str
@@ -23,6 +24,7 @@ class Target(NamedTuple):
     processors: int
     descriptors: bool
     hardware_tanh: bool
+    overlapping: bool = False
 
 
 # Shared memory per block: CUDA programming guide, table "technical specifications per compute capability"; LDS of
@@ -32,9 +34,9 @@ KNOWN = {
     "sm_80": Target("sm_80", 163 * _KIB, 108, False, True),
     "sm_86": Target("sm_86", 99 * _KIB, 84, False, True),
     "sm_89": Target("sm_89", 99 * _KIB, 128, False, True),
-    "sm_90": Target("sm_90", 227 * _KIB, 132, True, True),
-    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True),
-    "sm_120": Target("sm_120", 99 * _KIB, 170, False, True),
+    "sm_90": Target("sm_90", 227 * _KIB, 132, True, True, True),
+    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True, True),
+    "sm_120": Target("sm_120", 99 * _KIB, 170, False, True, True),
     "gfx942": Target("gfx942", 64 * _KIB, 304, False, False),
     "interpreter": Target("interpreter", 227 * _KIB, 4, False, False),
 }

@@ -3,5 +3,6 @@
 from .attention import attention
 from .linear import linear
 from .mlp import mlp
+from .packed_linear import packed_linear
 
-__all__ = ["attention", "linear", "mlp"]
+__all__ = ["attention", "linear", "mlp", "packed_linear"]

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from ..errors import ShapeError
 from ..options import Strategy
+from . import few_rows
 from . import projection as proj
 from .backward import Chunked, by_rows, differentiable
 from .projection import Projection
@@ -24,11 +25,21 @@ def _fake(x: Tensor, *arguments) -> Tensor:
     return x.new_empty((*x.shape[:-1], proj.out_features(weight)))
 
 
-def _implementation(x: Tensor, *arguments) -> Tensor:
+def _cpu(x: Tensor, *arguments) -> Tensor:
     weight, strategy, workspace_bytes = _parse(x, arguments)
     if strategy == Strategy.MERGED:
         weight = proj.merge_if_dearer(weight)
     return streamed(x, weight, workspace_bytes)
+
+
+def _cuda(x: Tensor, *arguments) -> Tensor:
+    weight, _, _ = _parse(x, arguments)
+    rows = x.reshape(-1, x.shape[-1])
+    if not few_rows.supported(rows, weight):
+        return _cpu(x, *arguments)
+    out = _fake(x, *arguments)
+    few_rows.project(rows, [weight], [out.view(len(rows), -1)])
+    return out
 
 
 def streamed(x: Tensor, weight: Projection[Tensor], workspace_bytes: int) -> Tensor:
@@ -63,5 +74,5 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Projection[Tensor], str, int]:
     return weight, strategy, workspace_bytes
 
 
-linear = register("linear_v1", SCHEMA, reference=reference, fake=_fake, cpu=_implementation, cuda=_implementation)
+linear = register("linear_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
 differentiable(linear, reference, _cut)

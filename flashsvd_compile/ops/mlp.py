@@ -15,7 +15,7 @@ from ..errors import ShapeError
 from ..kernels import mlp as triton_mlp
 from ..kernels.tiles import empty_with_aligned_rows
 from ..options import Strategy
-from . import mlp_gpu
+from . import few_rows, mlp_gpu
 from . import projection as proj
 from .activation import activate_, activation_of, gate_
 from .backward import Chunked, by_rows, differentiable
@@ -68,6 +68,9 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 
 def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
+    rows = x.reshape(-1, x.shape[-1])
+    if few_rows.supported(rows, *mlp):
+        return few_rows.mlp(rows, mlp, activation).view(*x.shape[:-1], -1)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
         return _fused(x, mlp, activation, workspace_bytes)

@@ -112,5 +112,14 @@ def validate_execution(strategy: str, workspace_bytes: int) -> None:
     valid = tuple(map(str, Strategy))
     if strategy not in valid:
         raise InvalidOptionError("strategy", strategy, ", ".join(map(repr, valid)))
+    validate_workspace(workspace_bytes)
+
+
+def validate_workspace(workspace_bytes: int) -> None:
+    """Check an operator's bound of scratch memory.
+
+    Raises:
+        InvalidOptionError: no workspace at all.
+    """
     if workspace_bytes < 1:
         raise InvalidOptionError("workspace_bytes", workspace_bytes, "a positive number of bytes")

@@ -6,13 +6,14 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from ..options import Options, Strategy
+from ..options import PACKING, Options, Strategy
 from ..report import Match, Refusal, RefusalReason, RewriteReport
 from .attention import read_attention
 from .factored import Obstacle
 from .linear import read_linear
 from .mlp import read_mlp
 from .mutation import mutated_arguments
+from .packing import pack_projections
 from .region import Region, module_of
 from .safety import obstacle_to
 from .values import tensor_of
@@ -50,6 +51,8 @@ def rewrite(
     for name, rule in RULES.items():
         if name not in options.disable:
             report += _apply(rule, graph, options)
+    if PACKING not in options.disable:
+        pack_projections(graph)
     if report.matches:
         graph.lint()
         graph_module.recompile()

@@ -73,10 +73,15 @@ def mode_change(region: Region, order: dict[Node, int]) -> Obstacle | None:
     """A switch of grad mode, autocast or the like while the region is being computed."""
     first, last = min(order[node] for node in region.nodes), order[region.output]
     for node in order:
-        if first < order[node] < last and getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+        if first < order[node] < last and changes_mode(node):
             sentence = f"{node.name!r} changes a mode of PyTorch before {region.output.name!r}"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)
     return None
+
+
+def changes_mode(node: Node) -> bool:
+    """Whether a node switches grad mode, autocast or the like."""
+    return getattr(node.target, "__name__", "") in _MODE_SWITCHES
 
 
 def mutation(region: Region, order: dict[Node, int]) -> Obstacle | None:

@@ -6,6 +6,13 @@ from dataclasses import dataclass
 import sympy
 
 UNHINTED = 2048
+FEW_ROWS = 16
+"""Rows up to which a projection's time is that of reading its weights, or of launching."""
+
+
+def is_bound_by_launches(rows: sympy.Basic) -> bool:
+    """Whether projections of so many rows are better launched together; not where the number is unknown."""
+    return isinstance(rows, sympy.Integer) and int(rows) <= FEW_ROWS
 
 
 @dataclass(frozen=True)

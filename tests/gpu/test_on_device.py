@@ -12,7 +12,15 @@ import flashsvd_compile as fsvd
 from flashsvd_compile import ops
 from flashsvd_compile.ops import attention_gpu, attention_region
 from tests.ops.accuracy import assert_within_error_rule, relative_error
-from tests.ops.regions import attention_arguments, mlp_arguments, norm, packed, random
+from tests.ops.regions import (
+    attention_arguments,
+    linear_arguments,
+    mlp_arguments,
+    norm,
+    packed,
+    packed_linear_arguments,
+    random,
+)
 
 pytestmark = pytest.mark.gpu
 HALVES = (torch.bfloat16, torch.float16)
@@ -70,6 +78,24 @@ def test_mlp_activations(activation, gated, dtype):
     }
     arguments = on_gpu(mlp_arguments(300, 256, ranks=(64, 48, 80), dtype=dtype, workspace_bytes=1 << 18, **how))
     assert_within_error_rule(ops.mlp(*arguments), reference_of(ops.mlp), arguments)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 8, 16])
+@pytest.mark.parametrize("ranks", [(256, 192, 304), (453, 449, 501), (None, 33, 7)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows(rows, ranks, dtype):
+    """As decoding has them: launches overlap, so each is repeated, and what the last one left must not show."""
+    how: dict[str, Any] = {"width": 3000, "out_features": 1000, "activation": "silu", "dtype": dtype}
+    for operator, arguments in (
+        (ops.linear, linear_arguments(rows, 1, 1000, out_features=1016, rank=ranks[2], dtype=dtype)),
+        (ops.packed_linear, packed_linear_arguments(1, rows, 1000, ranks=ranks, dtype=dtype)),
+        (ops.mlp, mlp_arguments(rows, 1000, ranks=ranks, gated=True, **how)),
+        (ops.mlp, mlp_arguments(rows, 1000, ranks=ranks, **how)),
+    ):
+        x, *weights = on_gpu(arguments)
+        for _ in range(4):
+            fresh = torch.randn_like(x)
+            assert_within_error_rule(operator(fresh, *weights), reference_of(operator), (fresh, *weights), ulps=2)
 
 
 ATTENTIONS: dict[str, dict[str, Any]] = {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd_compile.kernels import attention, gating, mlp, padding, projection, rotary, short_attention
+from flashsvd_compile.kernels import attention, gating, gemv, mlp, padding, projection, rotary, short_attention
 from flashsvd_compile.kernels.short_attention import Factors
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
@@ -70,6 +70,13 @@ def attend_to_short(dim: int, rank: int, length: int = 128) -> None:
         short_attention.short_attention(q, k, v, out, key_padding=padding, **how)
 
 
+def multiply_few(rows: int, *depths: int, gated: bool = False, features: int = 4096, dtype: torch.dtype = HALF) -> None:
+    bias = torch.empty(features, dtype=dtype)
+    out = matrix(rows, features, dtype)
+    products = [gemv.Product(matrix(rows, d, dtype), matrix(features, d, dtype), bias, out) for d in depths]
+    gemv.multiply(*products, gated=gated, activation="silu" if gated else None, follows=True)
+
+
 def rotate(dtype: torch.dtype, interleaved: bool) -> None:
     cos, sin = (torch.empty(1, 512, 64, dtype=dtype) for _ in range(2))
     rotary.rotate_(torch.empty(2, 512, 4, 64, dtype=dtype), cos, sin, interleaved)
@@ -96,6 +103,12 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     for window in WINDOWS:
         yield f"attention {window} padded", lambda window=window: attend(64, window, padded=True)
     yield "attention 128 causal", lambda: attend(128, "causal")
+    for rows in (1, 8, 16):
+        for depth in (1024, 1493, 4096):
+            yield f"gemv {rows}x{depth}", lambda rows=rows, depth=depth: multiply_few(rows, depth, depth, depth)
+        yield f"gated gemv {rows}", lambda rows=rows: multiply_few(rows, 1493, 1496, gated=True)
+        yield f"gemv {rows} of few features", lambda rows=rows: multiply_few(rows, 11008, features=1024)
+    yield "gemv float32", lambda: multiply_few(1, 1493, dtype=SINGLE)
     yield "padding", lambda: drop(padding.padded_copy(matrix(500, 1493), matrix(500, 1496)))
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)

@@ -1,5 +1,7 @@
 """Random regions: argument tuples for the operators, in the order of their schemas."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -64,6 +66,23 @@ def linear_arguments(
     """Arguments of ``linear_v1`` for ``x`` of the given shape."""
     w = projection(shape[-1], out_features, rank, bias=bias, down_bias=down_bias, dtype=dtype, layout=layout)
     return (random(*shape, dtype=dtype, layout=layout), *w, strategy, workspace_bytes)
+
+
+def packed_linear_arguments(
+    *shape: int,
+    ranks: Sequence[int | None] = (5, 3, 6),
+    bias: bool = True,
+    down_bias: bool = False,
+    dtype: torch.dtype = torch.float32,
+    layout: str = "contiguous",
+    workspace_bytes: int = DEFAULT_WORKSPACE,
+) -> tuple:
+    """Arguments of ``packed_linear_v1`` for ``x`` of the given shape: up to three projections of unequal widths."""
+    how = {"bias": bias, "down_bias": down_bias, "dtype": dtype, "layout": layout}
+    members = [projection(shape[-1], 9 + 8 * i, rank, **how) for i, rank in enumerate(ranks)]
+    members += [ABSENT] * (3 - len(members))
+    tensors = [tensor for member in members for tensor in member]
+    return (random(*shape, dtype=dtype, layout=layout), *tensors, workspace_bytes)
 
 
 def mlp_arguments(

@@ -7,7 +7,15 @@ from torch.library import opcheck
 
 from flashsvd_compile import ops
 
-from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding
+from .regions import (
+    attention_arguments,
+    linear_arguments,
+    mlp_arguments,
+    norm,
+    packed,
+    packed_linear_arguments,
+    padding,
+)
 
 SMALL = 900
 CASES = {
@@ -16,6 +24,8 @@ CASES = {
     "linear-both-biases": (ops.linear, linear_arguments(7, 16, down_bias=True)),
     "linear-dense": (ops.linear, linear_arguments(7, 16, rank=None)),
     "linear-merged": (ops.linear, linear_arguments(7, 16, rank=16, strategy="merged")),
+    "packed-linear": (ops.packed_linear, packed_linear_arguments(2, 3, 16)),
+    "packed-linear-pair": (ops.packed_linear, packed_linear_arguments(7, 16, ranks=(5, None), workspace_bytes=SMALL)),
     "mlp": (ops.mlp, mlp_arguments(2, 3, 16)),
     "mlp-no-bias": (ops.mlp, mlp_arguments(2, 3, 16, bias=False, workspace_bytes=SMALL)),
     "mlp-gated": (ops.mlp, mlp_arguments(2, 3, 16, gated=True, activation="silu", down_bias=True)),
@@ -60,6 +70,7 @@ def test_opcheck(name):
 LENGTHS = (7, 12, 33)
 OF_LENGTH = {
     "linear": (ops.linear, lambda n: linear_arguments(2, n, 16)),
+    "packed-linear": (ops.packed_linear, lambda n: packed_linear_arguments(2, n, 16)),
     "mlp": (ops.mlp, lambda n: mlp_arguments(2, n, 16, gated=True)),
     "attention": (ops.attention, lambda n: attention_arguments(2, n, key_padding=padding(n, 4, total=n))),
     "attention-cross": (ops.attention, lambda n: attention_arguments(2, n, n + 1, window=(-1, 0))),

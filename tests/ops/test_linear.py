@@ -1,4 +1,4 @@
-"""``linear_v1`` computes the specification, whatever the shape, rank, dtype, strides and workspace."""
+"""``linear_v1`` and ``packed_linear_v1`` compute what they specify, whatever the shape, rank, dtype and workspace."""
 
 import pytest
 import torch
@@ -6,10 +6,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsvd_compile import ops
+from flashsvd_compile.errors import ShapeError
 from flashsvd_compile.ops.linear import reference
+from flashsvd_compile.ops.packed_linear import reference as packed_reference
 
 from .accuracy import assert_within_error_rule
-from .regions import LAYOUTS, linear_arguments
+from .regions import LAYOUTS, linear_arguments, packed_linear_arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -41,3 +43,24 @@ def test_a_vector_is_a_row():
     arguments = linear_arguments(16)
     assert ops.linear(*arguments).shape == (24,)
     assert_within_error_rule(ops.linear(*arguments), reference, arguments)
+
+
+@given(
+    shape=st.lists(st.integers(0, 9), min_size=1, max_size=3),
+    features=st.integers(1, 33),
+    ranks=st.lists(st.none() | st.integers(1, 19), min_size=1, max_size=3),
+    bias=st.booleans(),
+    down_bias=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    layout=st.sampled_from(LAYOUTS),
+    workspace_bytes=st.integers(1, 500),
+)
+def test_packed_equals_reference(shape, features, **how):
+    arguments = packed_linear_arguments(*shape, features, **how)
+    assert_within_error_rule(ops.packed_linear(*arguments), packed_reference, arguments, ulps=8)
+
+
+def test_packed_nothing():
+    x, *_ = packed_linear_arguments(3, 16)
+    with pytest.raises(ShapeError, match="first"):
+        ops.packed_linear(x)

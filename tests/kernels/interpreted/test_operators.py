@@ -7,11 +7,22 @@ from hypothesis import strategies as st
 
 from flashsvd_compile.ops.attention import _cuda as attention_on_gpu
 from flashsvd_compile.ops.attention import reference as attention_reference
+from flashsvd_compile.ops.linear import _cuda as linear_on_gpu
+from flashsvd_compile.ops.linear import reference as linear_reference
 from flashsvd_compile.ops.mlp import _cuda as mlp_on_gpu
 from flashsvd_compile.ops.mlp import reference as mlp_reference
+from flashsvd_compile.ops.packed_linear import _cuda as packed_linear_on_gpu
+from flashsvd_compile.ops.packed_linear import reference as packed_linear_reference
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
-from tests.ops.regions import attention_arguments, laid_out, mlp_arguments, padding
+from tests.ops.regions import (
+    attention_arguments,
+    laid_out,
+    linear_arguments,
+    mlp_arguments,
+    packed_linear_arguments,
+    padding,
+)
 
 LAYOUTS = ("contiguous", "transposed", "strided")
 WORKSPACES = (1, 1 << 20)
@@ -117,6 +128,39 @@ def test_one_item_for_the_whole_batch(chip):
 )
 def test_mlps_that_cannot_be_fused_are_streamed(how):
     assert_mlp_right(mlp_arguments(9, 24, strategy="fused", dtype=torch.float16, **how), "pointers")
+
+
+FEW_ROWS = st.sampled_from(((1,), (1, 1), (2, 3), (16,), (17,)))
+RANK_OR_DENSE = st.none() | RANKS
+
+
+@given(
+    shape=FEW_ROWS,
+    ranks=st.tuples(RANK_OR_DENSE, RANK_OR_DENSE, RANK_OR_DENSE),
+    gated=st.booleans(),
+    bias=st.booleans(),
+    down_bias=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_an_mlp_of_few_rows(shape, **how):
+    assert_mlp_right(mlp_arguments(*shape, 24, width=50, activation="silu", **how), "pointers", CANCELLATION)
+
+
+@given(
+    shape=FEW_ROWS,
+    ranks=st.lists(RANK_OR_DENSE, min_size=1, max_size=3),
+    bias=st.booleans(),
+    down_bias=st.booleans(),
+    layout=st.sampled_from(LAYOUTS),
+    dtype=st.sampled_from(DTYPES),
+)
+def test_projections_of_few_rows(shape, ranks, **how):
+    with running_on(INTERPRETED["pointers"]):
+        one = linear_arguments(*shape, 24, rank=ranks[0], **how)
+        assert_within_error_rule(linear_on_gpu(*one), linear_reference, one, ulps=CANCELLATION)
+        packed = packed_linear_arguments(*shape, 24, ranks=ranks, **how)
+        assert_within_error_rule(packed_linear_on_gpu(*packed), packed_linear_reference, packed, ulps=CANCELLATION)
 
 
 @pytest.mark.parametrize("shape", [(0, 24), (2, 0, 24)])

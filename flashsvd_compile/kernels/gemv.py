@@ -1,0 +1,329 @@
+"""Products of a few rows with whole weights, up to three of them in one launch, each weight read once.
+
+    out_j = x_j @ weight_j.T + bias_j                                    for up to three j
+    out = act(x_0 @ weight_0.T + bias_0) * (x_1 @ weight_1.T + bias_1)   of a gated pair
+
+What bounds such a product is the memory that the weights come from. So a program takes a few of a weight's rows, reads
+them 16 bytes at a time, and reads ahead; launches that follow one another may overlap (see :func:`chain`).
+
+A rank that is no multiple of 8 leaves the rows of an up factor at odd addresses, where nothing can be read 16 bytes at
+a time. But every eighth row is out of line by the same distance: a program takes such rows, starts each of them at the
+boundary before its first element, and shifts ``x`` instead.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .activations import activate
+from .launch import launch
+from .target import Target, target_of
+from .tiles import aligned_columns
+
+MAX_ROWS = 16
+MAX_PRODUCTS = 3
+PERIOD = 8
+"""Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
+
+
+class Tile(NamedTuple):
+    """Launch configuration.
+
+    Attributes:
+        block_f, block_k: features and depth of a tile of weights.
+        split: tiles side by side that several rows take in a step, one a warp or more: few features of great depth
+            leave no other way to occupy the chip.
+    """
+
+    block_f: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    split: int = 1
+
+
+class Product(NamedTuple):
+    """One product.
+
+    Attributes:
+        x: ``[rows, depth]``, at most :data:`MAX_ROWS` rows, contiguous rows; or its :func:`shifted_rows`.
+        weight: ``[features, depth]``, contiguous rows.
+        bias: ``[features]`` or ``None``.
+        out: ``[rows, features]``, contiguous rows; or its :func:`shifted_rows`, all of which are written.
+    """
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out: Tensor
+
+
+def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int, gated: bool) -> Tile:
+    """The fastest measured configuration (sm_90; ``benchmarks/NOTES.md``).
+
+    Args:
+        features: of all products of the launch together.
+        depth: the greatest of all products.
+        gated: a program takes two tiles of weights.
+    """
+    deep = depth > 2048
+    if rows > 1:
+        if target.name == "gfx942":
+            return Tile(16, 128, 2, 2)
+        if deep:
+            return Tile(8, 128, 4, 4, split=4)
+        if gated:
+            return Tile(32, 128, 2, 4)
+        return Tile(16, 128, 2, 3) if features > 8192 else Tile(16, 128, 2, 4, split=2)
+    if itemsize == 4:
+        return Tile(4, 512, 4, 1)
+    if deep:
+        if not target.descriptors:
+            return Tile(4, 1024, 4, 1)
+        return Tile(8, 1024, 4, 1) if features > 2048 else Tile(4, 2048, 8, 1)
+    return Tile(4 if gated else 8, 512, 4, 1)
+
+
+@triton.jit
+def _features(block, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr):
+    """The weight's rows that a program takes, ``PERIOD`` apart."""
+    return block % PERIOD + PERIOD * ((block // PERIOD) * BLOCK_F + tl.arange(0, BLOCK_F))
+
+
+@triton.jit
+def _product(
+    x, weight, bias, block, rows, features, depth, stride_x, stride_copy, stride_w,
+    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
+    ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr, OVERLAPPING: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """``[ROWS, BLOCK_F]`` of a product in float32.
+
+    Columns are counted from the 16-byte boundary before the weight's rows, ``lead`` elements before their first.
+    """
+    f = _features(block, BLOCK_F, PERIOD)
+    lead = (block % PERIOD) * stride_w % ALIGN
+    if ROWS == 1:
+        acc = _one_row(
+            x, weight, f, lead, features, depth, stride_w, BLOCK_F, BLOCK_K, ALIGN, EDGES, OVERLAPPING,
+        )[None, :]  # fmt: skip
+    else:
+        acc = _several_rows(
+            x, weight, f, lead, rows, features, depth, stride_x, stride_copy, stride_w, ROWS, BLOCK_F, BLOCK_K, SPLIT,
+            ALIGN, EDGES, SHIFTED, STAGES,
+        )  # fmt: skip
+    if HAS_BIAS:
+        acc += tl.load(bias + f, mask=f < features, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
+@triton.jit
+def _weights(weight, f, k, features, stop, stride, lead, ALIGN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``[BLOCK_F, BLOCK_K]`` of the weight, columns counted from ``lead`` elements before its rows' first."""
+    offsets = f[:, None].to(tl.int64) * stride + (k[None, :] - lead)
+    if ALIGN > 1:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, ALIGN]), [1, BLOCK_K])
+    return tl.load(weight + offsets, mask=(f[:, None] < features) & (k[None, :] < stop), other=0.0)
+
+
+@triton.jit
+def _one_row(
+    x, weight, f, lead, features, depth, stride_w,
+    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, EDGES: tl.constexpr, OVERLAPPING: tl.constexpr,
+):  # fmt: skip
+    """``[BLOCK_F]``, with the next tile of weights on its way while this one is multiplied."""
+    k = tl.arange(0, BLOCK_K)
+    stop = tl.cdiv(lead + depth, ALIGN) * ALIGN  # whole pieces of 16 bytes
+    tile = _weights(weight, f, k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
+    if OVERLAPPING:
+        _take_turn()
+    sums = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
+    for start in range(0, stop, BLOCK_K):
+        following = _weights(weight, f, start + BLOCK_K + k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
+        column = start + k - lead
+        inside = (column >= 0) & (column < depth)
+        part = tl.load(x + column, mask=inside, other=0.0)
+        if EDGES:
+            tile = tl.where(inside[None, :], tile, 0.0)
+        sums += tile.to(tl.float32) * part.to(tl.float32)[None, :]
+        tile = following
+    return tl.sum(sums, 1)
+
+
+@triton.jit
+def _several_rows(
+    x, weight, f, lead, rows, features, depth, stride_x, stride_copy, stride_w,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr,
+    EDGES: tl.constexpr, SHIFTED: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``[ROWS, BLOCK_F]``; of each step's depth ``SPLIT`` warps take a part."""
+    b, end = tl.arange(0, ROWS)[:, None], lead + depth
+    stop = tl.cdiv(end, ALIGN) * ALIGN  # whole pieces of 16 bytes
+    k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    parts = tl.zeros([SPLIT, ROWS, BLOCK_F], tl.float32)
+    for start in tl.range(0, stop, SPLIT * BLOCK_K, num_stages=STAGES):
+        here = start + k[:, None, :]
+        inside = (here >= lead) & (here < end)
+        offsets = f[None, :, None].to(tl.int64) * stride_w + (here - lead)
+        if ALIGN > 1:
+            offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, ALIGN]), [1, 1, BLOCK_K])
+        tile = tl.load(weight + offsets, mask=(f[None, :, None] < features) & (here < stop), other=0.0)
+        if SHIFTED:
+            offsets = b * stride_x + (lead * (stride_copy - 1) + here)
+            offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, ALIGN]), [1, 1, BLOCK_K])
+            part = tl.load(x + offsets, mask=(b < rows) & (here < stop), other=0.0)
+        else:
+            part = tl.load(x + b * stride_x + (here - lead), mask=(b < rows) & inside, other=0.0)
+        if EDGES:
+            tile, part = tl.where(inside, tile, 0.0), tl.where(inside, part, 0.0)
+        parts = tl.dot(part, tl.permute(tile, (0, 2, 1)), parts)
+    return tl.sum(parts, 0)
+
+
+@triton.jit
+def _take_turn():
+    """Wait for the launch before this one to be complete, and let the next one start reading weights."""
+    gdc_wait()
+    gdc_launch_dependents()
+
+
+@triton.jit
+def _store(
+    out, result, block, rows, features, stride, stride_copy,
+    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr, COPIES: tl.constexpr,
+):  # fmt: skip
+    f, b = _features(block, BLOCK_F, PERIOD), tl.arange(0, ROWS)
+    mask = (b[:, None] < rows) & (f[None, :] < features)
+    result = result.to(out.dtype.element_ty)
+    for copy in tl.static_range(COPIES):
+        tl.store(out + copy * stride_copy + b[:, None] * stride + f[None, :], result, mask=mask)
+
+
+@triton.jit
+def gemv_kernel(
+    x_0, weight_0, bias_0, out_0, x_1, weight_1, bias_1, out_1, x_2, weight_2, bias_2, out_2, rows, blocks_0, blocks_1,
+    features_0, depth_0, stride_x_0, copy_x_0, stride_w_0, stride_out_0, copy_out_0,
+    features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, stride_out_1, copy_out_1,
+    features_2, depth_2, stride_x_2, copy_x_2, stride_w_2, stride_out_2, copy_out_2,
+    PRODUCTS: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr,
+    COPIES: tl.constexpr, OVERLAPPING: tl.constexpr, APPROXIMATE: tl.constexpr, HARDWARE_TANH: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A block of features of the product that ``program_id(0)`` falls into, or of both products of a gated pair."""
+    block = tl.program_id(0)
+    if GATED or block < blocks_0:
+        result = _product(
+            x_0, weight_0, bias_0, block, rows, features_0, depth_0, stride_x_0, copy_x_0, stride_w_0, ROWS, BIAS_0,
+            BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+        )  # fmt: skip
+        if ACTIVATION is not None:
+            result = activate(result, ACTIVATION, APPROXIMATE, HARDWARE_TANH)
+        if GATED:
+            result *= _product(
+                x_1, weight_1, bias_1, block, rows, features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, ROWS, BIAS_1,
+                BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, False, STAGES,
+            )  # fmt: skip
+        _store(out_0, result, block, rows, features_0, stride_out_0, copy_out_0, ROWS, BLOCK_F, PERIOD, COPIES)
+    elif PRODUCTS == 2 or (PRODUCTS > 1 and block < blocks_0 + blocks_1):
+        block -= blocks_0
+        result = _product(
+            x_1, weight_1, bias_1, block, rows, features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, ROWS, BIAS_1,
+            BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+        )  # fmt: skip
+        _store(out_1, result, block, rows, features_1, stride_out_1, copy_out_1, ROWS, BLOCK_F, PERIOD, COPIES)
+    elif PRODUCTS > 2:
+        block -= blocks_0 + blocks_1
+        result = _product(
+            x_2, weight_2, bias_2, block, rows, features_2, depth_2, stride_x_2, copy_x_2, stride_w_2, ROWS, BIAS_2,
+            BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+        )  # fmt: skip
+        _store(out_2, result, block, rows, features_2, stride_out_2, copy_out_2, ROWS, BLOCK_F, PERIOD, COPIES)
+
+
+def shifted_rows(rows: int, columns: int, like: Tensor) -> Tensor:
+    """``[PERIOD, rows, columns]``, uninitialised: copies that each start an element further from a 16-byte boundary.
+
+    What a product reads whose weight has rows at odd addresses: of its ``PERIOD`` copies the one in line with a row.
+    """
+    width = aligned_columns(columns + PERIOD)
+    memory = like.new_empty(PERIOD, rows, width)
+    return memory.as_strided((PERIOD, rows, columns), (rows * width + 1, width, 1))
+
+
+def supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether the kernel takes these rows and weights: contiguous rows, and few of them.
+
+    Several rows of float32 are left to the library: a sum in the order of the products would be less accurate.
+    """
+    contiguous = x.stride(-1) == 1 and all(weight.stride(1) == 1 for weight in weights)
+    return contiguous and 0 < x.shape[0] <= (MAX_ROWS if x.element_size() == 2 else 1) and x.element_size() <= 4
+
+
+def multiply(
+    *products: Product,
+    activation: str | None = None,
+    gated: bool = False,
+    follows: bool = False,
+    tile: Tile | None = None,
+) -> None:
+    """Fill each product's ``out``.
+
+    Args:
+        products: up to three, of one dtype and one number of rows; what :func:`supported` says yes to.
+        activation: applied to the one product, or to the first of a gated pair.
+        gated: the pair's first result times its second, as wide, into the first one's ``out``.
+        follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
+            began: weights are then read while it still runs.
+    """
+    first, weights = products[0], [product.weight for product in products]
+    rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
+    tile = tile or tile_of(
+        target, rows, itemsize, sum(w.shape[0] for w in weights), max(w.shape[1] for w in weights), gated
+    )
+    align = 16 // itemsize if all(weight.data_ptr() % 16 == 0 for weight in weights) else 1
+    period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
+    blocks = [period * triton.cdiv(triton.cdiv(weight.shape[0], period), tile.block_f) for weight in weights]
+    three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
+    # Several rows pass through shared memory, which a launch that waits for its turn would hold.
+    overlapping = target.overlapping and rows == 1
+    launch(
+        gemv_kernel,
+        (blocks[0] if gated else sum(blocks), 1),
+        *(t for p in three for t in (p.x, p.weight, p.out if p.bias is None else p.bias, p.out)),
+        rows,
+        blocks[0],
+        blocks[min(1, len(blocks) - 1)],
+        *(size for p in three for size in _sizes(p)),
+        len(products),
+        *(product.bias is not None for product in three),
+        ACTIVATION=activation,
+        GATED=gated,
+        ROWS=1 if rows == 1 else MAX_ROWS,
+        BLOCK_F=tile.block_f,
+        BLOCK_K=tile.block_k,
+        SPLIT=tile.split,
+        ALIGN=align,
+        PERIOD=period,
+        EDGES=period > 1 or any(weight.shape[1] % align for weight in weights),
+        SHIFTED=rows > 1 and align > 1 and all(product.x.dim() == 3 for product in products),
+        COPIES=PERIOD if first.out.dim() == 3 else 1,
+        OVERLAPPING=overlapping,
+        APPROXIMATE=itemsize == 2,
+        HARDWARE_TANH=target.hardware_tanh,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+        **({"launch_pdl": True} if overlapping and follows else {}),
+    )
+
+
+def _sizes(product: Product) -> tuple[int, ...]:
+    """The kernel's numbers for one product."""
+    x, weight, _, out = product
+    copy_x, copy_out = (t.stride(0) if t.dim() == 3 else 0 for t in (x, out))
+    return (*weight.shape, x.stride(-2), copy_x, weight.stride(0), out.stride(-2), copy_out)

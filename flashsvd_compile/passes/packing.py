@@ -1,0 +1,98 @@
+"""Low-rank projections of the same few rows become one operator call: a launch costs more than it computes.
+
+Before::
+
+    q = flashsvd.linear_v1(x=x, w_down=q_down, w_up=q_up)
+    k = flashsvd.linear_v1(x=x, w_down=k_down, w_up=k_up)
+
+After::
+
+    packed = flashsvd.packed_linear_v1(x=x, first_down=q_down, first_up=q_up, second_down=k_down, second_up=k_up)
+    parts = packed.split([q_features, k_features], -1)
+    q, k = parts[0].contiguous(), parts[1].contiguous()
+
+With many rows nothing is gained, and what is packed stays in memory until all of it is used.
+"""
+
+import operator
+from itertools import groupby
+
+import sympy
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from .. import ops
+from ..ops.packed_linear import ROLES
+from ..ops.projection import argument_names
+from ..planner import is_bound_by_launches
+from .emit import emit
+from .mutation import mutated_arguments
+from .region import rows_of
+from .safety import changes_mode
+from .values import hints_of, shape_of, value_of
+
+
+def pack_projections(graph: Graph) -> None:
+    """Pack the lone projections of a graph that the rules have run over."""
+    for group in _groups(graph):
+        for start in range(0, len(group), len(ROLES)):
+            members = group[start : start + len(ROLES)]
+            if len(members) > 1:
+                _pack(graph, members)
+
+
+def _groups(graph: Graph) -> list[list[Node]]:
+    """Projections of the same few rows, between which nothing is overwritten and no mode is switched."""
+    stretch, found = 0, []
+    for node in graph.nodes:
+        stretch += bool(mutated_arguments(node)) or changes_mode(node)
+        if node.target is ops.linear and _of_few_rows(node):
+            found.append((stretch, node))
+    order = {node: position for position, node in enumerate(graph.nodes)}
+    key = {node: (stretch, order[node.kwargs["x"]]) for stretch, node in found}
+    return [list(group) for _, group in groupby(sorted(key, key=key.__getitem__), key=key.__getitem__)]
+
+
+def _of_few_rows(node: Node) -> bool:
+    x = node.kwargs["x"]
+    return isinstance(x, Node) and is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x)))
+
+
+def _pack(graph: Graph, members: list[Node]) -> None:
+    """Put the packed call where the first of the members is, whose users may come before the last."""
+    first = members[0]
+    arguments = {"x": first.kwargs["x"]}
+    for role, member in zip(ROLES, members, strict=False):
+        for name, own in zip(argument_names(role), argument_names("w"), strict=True):
+            weight = member.kwargs.get(own)
+            if isinstance(weight, Node):
+                arguments[name] = weight
+                _hoist(weight, first)
+    with graph.inserting_before(first):
+        packed = graph.create_node("call_function", ops.packed_linear, kwargs=arguments, name="packed")
+        with torch.no_grad():
+            packed.meta["example_value"] = ops.packed_linear(**map_arg(arguments, value_of))
+        parts = emit(graph, "split", packed, [int(features_of(member)) for member in members], -1)
+        for index, member in enumerate(members):
+            part = emit(graph, "contiguous", emit(graph, operator.getitem, parts, index))
+            part.meta = member.meta | part.meta
+            member.replace_all_uses_with(part)
+    for member in members:
+        graph.erase_node(member)
+
+
+def features_of(member: Node) -> sympy.Expr:
+    """Size of a projection's last dimension."""
+    shape = shape_of(member)
+    assert shape is not None
+    return shape[-1]
+
+
+def _hoist(weight: Node, before: Node) -> None:
+    """Move what computes a factor, which reads weights only, in front of a node."""
+    if weight < before:
+        return
+    for node in weight.all_input_nodes:
+        _hoist(node, before)
+    before.prepend(weight)
