@@ -25,6 +25,9 @@ from .attention_region import UNLIMITED, Attention
 from .projection import Projection
 from .workspace import Workspace, affine_into, project_rows, rows_that_fit
 
+MAX_PROJECTED_RANK = 256
+"""Above it the library's two products are faster: 102 us against 174 at rank 304, 16384 rows of 768 (H100)."""
+
 Lift = Callable[[int, int], tuple[Tensor, Tensor]]
 """``lift(first, count)``: keys and values of a group of heads, ``[items, kv_len, count, dim]`` each."""
 
@@ -164,7 +167,8 @@ def _attend_in_rank_space(heads: Tensor, context: Tensor, attn: Attention, works
 def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
     """Whether the projection kernel takes these projections of ``x``."""
     ranks = [proj.rank(projection) for projection in projections]
-    return x.dtype != torch.float32 and projection_kernel.supported(ranks, x.dtype, x.device)
+    high = max(ranks) > MAX_PROJECTED_RANK
+    return x.dtype != torch.float32 and not high and projection_kernel.supported(ranks, x.dtype, x.device)
 
 
 def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> None:

@@ -12,7 +12,7 @@ from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
 
 NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
-SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(2), Fraction(4))
+SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
 
 
@@ -95,17 +95,17 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     before = memory.attention_as_written(shape)
     dearer = _dearer(shape, {"out": memory.heads_width(shape)})
     offered: list[Candidate] = []
-    # Chunks of keys and values cost little: the least workspace, or, where rank space passes through memory and a chunk
-    # takes more launches, the next.
-    workspace = _workspace(shape, device, options, SHARES_OF_INPUT[0 if _on_chip(shape, device) else 1])
-    bound = workspace.bytes_for(shape.input_elements)
-    needed = _at_most(memory.attention_streamed(shape, bound), before)
-    seconds = time.attention_streamed(shape, device, bound)
     how = "q, k, v are lifted a few items or heads at a time"
-    offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
-    if dearer:
-        seconds = time.attention_merged(shape, device, bound)
-        offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    workspaces = _workspaces(shape, device, options)
+    # Chunks cost little where rank space stays on chip: the least workspace then.
+    for workspace in workspaces[:1] if time.lifts_on_chip(shape, device) else workspaces:
+        bound = workspace.bytes_for(shape.input_elements)
+        needed = _at_most(memory.attention_streamed(shape, bound), before)
+        seconds = time.attention_streamed(shape, device, bound)
+        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
+        if dearer:
+            seconds = time.attention_merged(shape, device, bound)
+            offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
     return _choice(shape, offered, time.attention_kept(shape, device), before, options)
 
 
@@ -177,8 +177,8 @@ def _comparison(shape: RegionShape, chosen: Candidate, kept: Candidate) -> str:
     return f"{ratio:.2f} of the time predicted as written"
 
 
-def _on_chip(shape: RegionShape, device: Device) -> bool:
-    """Whether kernels keep the rank space of every projection on chip; float32 is left to the library."""
+def _on_chip(shape: MlpShape, device: Device) -> bool:
+    """Whether the fused kernel keeps the hidden layer on chip; float32 is left to the library."""
     low_rank = all(rank is not None and rank <= device.max_fused_rank for rank in shape.ranks.values())
     return low_rank and shape.itemsize == 2
 

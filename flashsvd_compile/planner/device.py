@@ -15,9 +15,10 @@ class Device:
         launch_seconds: what an operation costs before and after it fills the device; a chunk of keys and values is two.
         least_workspace: bytes an operator may always use. On a CPU this is a core's share of the last-level cache, in
             which an intermediate should stay.
-        grows: whether the workspace grows with the region's input. A GPU needs chunks that fill it: an input's size
-            where rank-space intermediates pass through memory, half of it where kernels keep them on chip.
+        grows: whether the workspace grows with the region's input. A GPU needs chunks that fill it.
         max_fused_rank: largest rank whose accumulators the fused kernels hold on chip; 0 where there are none.
+        max_projected_rank: the same of the kernel for keys and values, above which the library is faster.
+        full_rate_rank: largest rank whose keys and values come in chunks as fast as whole; ``None``: any.
         activation_seconds: what an element of the hidden layer costs the fused kernel beside its products: with room
             for long steps next to the rank-space tiles, and without.
         long_step_rank: largest rank that leaves this room.
@@ -31,6 +32,8 @@ class Device:
     least_workspace: int
     grows: bool
     max_fused_rank: int
+    max_projected_rank: int
+    full_rate_rank: int | None = None
     activation_seconds: tuple[float, float] = (0.0, 0.0)
     long_step_rank: int = 0
     full_rows: int = 0
@@ -41,11 +44,11 @@ class Device:
 _DEVICES = {
     "cpu": Device(
         flops={4: 280e9, 2: 280e9}, bandwidth=20e9, chunk_seconds=1e-4, launch_seconds=5e-5,
-        least_workspace=4 * 2**20, grows=False, max_fused_rank=0,
+        least_workspace=4 * 2**20, grows=False, max_fused_rank=0, max_projected_rank=0,
     ),
     "H200": Device(
         flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
-        least_workspace=2**20, grows=True, max_fused_rank=384,
+        least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256, full_rate_rank=192,
         activation_seconds=(0.43e-12, 1.2e-12), long_step_rank=256, full_rows=132 * 128,
     ),
 }  # fmt: skip

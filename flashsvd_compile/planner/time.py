@@ -16,6 +16,9 @@ ATTENTION_SHARE = 0.6
 MASKED_ATTENTION = 1.55
 """Factor on the time of a GPU library's attention where a mask becomes a bias (H100, 512 to 32768 keys)."""
 
+CHUNKED_PROJECTIONS = 1.12
+"""Factor on the projections' time where they come in chunks and their rank is high (H100, 256 to 384)."""
+
 
 def linear_kept(shape: LinearShape, device: Device) -> sympy.Expr:
     """Two products."""
@@ -73,8 +76,10 @@ def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
 
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Keys and values in chunks."""
-    work = _attention_projections(shape, device, _projection) + _core(shape, device)
-    return work + _attention_launches(shape, workspace_bytes, device)
+    limit = device.full_rate_rank
+    chunked = limit is not None and max(map(shape.latent, shape.ranks)) > limit
+    projections = _attention_projections(shape, device, _projection) * (CHUNKED_PROJECTIONS if chunked else 1)
+    return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
 
 
 def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -137,11 +142,20 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
+def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
+    """Whether a kernel takes keys and values through rank space; float32 is left to the library."""
+    ranks = [shape.ranks[role] for role in ("k", "v")]
+    return shape.itemsize == 2 and all(rank is not None and rank <= device.max_projected_rank for rank in ranks)
+
+
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
-    """Queries and output once, then two operations a chunk of keys and values."""
+    """Queries and output once, then chunks of keys and values: two operations where rank space stays on chip."""
     once = 2 if "out" in shape.ranks else 1
+    chunk = 2 * device.launch_seconds
+    if not lifts_on_chip(shape, device):
+        chunk = max(chunk, device.chunk_seconds)
     chunks = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes)
-    return device.launch_seconds * (once + 2 * chunks)
+    return device.launch_seconds * once + chunk * chunks
 
 
 def _further_chunks(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

@@ -82,10 +82,18 @@ def test_the_workspace_is_the_least_that_costs_no_time():
 
 
 @pytest.mark.parametrize(("batch", "length"), [(32, 128), (8, 2048)])
-def test_attention_takes_half_its_input_where_kernels_lift_keys_and_values_else_all_of_it(batch, length):
+def test_attention_takes_half_its_input_where_kernels_lift_keys_and_values_else_more(batch, length):
     low, high = (plan_attention(attention(batch, length, rank, "cuda", itemsize=2), AUTO) for rank in (192, 700))
     assert low.workspace.per_element == 1
-    assert high.workspace.per_element == 2
+    assert high.workspace.per_element >= 2
+
+
+def test_short_unmasked_attention_of_a_middle_rank_is_kept():
+    """Measured on an H100 at 32x512, rank 304: 218 us with the best workspace, 199 as written."""
+    plain = attention(32, 512, 304, "cuda", itemsize=2)
+    assert plan_attention(plain, AUTO).strategy == Strategy.KEPT
+    assert plan_attention(replace(plain, masked=True), AUTO).strategy == Strategy.STREAMED
+    assert plan_attention(replace(plain, batch=sympy.Integer(1), q_len=8192, kv_len=8192), AUTO).strategy == "streamed"
 
 
 def test_a_budget_is_kept_to_even_where_its_small_chunks_cost_time():
