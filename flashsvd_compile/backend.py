@@ -11,6 +11,7 @@ from rich import print as rich_print
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
+from .kernels.autotune import tuner_of_user, tuning
 from .options import Options
 from .passes import rewrite
 from .report import RewriteReport
@@ -46,7 +47,9 @@ def flashsvd(
     _trace(report)
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
-    return _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
+    compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
+    # Around the calls and not in the graph, whose operators and cached code are the same with and without.
+    return tuning(tuner_of_user())(compiled) if parsed.autotune else compiled
 
 
 def last_report() -> RewriteReport | None:

@@ -40,6 +40,7 @@ class Options:
         mode: a mode of ``torch.compile`` for the inner Inductor. ``torch.compile`` forbids ``mode=`` next to
             ``options=``, hence this key.
         memory_budget: upper bound, in bytes, for an operator's own workspace. ``None`` lets the planner choose.
+        autotune: on a GPU, time the tiles of each kind of kernel launch once and keep the fastest on disk.
     """
 
     debug: bool | Path = False
@@ -48,6 +49,7 @@ class Options:
     inner: str = "inductor"
     mode: str | None = None
     memory_budget: int | None = None
+    autotune: bool = False
 
     @classmethod
     def parse(cls, raw: Mapping[str, Any] | None = None, mode: str | None = None) -> "Options":
@@ -104,6 +106,12 @@ def _memory_budget(value: Any) -> int | None:
     raise InvalidOptionError("memory_budget", value, "a positive number of bytes, or None")
 
 
+def _autotune(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise InvalidOptionError("autotune", value, "True or False")
+    return value
+
+
 _CHECKS = {
     "debug": _debug,
     "strategy": _one_of("strategy", (AUTO, *map(str, Strategy))),
@@ -111,4 +119,5 @@ _CHECKS = {
     "inner": _one_of("inner", INNER_BACKENDS),
     "mode": _mode,
     "memory_budget": _memory_budget,
+    "autotune": _autotune,
 }

@@ -14,17 +14,26 @@ from flashsvd_compile.options import Options
 def test_defaults():
     options = Options.parse()
     assert options == Options(debug=False, strategy="auto", disable=frozenset(), inner="inductor", mode=None)
+    assert not options.autotune
 
 
 def test_every_option_is_taken():
     options = Options.parse(
-        {"debug": "out", "strategy": "streamed", "disable": ["mlp"], "inner": "eager", "memory_budget": 1 << 20},
+        {
+            "debug": "out",
+            "strategy": "streamed",
+            "disable": ["mlp"],
+            "inner": "eager",
+            "memory_budget": 1 << 20,
+            "autotune": True,
+        },
         mode="reduce-overhead",
     )
     assert options.debug == Path("out")
     assert options.disable == {"mlp"}
     assert options.mode == "reduce-overhead"
     assert options.memory_budget == 1 << 20
+    assert options.autotune
 
 
 def test_one_disabled_rule_may_be_given_as_a_word():
@@ -32,7 +41,9 @@ def test_one_disabled_rule_may_be_given_as_a_word():
 
 
 def test_an_unknown_option_lists_the_known_ones():
-    with pytest.raises(UnknownOptionError, match="unknown option 'strat'; valid options are: debug, disable, inner"):
+    with pytest.raises(
+        UnknownOptionError, match="unknown option 'strat'; valid options are: autotune, debug, disable, inner"
+    ):
         Options.parse({"strat": "fused"})
 
 
@@ -46,6 +57,8 @@ def test_an_unknown_option_lists_the_known_ones():
         ({"mode": "fastest"}, "'reduce-overhead'"),
         ({"memory_budget": -1}, "a positive number of bytes"),
         ({"memory_budget": True}, "a positive number of bytes"),
+        ({"autotune": "yes"}, "True or False"),
+        ({"autotune": 1}, "True or False"),
     ],
 )
 def test_an_invalid_value_lists_the_valid_ones(options, valid):

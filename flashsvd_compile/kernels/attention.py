@@ -4,7 +4,7 @@ The softmax is online; blocks of keys that padding or window hide are skipped, a
 they touch.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import LOG2_E
+from .autotune import about, tuned
 from .launch import launch
 from .target import Target, describable, precision_of, target_of
 
@@ -256,15 +257,16 @@ def attention(
     items, q_len, heads, head_dim = q.shape
     kv_len, kv_heads, value_dim = v.shape[1:]
     target = target_of(q.device)
-    tile = tile or tile_of(target, max(head_dim, value_dim), q.element_size())
-    assert tile is not None, "ask supported() first"
     block_d, block_v = triton.next_power_of_2(max(head_dim, 16)), triton.next_power_of_2(max(value_dim, 16))
     matrices = [_matrix(tensor) for tensor in (q, k, v)]
     strides = [matrix.stride(0) for matrix in matrices]
-    blocks = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
     whole_heads = (head_dim, value_dim) == (block_d, block_v)
     descriptor = target.descriptors and whole_heads and all(map(describable, matrices))
+    how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
+    how |= {"window_left": window_left, "window_right": window_right}
+    tile = tile or _chosen_tile(target, q, k, v, out, descriptor, how)
     if descriptor:
+        blocks = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
         matrices = [TensorDescriptor.from_tensor(m, list(block)) for m, block in zip(matrices, blocks, strict=True)]
     grid = (triton.cdiv(q_len, tile.block_q), items * heads)
     launch(
@@ -295,6 +297,36 @@ def attention(
         PRECISION=precision_of(q.dtype),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+    )
+
+
+def _chosen_tile(
+    target: Target, q: Tensor, k: Tensor, v: Tensor, out: Tensor, descriptor: bool, how: dict[str, Any]
+) -> Tile:
+    (items, q_len, heads, head_dim), (kv_len, kv_heads, value_dim) = q.shape, v.shape[1:]
+    tile = tile_of(target, max(head_dim, value_dim), q.element_size())
+    assert tile is not None, "ask supported() first"
+
+    def run(tile: Tile) -> list[Tensor]:
+        elsewhere = torch.empty_like(out)  # out may be q
+        attention(q, k, v, elsewhere, **how, tile=tile)
+        return [elsewhere]
+
+    return tuned(
+        "attention",
+        [tile],
+        run,
+        q,
+        items_and_heads=about(items * heads),
+        q_len=about(q_len),
+        kv_len=about(kv_len),
+        head_dim=head_dim,
+        value_dim=value_dim,
+        group=heads // kv_heads,
+        padded=how["key_padding"] is not None,
+        window_left=how["window_left"],
+        window_right=how["window_right"],
+        descriptor=descriptor,
     )
 
 

@@ -52,6 +52,11 @@ def listening(listener: Listener) -> Iterator[None]:
         _listener.reset(token)
 
 
+def is_listened_to() -> bool:
+    """Whether somebody is told about each launch of this thread."""
+    return _listener.get() is not None
+
+
 class Launch:
     """One launch apart from where its tensors are. It holds no tensor.
 

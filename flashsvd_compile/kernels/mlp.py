@@ -16,6 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
+from .autotune import about, tuned
 from .launch import launch
 from .target import Target, precision_of, target_of
 from .tiles import (
@@ -41,15 +42,16 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tile_of(target: Target, rank_in: int, rank_out: int, itemsize: int) -> Tile | None:
-    """The fastest measured configuration that fits the chip's shared memory, or ``None``."""
+def tiles_of(target: Target, rank_in: int, rank_out: int, itemsize: int) -> list[Tile]:
+    """The configurations that fit the chip's shared memory, the fastest measured one first."""
     width_in, width_out = sum(pieces(rank_in)), sum(pieces(rank_out))
-    for tile in _candidates(target, max(width_in, width_out), itemsize):
+
+    def fits(tile: Tile) -> bool:
         resident = tile.block_n * width_in
         streamed = tile.num_stages * tile.block_f * (width_in + width_out)
-        if (resident + streamed) * itemsize + _RESERVE <= target.shared_memory:
-            return tile
-    return None
+        return (resident + streamed) * itemsize + _RESERVE <= target.shared_memory
+
+    return list(filter(fits, _candidates(target, max(width_in, width_out), itemsize)))
 
 
 _RESERVE = 4096  # barriers
@@ -160,11 +162,17 @@ def supported(rank_in: int, rank_out: int, dtype: torch.dtype, device: torch.dev
     """Whether a configuration for these ranks exists on this device."""
     if max(rank_in, rank_out) > MAX_RANK or min(rank_in, rank_out) < 1:
         return False
-    return tile_of(target_of(device), rank_in, rank_out, dtype.itemsize) is not None
+    return bool(tiles_of(target_of(device), rank_in, rank_out, dtype.itemsize))
 
 
 def mlp_core(
-    latent: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, max_splits: int = MAX_SPLITS
+    latent: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    max_splits: int = MAX_SPLITS,
+    tile: Tile | None = None,
 ) -> Tensor:
     """``act(latent @ up.T + bias) @ down.T`` in parts, without its hidden layer in memory.
 
@@ -175,6 +183,7 @@ def mlp_core(
         down: ``[rank_out, width]``, any strides.
         activation: a name of ``ops.activation.ACTIVATIONS``.
         max_splits: upper bound on the partial sums that few rows are spread over.
+        tile: overrides the table.
 
     Returns:
         ``[splits, rows, rank_out]`` in the dtype of ``latent``, to be summed up; each is a sum in float32, rounded.
@@ -182,16 +191,15 @@ def mlp_core(
     rows, rank_in = latent.shape
     rank_out, width = down.shape
     target = target_of(latent.device)
-    tile = tile_of(target, rank_in, rank_out, latent.element_size())
-    assert tile is not None, "ask supported() first"
+    if target.descriptors:
+        latent, up, down = with_aligned_rows(latent), with_aligned_rows(up), with_aligned_rows(down)
+    tile = tile or _chosen_tile(target, latent, up, bias, down, activation, max_splits)
     programs = triton.cdiv(rows, tile.block_n)
     splits = min(max_splits, max(1, target.processors // programs), triton.cdiv(width, tile.block_f))
     width_per_split = triton.cdiv(triton.cdiv(width, splits), tile.block_f) * tile.block_f
     splits = triton.cdiv(width, width_per_split)
     partial = empty_with_aligned_rows(splits * rows, rank_out, latent)
     inner, outer = pieces(rank_in), pieces(rank_out)
-    if target.descriptors:
-        latent, up, down = with_aligned_rows(latent), with_aligned_rows(up), with_aligned_rows(down)
     half = latent.dtype != torch.float32
     launch(
         mlp_core_kernel,
@@ -224,3 +232,27 @@ def mlp_core(
         num_warps=tile.num_warps,
     )
     return partial.unflatten(0, (splits, rows))
+
+
+def _chosen_tile(
+    target: Target, latent: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, max_splits: int
+) -> Tile:
+    (rows, rank_in), (rank_out, width) = latent.shape, down.shape
+    tiles = tiles_of(target, rank_in, rank_out, latent.element_size())
+    assert tiles, "ask supported() first"
+    few = rows < target.processors * tiles[0].block_n  # splits of the hidden layer occupy the rest of the chip
+    return tuned(
+        "mlp_core",
+        tiles,
+        lambda tile: [mlp_core(latent, up, bias, down, activation, max_splits, tile).sum(0)],
+        latent,
+        rows=about(rows),
+        rank_in=rank_in,
+        width=width,
+        rank_out=rank_out,
+        activation=activation,
+        bias=bias is not None,
+        max_splits=about(min(max_splits, target.processors)) if few else 1,
+        up_by_rows=up.stride(1) == 1,
+        down_by_rows=down.stride(1) == 1,
+    )

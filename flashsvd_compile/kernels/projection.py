@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .autotune import about, tuned
 from .launch import launch
 from .target import Target, precision_of, target_of
 from .tiles import MAX_RANK, PIECE, load_tile, pieces, store_tile, tile_views, with_aligned_rows
@@ -46,19 +47,20 @@ class Map(NamedTuple):
     out: Tensor
 
 
-def tile_of(target: Target, rank: int, itemsize: int, maps: int, rows: int = 0) -> Tile | None:
-    """The fastest measured configuration that fits the chip's shared memory, or ``None``.
+def tiles_of(target: Target, rank: int, itemsize: int, maps: int, rows: int = 0) -> list[Tile]:
+    """The configurations that fit the chip's shared memory, the fastest measured one first.
 
     The compiler reuses the first product's buffers for the second one of the same projection, not of the other.
     """
     width = sum(pieces(rank))
     few = maps == 1 or triton.cdiv(rows, SHORT_BLOCK) * maps <= target.processors
-    for tile in _candidates(target, width, itemsize, few):
+
+    def fits(tile: Tile) -> bool:
         first = tile.num_stages * tile.block_d * (tile.block_n + width)
         second = tile.num_stages * tile.block_f * width
-        if (max(first, second) + (maps - 1) * second) * itemsize + _RESERVE <= target.shared_memory:
-            return tile
-    return None
+        return (max(first, second) + (maps - 1) * second) * itemsize + _RESERVE <= target.shared_memory
+
+    return list(filter(fits, _candidates(target, width, itemsize, few)))
 
 
 SHORT_BLOCK = 64
@@ -202,7 +204,7 @@ def supported(ranks: list[int], dtype: torch.dtype, device: torch.device) -> boo
     """Whether a configuration for these ranks exists on this device."""
     if max(ranks) > MAX_RANK or min(ranks) < 1:
         return False
-    return tile_of(target_of(device), max(ranks), dtype.itemsize, len(ranks)) is not None
+    return bool(tiles_of(target_of(device), max(ranks), dtype.itemsize, len(ranks)))
 
 
 def project(x: Tensor, *maps: Map, tile: Tile | None = None) -> None:
@@ -210,20 +212,47 @@ def project(x: Tensor, *maps: Map, tile: Tile | None = None) -> None:
 
     One map alone may write over ``x`` itself: a program reads its rows before it writes them.
     """
-    rows, depth = x.shape
     target = target_of(x.device)
-    ranks = [m.down.shape[0] for m in maps]
-    tile = tile or tile_of(target, max(ranks), x.element_size(), len(maps), rows)
-    assert tile is not None, "ask supported() first"
-    blocks = triton.cdiv(rows, tile.block_n)
     in_place = any(m.out.data_ptr() == x.data_ptr() for m in maps)
-    splits = 1 if in_place else max(1, min(4, target.processors // (blocks * len(maps))))
     if target.descriptors:
         x = with_aligned_rows(x)
         maps = tuple(m._replace(down=with_aligned_rows(m.down), up=with_aligned_rows(m.up)) for m in maps)
     elif x.stride(1) != 1:
         x = x.contiguous()
-    cuts = [pieces(rank) for rank in ranks]
+    _launch(target, x, maps, in_place, tile or _chosen_tile(target, x, maps, in_place))
+
+
+def _chosen_tile(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: bool) -> Tile:
+    rows, depth = x.shape
+    tiles = tiles_of(target, max(m.down.shape[0] for m in maps), x.element_size(), len(maps), rows)
+    assert tiles, "ask supported() first"
+
+    def run(tile: Tile) -> list[Tensor]:
+        elsewhere = tuple(m._replace(out=torch.empty_like(m.out)) for m in maps)
+        _launch(target, x, elsewhere, in_place, tile)
+        return [m.out for m in elsewhere]
+
+    each = {
+        f"{name}_{index}": value
+        for index, m in enumerate(maps)
+        for name, value in {
+            "rank": m.down.shape[0],
+            "width": m.up.shape[0],
+            "down_bias": m.down_bias is not None,
+            "up_bias": m.up_bias is not None,
+            "down_by_rows": m.down.stride(1) == 1,
+            "up_by_rows": m.up.stride(1) == 1,
+        }.items()
+    }
+    return tuned("projection", tiles, run, x, rows=about(rows), depth=depth, in_place=in_place, **each)
+
+
+def _launch(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: bool, tile: Tile) -> None:
+    """Where results replace their own rows of ``x``, one program has all of a row's columns."""
+    rows, depth = x.shape
+    blocks = triton.cdiv(rows, tile.block_n)
+    splits = 1 if in_place else max(1, min(4, target.processors // (blocks * len(maps))))
+    cuts = [pieces(m.down.shape[0]) for m in maps]
     pair = (maps[0], maps[-1])
     tensors = [part for m, cut in zip(pair, (cuts[0], cuts[-1]), strict=True) for part in _parts(m, cut, tile, target)]
     sizes = [size for m in pair for size in (*m.up.shape[::-1], *m.down.stride(), *m.up.stride(), m.out.stride(0))]

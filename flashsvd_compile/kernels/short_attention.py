@@ -7,7 +7,7 @@ them. A sequence of up to :data:`MAX_KEYS` keys is one block, so that nothing is
 queries, and neither keys nor values pass through memory.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import LOG2_E
+from .autotune import about, tuned
 from .launch import launch
 from .target import Target, describable, precision_of, target_of
 from .tiles import MAX_RANK, load_tile, pieces, tile_views, with_aligned_rows
@@ -24,6 +25,13 @@ MAX_QUERIES = 2 * MAX_KEYS
 """More blocks of queries would lift the same keys again and again."""
 BLOCK_Q = 128
 _RESERVE = 4096  # barriers and what softmax exchanges between warps
+
+
+class Tile(NamedTuple):
+    """Launch configuration: queries per block, warps."""
+
+    block_q: int
+    num_warps: int
 
 
 class Factors(NamedTuple):
@@ -152,6 +160,7 @@ def short_attention(
     scale: float,
     window_left: int,
     window_right: int,
+    tile: Tile | None = None,
 ) -> None:
     """Fill ``out``; a query that sees no key gives zeros.
 
@@ -163,6 +172,7 @@ def short_attention(
         scale: positive factor on the scores.
         window_left, window_right: key ``j`` is visible to query ``i`` when ``i - left <= j <= i + right``; -1 lifts a
             side.
+        tile: overrides the table.
     """
     items, q_len, heads, dim = q.shape
     kv_len = k.latent.shape[0] // max(1, items)
@@ -172,6 +182,9 @@ def short_attention(
     k, v = (_readable(factors, target) for factors in (k, v))
     cuts = [pieces(factors.up.shape[1]) for factors in (k, v)]
     descriptor = target.descriptors and dim == block_d
+    how = {"key_padding": key_padding, "kv_heads": kv_heads, "scale": scale}
+    how |= {"window_left": window_left, "window_right": window_right}
+    tile = tile or _chosen_tile(q, k, v, out, how)
     tensors = [
         argument
         for factors, cut in zip((k, v), cuts, strict=True)
@@ -183,7 +196,7 @@ def short_attention(
     ]
     launch(
         short_attention_kernel,
-        (triton.cdiv(q_len, BLOCK_Q), items * heads),
+        (triton.cdiv(q_len, tile.block_q), items * heads),
         q,
         *tensors,
         out,
@@ -212,13 +225,44 @@ def short_attention(
         WINDOW_RIGHT=window_right,
         HAS_BIAS_K=k.bias is not None,
         HAS_BIAS_V=v.bias is not None,
-        BLOCK_Q=min(BLOCK_Q, max(16, triton.next_power_of_2(q_len))),
+        BLOCK_Q=tile.block_q,
         BLOCK_K=block_k,
         DIM=dim,
         BLOCK_D=block_d,
         DESCRIPTOR=descriptor,
         PRECISION=precision_of(q.dtype),
-        num_warps=4 if block_d <= 64 else 8,  # of heads of 64 two programs of 4 warps share a processor
+        num_warps=tile.num_warps,
+    )
+
+
+def tile_of(q_len: int, dim: int) -> Tile:
+    """All queries of most sequences at once; of heads of 64 two programs of 4 warps share a processor."""
+    return Tile(min(BLOCK_Q, max(16, triton.next_power_of_2(q_len))), 4 if dim <= 64 else 8)
+
+
+def _chosen_tile(q: Tensor, k: Factors, v: Factors, out: Tensor, how: dict[str, Any]) -> Tile:
+    items, q_len, heads, dim = q.shape
+
+    def run(tile: Tile) -> list[Tensor]:
+        elsewhere = torch.empty_like(out)  # out may be q
+        short_attention(q, k, v, elsewhere, **how, tile=tile)
+        return [elsewhere]
+
+    return tuned(
+        "short_attention",
+        [tile_of(q_len, dim)],
+        run,
+        q,
+        items_and_heads=about(items * heads),
+        q_len=about(q_len),
+        kv_len=about(k.latent.shape[0] // max(1, items)),
+        dim=dim,
+        group=heads // how["kv_heads"],
+        rank_k=k.up.shape[1],
+        rank_v=v.up.shape[1],
+        padded=how["key_padding"] is not None,
+        window_left=how["window_left"],
+        window_right=how["window_right"],
     )
 
 

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
+from ..kernels.autotune import tuner_at_work
 from ..kernels.launch import Launch, listening
 
 MAX_RECORDINGS = 1024
@@ -66,7 +67,7 @@ def replayed(implementation: Implementation) -> Implementation:
 def _key(arguments: tuple) -> tuple:
     """All that an implementation may look at, and which arguments are one and the same tensor."""
     positions: dict[int, int] = {}
-    parts: list[Any] = [torch.get_float32_matmul_precision(), arguments[0].device]
+    parts: list[Any] = [torch.get_float32_matmul_precision(), tuner_at_work(), arguments[0].device]
     for position, argument in enumerate(arguments):
         if isinstance(argument, Tensor):
             first = positions.setdefault(id(argument), position)

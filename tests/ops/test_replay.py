@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from flashsvd_compile import ops
+from flashsvd_compile.kernels.autotune import Tuner, tuner_at_work, tuning
+from flashsvd_compile.kernels.launch import is_listened_to
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, reads_values, replayed
 from tests.ops.regions import attention_arguments, packed, padding
@@ -152,3 +154,21 @@ def test_the_oldest_combination_goes_when_there_are_too_many():
     for n in range(MAX_RECORDINGS + 5):
         call(torch.zeros(1), n)
     assert len(recordings(call)) == MAX_RECORDINGS
+
+
+def test_tiles_are_tuned_before_launches_are_recorded(tmp_path):
+    """And what one tuner chose is not replayed where another one, or the tables, decide."""
+    calls = []
+
+    def implementation(x: Tensor) -> Tensor:
+        calls.append((tuner_at_work(), is_listened_to()))
+        return x + 1
+
+    call, tuner, x = replayed(implementation), Tuner(tmp_path), torch.randn(3)
+    for _ in range(3):
+        call(x)
+    with tuning(tuner):
+        for _ in range(3):
+            call(x)
+    assert calls == [(None, False), (None, True), (tuner, False), (tuner, True)]
+    assert len(recordings(call)) == 2
