@@ -1,6 +1,5 @@
 """What is known of a node's value before the graph runs: example tensors, shapes in the graph's symbols, numbers."""
 
-from functools import lru_cache
 from typing import Any
 
 import sympy
@@ -28,11 +27,7 @@ def shape_of(node: object) -> tuple[sympy.Expr, ...] | None:
 
 def size_of(size: int | torch.SymInt) -> sympy.Expr:
     """A size as a sympy expression."""
-    return size.node.expr if isinstance(size, torch.SymInt) else _integer(size)
-
-
-_integer = lru_cache(maxsize=4096)(sympy.Integer)
-"""A graph has thousands of dimensions of a dozen sizes."""
+    return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)
 
 
 def hints_of(node: Node) -> dict[sympy.Symbol, int]:
