@@ -31,6 +31,7 @@ from .factored import Factored, Obstacle
 from .factors import read_pair
 from .heads import Member, read_member
 from .masking import Scores, mask_arguments
+from .masks import ReadMask
 from .norms import Norm, source_of_norm
 from .region import Deferred, Region, present, sizes_of
 from .rope import Table
@@ -43,9 +44,9 @@ _PARTS = {"getitem", "split", "chunk", "narrow", "slice"}
 """How a latent is told apart from what else its projection computes."""
 
 
-def read_attention(node: Node) -> Region | Obstacle | None:
+def read_attention(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     """The attention whose core's result is ``node``; an obstacle only where something low-rank leads to it."""
-    found = _read_region(node)
+    found = _read_region(node, read_mask)
     return None if isinstance(found, Obstacle) and not _near_low_rank(node) else found
 
 
@@ -77,7 +78,7 @@ def _is_normed_pair(outer: Affine) -> bool:
     return False
 
 
-def _read_region(node: Node) -> Region | Obstacle | None:
+def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     core = read_core(node)
     if not isinstance(core, Core):
         return core
@@ -99,7 +100,7 @@ def _read_region(node: Node) -> Region | Obstacle | None:
     inputs = {"x": q.factored.source}
     if k.factored.source is not q.factored.source:
         inputs["context"] = k.factored.source
-    constants = _constants(core, q, k)
+    constants = _constants(core, q, k, read_mask)
     if isinstance(constants, Obstacle):
         return constants
     return Region(
@@ -133,7 +134,7 @@ def _rotation(member: Member) -> tuple[Table, Table, bool] | None:
     return None if rope is None else (rope.cos, rope.sin, rope.interleaved)
 
 
-def _constants(core: Core, q: Member, k: Member) -> dict[str, Any] | Obstacle:
+def _constants(core: Core, q: Member, k: Member, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     constants: dict[str, Any] = {
         "num_heads": q.heads,
         "num_kv_heads": k.heads,
@@ -145,7 +146,7 @@ def _constants(core: Core, q: Member, k: Member) -> dict[str, Any] | Obstacle:
     constants |= _norm("q", q.norm) | _norm("k", k.norm)
     if core.causal:
         constants["window_right"] = 0
-    masks = mask_arguments(core.masks, _scores(core, q))
+    masks = mask_arguments(core.masks, _scores(core, q), read_mask)
     return masks if isinstance(masks, Obstacle) else constants | masks
 
 

@@ -17,7 +17,7 @@ from ..ops.attention_region import UNLIMITED
 from ..report import RefusalReason
 from .emit import emit
 from .factored import Obstacle
-from .masks import MaskReading, read_mask
+from .masks import MaskReading, ReadMask
 from .region import Deferred
 from .values import number_of, shape_of, tensor_of
 from .vocabulary import read
@@ -115,11 +115,12 @@ class Scores(NamedTuple):
     casts_mask: bool
 
 
-def mask_arguments(masks: tuple[Mask, ...], scores: Scores) -> dict[str, Any] | Obstacle:
+def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     """The operator's arguments for all masks together."""
     arguments: dict[str, Any] = {}
     for mask in masks:
-        found = _arguments_of_fill(mask, scores) if mask.fill is not None else _arguments(mask, scores)
+        arguments_of = _arguments if mask.fill is None else _arguments_of_fill
+        found = arguments_of(mask, scores, read_mask)
         if isinstance(found, Obstacle):
             return found
         twice = arguments.keys() & found.keys()
@@ -148,7 +149,7 @@ def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, gra
     return _raised(total, graph) if floored else total
 
 
-def _arguments(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
+def _arguments(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     value, arguments = tensor_of(mask.node), _structure(read_mask(mask.node, mask.floored), scores.x)
     if "mask" in arguments and mask.floored:
         return _floored(mask, scores)
@@ -175,12 +176,12 @@ def _raised(node: Node, graph: Graph) -> Node:
     return emit(graph, "clamp_min", node, torch.finfo(value.dtype).min)
 
 
-def _arguments_of_fill(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
+def _arguments_of_fill(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     visible, fill = mask.visible, mask.fill
     assert fill is not None
     if mask.floored:
         fill = max(fill, torch.finfo(scores.dtype).min)
-    reading = MaskReading(residual=mask.node) if visible is None else read_mask(visible)
+    reading = MaskReading(residual=mask.node) if visible is None else read_mask(visible, False)
     if fill == float("-inf"):
         return {"mask": _call("logical_not", mask.node)} if visible is None else _structure(reading, scores.x)
     if scores.square and reading.residual is None and not reading.key_paddings:  # every query sees at least itself

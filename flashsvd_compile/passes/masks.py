@@ -10,6 +10,7 @@ A mask is either understood completely or passed on as it is (:attr:`MaskReading
 the structure need never see a tensor with both a query and a key dimension.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import inf
 
@@ -93,6 +94,10 @@ class MaskReading:
 
 class _NotUnderstood(Exception):
     """Carries the reason of a residual out of the reading."""
+
+
+ReadMask = Callable[[Node, bool], MaskReading]
+""":func:`read_mask`, maybe with a memory."""
 
 
 def read_mask(mask: Node, floored: bool = False) -> MaskReading:
@@ -247,7 +252,9 @@ def _part(
     symbol, *others = [symbol for symbol in sizes if symbol in position.free_symbols] or [None]
     if symbol is None or others:
         raise _NotUnderstood(f"a vector read at {position}")
-    start, length = sympy.expand(position - symbol), sizes[symbol]
+    # Mostly the symbol itself. A process's first sum of symbols has sympy import its tensors: as long as all the rules.
+    start = sympy.Integer(0) if position == symbol else sympy.expand(position - symbol)
+    length = sizes[symbol]
     if not isinstance(start, sympy.Integer) or start < 0:
         raise _NotUnderstood(f"a vector read at {position}")
     if start == 0 and size == length:

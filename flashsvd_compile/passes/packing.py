@@ -15,6 +15,7 @@ With many rows nothing is gained, and what is packed stays in memory until all o
 """
 
 import operator
+from bisect import bisect
 from itertools import groupby
 
 import sympy
@@ -27,9 +28,8 @@ from ..ops.packed_linear import ROLES
 from ..ops.projection import argument_names
 from ..planner import is_bound_by_launches
 from .emit import emit
-from .mutation import mutated_arguments
+from .order import Order
 from .region import rows_of
-from .safety import changes_mode
 from .values import hints_of, shape_of, value_of
 
 
@@ -44,14 +44,14 @@ def pack_projections(graph: Graph) -> None:
 
 def _groups(graph: Graph) -> list[list[Node]]:
     """Projections of the same few rows, between which nothing is overwritten and no mode is switched."""
-    stretch, found = 0, []
-    for node in graph.nodes:
-        stretch += bool(mutated_arguments(node)) or changes_mode(node)
-        if node.target is ops.linear and _of_few_rows(node):
-            found.append((stretch, node))
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    key = {node: (stretch, order[node.kwargs["x"]]) for stretch, node in found}
-    return [list(group) for _, group in groupby(sorted(key, key=key.__getitem__), key=key.__getitem__)]
+    order = Order.of(graph.nodes)
+    barriers = sorted(order.position[node] for node in (*order.writers, *order.switches))
+
+    def stretch(node: Node) -> tuple[int, int]:
+        return bisect(barriers, order.position[node]), order.position[node.kwargs["x"]]  # pyright: ignore
+
+    found = [node for node in order.position if node.target is ops.linear and _of_few_rows(node)]
+    return [list(group) for _, group in groupby(sorted(found, key=stretch), key=stretch)]
 
 
 def _of_few_rows(node: Node) -> bool:

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import cache, partial
 from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
@@ -11,8 +12,10 @@ from ..report import Match, Refusal, RefusalReason, RewriteReport
 from .attention import read_attention
 from .factored import Obstacle
 from .linear import read_linear
+from .masks import read_mask
 from .mlp import read_mlp
 from .mutation import mutated_arguments
+from .order import Order
 from .packing import pack_projections
 from .region import Region, module_of
 from .safety import obstacle_to
@@ -21,7 +24,20 @@ from .values import tensor_of
 logger = logging.getLogger(__name__)
 
 Rule = Callable[[Node], Region | Obstacle | None]
-RULES: dict[str, Rule] = {"attention": read_attention, "mlp": read_mlp, "linear": read_linear}
+
+
+def rules() -> dict[str, Rule]:
+    """The rules in their order, for one graph.
+
+    Layers share their masks, and each is read once. What a mask says holds as long as the rules run: they take later
+    nodes first and replace nothing that a mask still to be asked for is made of, and no operator of theirs writes in
+    place. With the graph's rules the readings are forgotten.
+    """
+    return {
+        "attention": partial(read_attention, read_mask=cache(read_mask)),
+        "mlp": read_mlp,
+        "linear": read_linear,
+    }
 
 
 def rewrite(
@@ -48,7 +64,7 @@ def rewrite(
             report += rewrite(body, None, options)
     graph = graph_module.graph
     follow_in_place_results(graph)
-    for name, rule in RULES.items():
+    for name, rule in rules().items():
         if name not in options.disable:
             report += _apply(rule, graph, options)
     if PACKING not in options.disable:
@@ -63,8 +79,8 @@ def rewrite(
 def _apply(rule: Rule, graph: Graph, options: Options) -> RewriteReport:
     """Run one rule at every node, last node first: the outermost projection sees the whole region."""
     report = RewriteReport()
-    order = {node: position for position, node in enumerate(graph.nodes)}
-    for node in reversed(order):
+    order = Order.of(graph.nodes)
+    for node in reversed(order.position):
         found = None if node._erased else rule(node)
         outcome = _replace(found, graph, order, options) if isinstance(found, Region) else found
         if isinstance(outcome, Match):
@@ -77,7 +93,7 @@ def _apply(rule: Rule, graph: Graph, options: Options) -> RewriteReport:
     return report
 
 
-def _replace(region: Region, graph: Graph, order: dict[Node, int], options: Options) -> Match | Obstacle:
+def _replace(region: Region, graph: Graph, order: Order, options: Options) -> Match | Obstacle:
     """Put the operator in the region's place, unless that would be wrong or a loss."""
     obstacle = obstacle_to(region, order)
     if obstacle is not None:
@@ -89,7 +105,7 @@ def _replace(region: Region, graph: Graph, order: dict[Node, int], options: Opti
     with graph.inserting_before(region.output):
         operator = region.emit(graph, plan)
     region.output.replace_all_uses_with(operator)
-    _erase(sorted(region.nodes, key=order.__getitem__), graph)
+    _erase(sorted(region.nodes, key=order.position.__getitem__), graph)
     return match
 
 

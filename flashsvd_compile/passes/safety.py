@@ -18,25 +18,17 @@ from ..report import RefusalReason
 from .affine import read_affine
 from .factored import Obstacle
 from .mutation import mutated_arguments
+from .order import Order
 from .region import Region
 from .values import tensor_of
 from .vocabulary import live_dropout
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEVICES = ("cpu", "cuda")
-_MODE_SWITCHES = {
-    "_set_grad_enabled",
-    "_enter_autocast",
-    "_exit_autocast",
-    "_enter_inference_mode",
-    "_exit_inference_mode",
-    "_saved_tensors_hooks_disable",
-    "_saved_tensors_hooks_enable",
-}
 
 
-def obstacle_to(region: Region, order: dict[Node, int]) -> Obstacle | None:
-    """The first reason not to replace ``region``; ``order`` numbers the graph's nodes in order of execution."""
+def obstacle_to(region: Region, order: Order) -> Obstacle | None:
+    """The first reason not to replace ``region``."""
     return (
         other_user(region)
         or tensor_subclass(region)
@@ -69,32 +61,26 @@ def dropout(region: Region) -> Obstacle | None:
     return None
 
 
-def mode_change(region: Region, order: dict[Node, int]) -> Obstacle | None:
+def mode_change(region: Region, order: Order) -> Obstacle | None:
     """A switch of grad mode, autocast or the like while the region is being computed."""
-    first, last = min(order[node] for node in region.nodes), order[region.output]
-    for node in order:
-        if first < order[node] < last and changes_mode(node):
+    first, last = _span(region, order)
+    for node in order.switches:
+        if first < order.position[node] < last:
             sentence = f"{node.name!r} changes a mode of PyTorch before {region.output.name!r}"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)
     return None
 
 
-def changes_mode(node: Node) -> bool:
-    """Whether a node switches grad mode, autocast or the like."""
-    return getattr(node.target, "__name__", "") in _MODE_SWITCHES
-
-
-def mutation(region: Region, order: dict[Node, int]) -> Obstacle | None:
+def mutation(region: Region, order: Order) -> Obstacle | None:
     """An in-place write to anything the region reads or computes, while it is being computed."""
     inside = set(region.nodes)
-    first = min(order[node] for node in region.nodes)
-    last = order[region.output]
+    first, last = _span(region, order)
     behind_views = [node for node in region.reads if node not in region.inputs.values()]
-    for node in order:
-        if order[node] >= last or node in inside:
+    for node in order.writers:
+        if order.position[node] >= last or node in inside:
             continue
         # Views of weights and tables were made before the region's first node: what is behind them is read later now.
-        watched = (*region.reads, *region.nodes) if order[node] > first else behind_views
+        watched = (*region.reads, *region.nodes) if order.position[node] > first else behind_views
         for written in mutated_arguments(node):
             if written in watched:
                 return Obstacle(RefusalReason.MUTATED, f"{node.name!r} overwrites {written.name!r} before it is read")
@@ -103,6 +89,11 @@ def mutation(region: Region, order: dict[Node, int]) -> Obstacle | None:
                 sentence = f"{node.name!r} overwrites {written.name!r}, which shares memory with {alias.name!r}"
                 return Obstacle(RefusalReason.ALIASED, sentence)
     return None
+
+
+def _span(region: Region, order: Order) -> tuple[int, int]:
+    """Positions of the region's first node and of its result."""
+    return min(order.position[node] for node in region.nodes), order.position[region.output]
 
 
 def _alias_among(watched: Sequence[Node], written: Node) -> Node | None:

@@ -128,6 +128,8 @@ _SIGNATURES = {
     "diff": "input n dim prepend append",
 }
 
+_ARGUMENT_NAMES = {op: signature.split() for op, signature in _SIGNATURES.items()}
+
 _ALIASES = {
     "mm": "matmul",
     "__matmul__": "matmul",
@@ -216,7 +218,7 @@ def read(node: object) -> Call | None:
     op = _operation(node)
     if op is None:
         return None
-    arguments = _bind(_SIGNATURES[op].split(), node)
+    arguments = _bind(_ARGUMENT_NAMES[op], node)
     return None if arguments is None else Call(op, arguments)
 
 

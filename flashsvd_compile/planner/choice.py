@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import lru_cache
 
 import sympy
 
@@ -14,6 +15,10 @@ NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
 SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
+
+
+remembered = lru_cache(maxsize=256)
+"""The layers of a model have one shape, which is planned once. A plan depends on nothing but its arguments."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,7 @@ class Plan:
     candidates: tuple[Candidate, ...]
 
 
+@remembered
 def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     """Fused where the accumulators fit on chip, else streamed, merged or kept."""
     device = device_of(shape.device)
@@ -89,6 +95,7 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     return _choice(shape, offered, time.mlp_kept(shape, device), before, options)
 
 
+@remembered
 def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     """Streamed, a few items or heads lifted out of rank space at a time; or merged, or kept."""
     device = device_of(shape.device)
@@ -109,6 +116,7 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     return _choice(shape, offered, time.attention_kept(shape, device), before, options)
 
 
+@remembered
 def plan_linear(shape: LinearShape, options: Options) -> Plan:
     """Streamed; merged where multiplying the factors pays off for this many rows; or kept."""
     device = device_of(shape.device)

@@ -1,7 +1,7 @@
 """What the planner is told about a region: sizes only, in the graph's own symbols."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import sympy
 
@@ -17,7 +17,7 @@ def is_bound_by_launches(rows: sympy.Basic) -> bool:
 
 @dataclass(frozen=True)
 class RegionShape:
-    """Sizes that every region has.
+    """Sizes that every region has. Hashable, so that plans can be remembered; dictionaries are compared, not hashed.
 
     Attributes:
         ranks: rank of each projection by role, ``None`` for a dense one.
@@ -28,12 +28,12 @@ class RegionShape:
         hints: sizes that the symbols had when the graph was traced. A choice is made for these and holds for all.
     """
 
-    ranks: dict[str, int | None]
-    features: dict[str, int]
+    ranks: dict[str, int | None] = field(hash=False)
+    features: dict[str, int] = field(hash=False)
     in_features: sympy.Expr
     itemsize: int
     device: str
-    hints: Mapping[sympy.Symbol, int]
+    hints: Mapping[sympy.Symbol, int] = field(hash=False)
 
     @property
     def input_elements(self) -> sympy.Expr:

@@ -160,3 +160,10 @@ def test_no_choice_is_predicted_slower_or_larger_than_keeping(device, rank, rows
         chosen = next(c for c in plan.candidates if (c.strategy, c.workspace) == (plan.strategy, plan.workspace))
         assert shape.at_hints(chosen.seconds) <= 1.09 * shape.at_hints(kept.seconds)
         assert plan.strategy == Strategy.MERGED or shape.at_hints(chosen.transient) <= shape.at_hints(kept.transient)
+
+
+def test_equal_sizes_are_planned_once_but_for_each_hint():
+    hints = [{ROWS: 64}, {ROWS: 65536}, {ROWS: 64}]
+    few, many, again = (plan_mlp(mlp(ROWS, 192, hints=hint), AUTO) for hint in hints)
+    assert again is few
+    assert many.reason != few.reason
