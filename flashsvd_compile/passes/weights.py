@@ -105,7 +105,9 @@ class Weight:
         if isinstance(self.target, Node):
             return self.target
         if id(self) not in built:
-            parts = tree_map(lambda part: part.build(graph, built) if isinstance(part, Weight) else part, self.arguments)
+            parts = tree_map(
+                lambda part: part.build(graph, built) if isinstance(part, Weight) else part, self.arguments
+            )
             built[id(self)] = emit(graph, self.target, *parts)
         return built[id(self)]
 
