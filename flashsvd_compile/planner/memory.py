@@ -75,10 +75,14 @@ def attention_as_written(shape: AttentionShape) -> sympy.Expr:
 
 
 def attention_streamed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The workspace; where the output projection changes the width, it holds the heads too, at least of one item."""
+    """The workspace; where the output projection changes the width, it holds the heads too, at least those of one item
+    and one head of keys and values.
+    """
     if heads_in_place(shape):
         return workspace_bytes
-    return sympy.Max(workspace_bytes, shape.itemsize * shape.q_len * heads_width(shape))
+    one_head = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
+    least = shape.q_len * heads_width(shape) + shape.kv_len * one_head
+    return sympy.Max(workspace_bytes, shape.itemsize * least)
 
 
 def attention_absorbed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
