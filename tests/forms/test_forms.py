@@ -120,5 +120,5 @@ def test_factors_of_each_head_stay_factors_where_scores_are_taken_in_rank_space(
         ["attention"] * LAYERS
     )
     model.load_state_dict({key: value.flip(0) for key, value in model.state_dict().items()})
-    assert_as_right_as_unfused(model, compiled, **inputs(length=12))
+    assert_as_right_as_unfused(model, compiled, **inputs(batch=10, length=12))
     assert fsvd.last_report() is report, "a recompilation"
