@@ -139,13 +139,13 @@ def _stays(latent: _Latent) -> Projection[Weight]:
 def _into_queries(q: Projection[Weight], up: Weight) -> Projection[Weight]:
     """``up[head of keys].T @ q[head]``."""
     heads, dim, _ = up.shape
-    weight, bias = (part and Weight.call("unflatten", part, 0, (heads, -1, dim)) for part in (q.up, q.up_bias))
-    weight = Weight.call("flatten", Weight.call(torch.einsum, "kdr,kgdi->kgri", up, weight), 0, 2)
-    return q._replace(up=weight, up_bias=bias and Weight.call("flatten", _einsum_of_bias(up, bias)))
 
+    def absorbed(part: Weight, equation: str) -> Weight:
+        of_heads = Weight.call("unflatten", part, 0, (heads, -1, dim))
+        return Weight.call("flatten", Weight.call(torch.einsum, equation, up, of_heads), 0, 2)
 
-def _einsum_of_bias(up: Weight, bias: Weight) -> Weight:
-    return Weight.call(torch.einsum, "kdr,kgd->kgr", up, bias)
+    weight = absorbed(q.up, "kdr,kgdi->kgri")
+    return q._replace(up=weight, up_bias=q.up_bias and absorbed(q.up_bias, "kdr,kgd->kgr"))
 
 
 def _into_output(out: Projection[Weight], up: Weight) -> Projection[Weight]:

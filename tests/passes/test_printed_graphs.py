@@ -150,7 +150,7 @@ def forward(self, x, q, qb, kd, ku, kb, vd, vu, vb, out):
     flatten_1 = einsum_4.flatten(0, 2)
     unflatten_3 = qb.unflatten(0, (4, -1, 8))
     einsum_5 = torch.functional.einsum('kdr,kgd->kgr', pad, unflatten_3)
-    flatten_2 = einsum_5.flatten()
+    flatten_2 = einsum_5.flatten(0, 2)
     transpose_3 = kd.transpose(1, 2)
     pad_1 = torch.nn.functional.pad(transpose_3, (0, 0, 0, 3))
     flatten_3 = pad_1.flatten(0, 1)
