@@ -102,7 +102,8 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     attn = attn.merged() if strategy == Strategy.MERGED else attn
     if attention_gpu.supported(x, attn):
         return attention_gpu.streamed(x, context, attn, workspace_bytes)
-    return streamed(x, context, attn, workspace_bytes, core=sdpa_core)
+    core = attention_gpu.kernel_core if attention_gpu.attends(x, attn) else sdpa_core
+    return streamed(x, context, attn, workspace_bytes, core=core)
 
 
 class Chunking(NamedTuple):

@@ -33,11 +33,30 @@ Lift = Callable[[int, int], tuple[Tensor, Tensor]]
 
 
 def supported(x: Tensor, attn: Attention) -> bool:
-    """Whether our own kernels compute the region: no mask, documents, norm or cap, one size of heads, scale > 0."""
-    in_place = attn.queries_in_place and attn.heads_in_place and x.numel() > 0
+    """Whether :func:`streamed` computes the region: what the kernel attends to, heads of the result's width."""
+    return attn.queries_in_place and attn.heads_in_place and attends(x, attn)
+
+
+def attends(x: Tensor, attn: Attention) -> bool:
+    """Whether our own kernel attends: no mask, documents, norm or cap, a head that it has tiles for, scale > 0."""
     unmasked = attn.mask is None and attn.documents is None
-    plain = unmasked and not attn.normed and not attn.softcap and attn.scale > 0
-    return in_place and plain and attention_kernel.supported(attn.head_dim, attn.value_dim, x.dtype, x.device)
+    plain = unmasked and not attn.normed and not attn.softcap and attn.scale > 0 and x.numel() > 0
+    return plain and attention_kernel.supported(attn.head_dim, attn.value_dim, x.dtype, x.device)
+
+
+def kernel_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
+    """A :data:`~.sdpa.Core` by our own kernel, for regions that :func:`attends` accepts."""
+    attention_kernel.attention(
+        q,
+        k,
+        v,
+        out,
+        key_padding=attn.key_padding,
+        bounds=None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding),
+        scale=attn.scale,
+        window_left=attn.window_left,
+        window_right=attn.window_right,
+    )
 
 
 def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> Tensor:

@@ -11,7 +11,7 @@ After::
     y = flashsvd.attention_v3(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
 The output projection joins in when the heads go nowhere else. Between projection and scores queries and keys may be
-normalised, then rotated, then scaled.
+normalised, then rotated, then scaled; where they are neither of the first two, ``absorbed.py`` has another form.
 """
 
 from functools import partial
@@ -22,8 +22,9 @@ from torch.fx import Node
 
 from .. import ops
 from ..ops.norm import argument_names
-from ..planner import AttentionShape, plan_attention
+from ..planner import AttentionShape, RankSpace, plan_attention
 from ..report import RefusalReason
+from .absorbed import absorb, rank_space
 from .affine import Affine, read_affine
 from .axes import extent, named
 from .concatenation import read_merges, read_out
@@ -103,6 +104,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     constants = _constants(core, q, k, read_mask)
     if isinstance(constants, Obstacle):
         return constants
+    space = rank_space(q, k, v, out)
     return Region(
         kind="attention",
         operator=ops.attention,
@@ -110,8 +112,9 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
         members=members,
         constants=constants,
         nodes=tuple(dict.fromkeys(nodes)),
-        plan=partial(plan_attention, _shape(q, k, members, _is_masked(constants))),
+        plan=partial(plan_attention, _shape(q, k, members, _is_masked(constants), space)),
         output=output,
+        absorb=partial(absorb, space) if isinstance(space, RankSpace) else None,
     )
 
 
@@ -176,7 +179,7 @@ def _is_masked(constants: dict[str, Any]) -> bool:
     return not {"key_padding", "mask"}.isdisjoint(constants)
 
 
-def _shape(q: Member, k: Member, members: dict[str, Factored], masked: bool) -> AttentionShape:
+def _shape(q: Member, k: Member, members: dict[str, Factored], masked: bool, space: RankSpace | str) -> AttentionShape:
     queries, keys = shape_of(q.factored.source), shape_of(k.factored.source)
     assert queries is not None
     assert keys is not None
@@ -188,6 +191,7 @@ def _shape(q: Member, k: Member, members: dict[str, Factored], masked: bool) -> 
         num_heads=q.heads,
         num_kv_heads=k.heads,
         masked=masked,
+        rank_space=space,
     )
 
 

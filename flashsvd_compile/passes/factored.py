@@ -10,6 +10,18 @@ from .axes import Dim
 from .weights import Weight
 
 
+class HeadFactors(NamedTuple):
+    """Factors of each head's own: ``y[:, head] = x @ down[head] @ up[head]``.
+
+    Attributes:
+        down: ``[heads, in_features, rank]``.
+        up: ``[heads, rank, dim]``.
+    """
+
+    down: Weight
+    up: Weight
+
+
 class Factored(NamedTuple):
     """A projection as it stands in the graph.
 
@@ -18,12 +30,14 @@ class Factored(NamedTuple):
         projection: its factors; ``down`` is ``None`` for a dense one.
         nodes: the nodes between ``source`` and the result, the result last.
         rank: rank of the map, also where its factors are not two matrices; ``None`` when it is full.
+        of_heads: the factors that ``projection`` is the product of, where each head has its own.
     """
 
     source: Node
     projection: Projection[Weight]
     nodes: tuple[Node, ...]
     rank: int | None = None
+    of_heads: HeadFactors | None = None
 
     def rows(self, features: Dim) -> "Factored":
         """The projection of only those output features that a layout selects, in its order."""

@@ -4,7 +4,8 @@
     y = einsum("bhmr,hrd->bhmd", h, up)
 
 As two matrices they would be ``down`` of all heads and a block-diagonal ``up``, mostly zeros. Instead they are
-multiplied out to one dense matrix, on the weights' side and inside the graph: one small product a head.
+multiplied out to one dense matrix, on the weights' side and inside the graph: one small product a head. The factors are
+remembered for what can be computed in their rank space.
 """
 
 from typing import NamedTuple
@@ -12,7 +13,7 @@ from typing import NamedTuple
 from torch.fx import Node
 
 from ..ops.projection import Projection
-from .factored import Factored
+from .factored import Factored, HeadFactors
 from .values import shape_of, tensor_of
 from .views import Regroup, read_view
 from .vocabulary import read
@@ -58,7 +59,8 @@ def read_per_head(node: Node) -> PerHead | None:
     if rank >= min(inner.weight.shape[1], outer.weight.shape[2]):
         return None
     whole = Weight.call("matmul", inner.weight, outer.weight)
-    return _dense(outer._replace(source=inner.source), whole, rank, inner.nodes + outer.nodes)
+    found = _dense(outer._replace(source=inner.source), whole, rank, inner.nodes + outer.nodes)
+    return found._replace(factored=found.factored._replace(of_heads=HeadFactors(inner.weight, outer.weight)))
 
 
 def _dense(outer: _Stage, weight: Weight, rank: int | None, nodes: tuple[Node, ...]) -> PerHead:

@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch.fx.node import map_arg
 
 from ..ops import norm
 from ..ops.projection import argument_names
-from ..options import Options
+from ..options import Options, Strategy
 from ..planner import Plan, Workspace
 from ..report import FULL_RANK, Match
 from .emit import emit
@@ -51,6 +51,7 @@ class Region:
         nodes: everything the operator computes.
         plan: asks the planner for a strategy.
         output: the one of the nodes that is the result.
+        absorb: makes the region that the strategy ``absorbed`` stands for, or ``None`` where it has no such form.
     """
 
     kind: str
@@ -61,6 +62,7 @@ class Region:
     nodes: tuple[Node, ...]
     plan: Callable[[Options], Plan]
     output: Node
+    absorb: Callable[["Region"], "Region"] | None = None
 
     @property
     def weights(self) -> list[Weight]:
@@ -77,11 +79,14 @@ class Region:
 
     def emit(self, graph: Graph, plan: Plan) -> Node:
         """Write the operator call at the graph's insertion point; its rows flattened if the result's rows are."""
+        if plan.strategy == Strategy.ABSORBED and self.absorb is not None:
+            return replace(self.absorb(self), absorb=None).emit(graph, plan)
         arguments: dict[str, Any] = dict(self.inputs)
+        built: dict[int, Node] = {}
         for role, member in self.members.items():
             for name, weight in zip(argument_names(role), member.projection, strict=True):
                 if weight is not None:
-                    arguments[name] = weight.build(graph)
+                    arguments[name] = weight.build(graph, built)
         for name, value in self.constants.items():
             arguments[name] = value.build(graph) if isinstance(value, Deferred) else value
         arguments |= {name: self._cast(graph, value) for name, value in arguments.items() if name not in WIDER}

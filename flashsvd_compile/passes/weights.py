@@ -96,12 +96,20 @@ class Weight:
                 parts = Weight.call("narrow", parts, position, int(axis.start), _count(axis.inner))
         return Weight.call("flatten", parts, 0, len(features) - 1)
 
-    def build(self, graph: Graph) -> Node:
-        """The graph node of this weight, made at the graph's insertion point."""
+    def build(self, graph: Graph, built: dict[int, Node]) -> Node:
+        """The graph node of this weight, made at the graph's insertion point.
+
+        Args:
+            built: by identity, the nodes of weights that were made there before; what several share is made once.
+        """
         if isinstance(self.target, Node):
             return self.target
-        arguments = tree_map(lambda part: part.build(graph) if isinstance(part, Weight) else part, self.arguments)
-        return emit(graph, self.target, *arguments)
+        if id(self) not in built:
+            parts = tree_map(
+                lambda part: part.build(graph, built) if isinstance(part, Weight) else part, self.arguments
+            )
+            built[id(self)] = emit(graph, self.target, *parts)
+        return built[id(self)]
 
 
 def _count(dim: Dim) -> int:

@@ -1,7 +1,7 @@
 """Shapes in, strategy out. Knows no graph and no kernel."""
 
 from .choice import Candidate, Plan, Workspace, plan_attention, plan_linear, plan_mlp
-from .shapes import AttentionShape, LinearShape, MlpShape, is_bound_by_launches
+from .shapes import AttentionShape, LinearShape, MlpShape, RankSpace, is_bound_by_launches
 
 __all__ = [
     "AttentionShape",
@@ -9,6 +9,7 @@ __all__ = [
     "LinearShape",
     "MlpShape",
     "Plan",
+    "RankSpace",
     "Workspace",
     "is_bound_by_launches",
     "plan_attention",

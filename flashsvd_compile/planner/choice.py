@@ -1,15 +1,17 @@
 """The strategy for a region: the fastest, and of equally fast ones the one with the least memory."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from types import MappingProxyType
 
 import sympy
 
 from ..options import AUTO, Options, Strategy
 from . import memory, time
 from .device import Device, device_of
-from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
+from .shapes import AttentionShape, LinearShape, MlpShape, RankSpace, RegionShape
 
 NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
@@ -97,7 +99,7 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
 
 @remembered
 def plan_attention(shape: AttentionShape, options: Options) -> Plan:
-    """Streamed, a few items or heads lifted out of rank space at a time; or merged, or kept."""
+    """Streamed, a few items or heads lifted out of rank space at a time; or left in rank space, or merged, or kept."""
     device = device_of(shape.device)
     before = memory.attention_as_written(shape)
     dearer = _dearer(shape, {"out": memory.heads_width(shape)})
@@ -113,7 +115,15 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
         if dearer:
             seconds = time.attention_merged(shape, device, bound)
             offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
-    return _choice(shape, offered, time.attention_kept(shape, device), before, options)
+    kept = time.attention_kept(shape, device)
+    if not isinstance(shape.rank_space, RankSpace):
+        return _choice(shape, offered, kept, before, options, {Strategy.ABSORBED: shape.rank_space})
+    for workspace in workspaces:
+        bound = workspace.bytes_for(shape.input_elements)
+        seconds, needed = time.attention_absorbed(shape, device, bound), memory.attention_absorbed(shape, bound)
+        how = f"scores and values are taken in rank space, heads of {shape.rank_space.head_dim}"
+        offered.append(Candidate(Strategy.ABSORBED, workspace, seconds, needed, how))
+    return _choice(shape, offered, kept, before, options)
 
 
 @remembered
@@ -144,13 +154,19 @@ def _merging(dearer: list[str]) -> str:
 
 
 def _choice(
-    shape: RegionShape, offered: list[Candidate], seconds: sympy.Expr, before: sympy.Expr, options: Options
+    shape: RegionShape,
+    offered: list[Candidate],
+    seconds: sympy.Expr,
+    before: sympy.Expr,
+    options: Options,
+    obstacles: Mapping[Strategy, str] = MappingProxyType({}),
 ) -> Plan:
     """The user's candidate where there is one of that name, else the planner's.
 
     Args:
         offered: everything but keeping the region.
         seconds, before: time and transient memory of the region as written.
+        obstacles: why a strategy is not among those offered.
     """
     kept = Candidate(Strategy.KEPT, Workspace(0), seconds, before, "the model's own operations stay")
     candidates = (*offered, kept)
@@ -162,7 +178,8 @@ def _choice(
         chosen = _best(shape, candidates, options.memory_budget)
         reason = f"{chosen.how}; {_comparison(shape, chosen, kept)}"
         if forced is not None:
-            reason += f"; {forced!s} is not offered here"
+            obstacle = obstacles.get(forced)
+            reason += f"; {forced!s} is not offered here" + (f": {obstacle}" if obstacle else "")
     return Plan(chosen.strategy, chosen.workspace, reason, kept.transient, chosen.transient, candidates)
 
 

@@ -38,6 +38,10 @@ class Device:
     long_step_rank: int = 0
     full_rows: int = 0
 
+    def head_size(self, features: int) -> int:
+        """Features that attention computes for a head: on a GPU tiles are powers of two, of at least 16."""
+        return max(16, 1 << (features - 1).bit_length()) if self.grows else features
+
 
 # GPUs: measured (benchmarks/NOTES.md, benchmarks/results); float32 without tf32. CPU: two cores with AVX-512. Only the
 # proportions matter to a choice, and they differ little between chips of a kind.

@@ -75,15 +75,34 @@ def attention_as_written(shape: AttentionShape) -> sympy.Expr:
 
 
 def attention_streamed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The workspace; queries, heads and result share one memory unless the output projection changes the width."""
-    out = shape.features.get("out", heads_width(shape))
-    merged = 0 if out == heads_width(shape) else shape.batch * shape.q_len * heads_width(shape)
-    return workspace_bytes + shape.itemsize * merged
+    """The workspace; where the output projection changes the width, it holds the heads too, at least those of one item
+    and one head of keys and values.
+    """
+    if heads_in_place(shape):
+        return workspace_bytes
+    one_head = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
+    least = shape.q_len * heads_width(shape) + shape.kv_len * one_head
+    return sympy.Max(workspace_bytes, shape.itemsize * least)
+
+
+def attention_absorbed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The absorbed form's workspace and its weights."""
+    absorbed = shape.absorbed
+    transient = sympy.Min(attention_streamed(absorbed, workspace_bytes), attention_as_written(absorbed))
+    elements = (shape.latent("q") or shape.in_features) * absorbed.features["q"]
+    elements += (shape.latent("out") or shape.features["out"]) * heads_width(absorbed)
+    elements += shape.in_features * (absorbed.features["k"] + absorbed.features["v"])
+    return transient + shape.itemsize * elements
 
 
 def keys_and_values(shape: AttentionShape) -> sympy.Expr:
     """Keys and values out of rank space, which pass through the workspace."""
     return shape.itemsize * shape.batch * shape.kv_len * (shape.features["k"] + shape.features["v"])
+
+
+def heads_in_place(shape: AttentionShape) -> bool:
+    """Whether queries, heads and result share one memory."""
+    return shape.features.get("out", heads_width(shape)) == heads_width(shape)
 
 
 def heads_width(shape: AttentionShape) -> int:

@@ -1,7 +1,7 @@
 """What the planner is told about a region: sizes only, in the graph's own symbols."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import sympy
 
@@ -83,11 +83,25 @@ class MlpShape(RegionShape):
 
 
 @dataclass(frozen=True)
+class RankSpace:
+    """Heads of an attention whose scores and values are taken in rank space.
+
+    Attributes:
+        head_dim: size of a head there, of queries, keys and values alike.
+        num_kv_heads: heads of keys and values; 1 where all heads share one rank space.
+    """
+
+    head_dim: int
+    num_kv_heads: int
+
+
+@dataclass(frozen=True)
 class AttentionShape(RegionShape):
     """Attention of ``num_heads`` heads over ``batch`` items.
 
     Attributes:
         masked: padding or an arbitrary mask hides some of the keys.
+        rank_space: the heads of the absorbed form, or why there is none.
     """
 
     batch: sympy.Expr
@@ -96,6 +110,21 @@ class AttentionShape(RegionShape):
     num_heads: int
     num_kv_heads: int
     masked: bool = False
+    rank_space: RankSpace | str = "the factors are not known"
+
+    @property
+    def absorbed(self) -> "AttentionShape":
+        """The region that takes scores and values in rank space: wider or narrower heads, dense keys and values."""
+        space = self.rank_space
+        assert isinstance(space, RankSpace)
+        queries, keys = self.num_heads * space.head_dim, space.num_kv_heads * space.head_dim
+        return replace(
+            self,
+            ranks=self.ranks | {"k": None, "v": None},
+            features=self.features | {"q": queries, "k": keys, "v": keys},
+            num_kv_heads=space.num_kv_heads,
+            rank_space="it is absorbed already",
+        )
 
     @property
     def input_elements(self) -> sympy.Expr:

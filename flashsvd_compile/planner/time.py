@@ -18,6 +18,12 @@ MASKED_ATTENTION = 1.55
 
 CHUNKED_PROJECTIONS = 1.12
 """Factor on the projections' time where they come in chunks and their rank is high (H100, 256 to 384)."""
+UNEVEN_HEADS = 2
+"""Factor on attention to heads that a GPU must round up, as it reads them without descriptors: 1.5 measured for 12 key
+heads of 40 or 48, 2.6 and 3.5 for one of 40 or 72 (H100, 32x512)."""
+ABSORBING_OPERATIONS = 8
+"""On the weights' side of an absorbed region: two products, the others cut, pad and reorder factors (as Inductor fuses
+them; of those with a bias for keys and values)."""
 
 
 def linear_kept(shape: LinearShape, device: Device) -> sympy.Expr:
@@ -88,6 +94,19 @@ def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sym
     return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
 
 
+def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The region in rank space, and for each head the two products of weights that take it there."""
+    absorbed = shape.absorbed
+    width, head_dim = absorbed.features["q"] // shape.num_heads, shape.features["q"] // shape.num_heads
+    value_dim = shape.features["v"] // shape.num_kv_heads
+    products = _product(shape, device, width, head_dim, shape.latent("q") or shape.in_features)
+    products += _product(shape, device, shape.latent("out") or shape.features["out"], value_dim, width)
+    absorbing = shape.num_heads * products + ABSORBING_OPERATIONS * device.launch_seconds
+    if width != device.head_size(width):
+        absorbing += (UNEVEN_HEADS - 1) * _core(absorbed, device)
+    return attention_streamed(absorbed, device, workspace_bytes) + absorbing
+
+
 def _operations(shape: RegionShape) -> int:
     """Products that the projections take as written."""
     return sum(1 if rank is None else 2 for rank in shape.ranks.values())
@@ -136,7 +155,8 @@ def _attention_projections(shape: AttentionShape, device: Device, projection) ->
 
 
 def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
-    width = shape.features["q"] + memory.heads_width(shape)
+    sizes = shape.features["q"] // shape.num_heads, shape.features["v"] // shape.num_kv_heads
+    width = shape.num_heads * sum(map(device.head_size, sizes))
     flops = 2 * shape.batch * shape.q_len * shape.kv_len * width
     traffic = memory.attention_as_written(shape)
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
@@ -149,7 +169,14 @@ def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
 
 
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
-    """Queries and output once, then chunks of keys and values: two operations where rank space stays on chip."""
+    """Queries and output once, then chunks of keys and values; all a chunk where heads pass too.
+
+    A chunk is two operations where rank space stays on chip.
+    """
+    if not memory.heads_in_place(shape):
+        heads = shape.itemsize * shape.batch * shape.q_len * memory.heads_width(shape)
+        chunks = sympy.Max(1, (heads + memory.keys_and_values(shape)) / workspace_bytes)
+        return device.launch_seconds * (1 + _operations(shape)) * chunks
     once = 2 if "out" in shape.ranks else 1
     chunk = 2 * device.launch_seconds
     if not lifts_on_chip(shape, device):

@@ -105,3 +105,20 @@ def test_the_attention_of_mla_is_refused_by_name_and_its_latent_stays(name):
     model(**arguments)
     for latent, attention in zip(kept, attentions, strict=True):
         torch.testing.assert_close(latent, attention.cache)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("name", ["FlashSVD, einsum", "FlashSVD, matmul"])
+def test_factors_of_each_head_stay_factors_where_scores_are_taken_in_rank_space(name, inner):
+    """Of any length, and with the weights of another checkpoint."""
+    model = made(name)
+    options = {"inner": inner, "strategy": "absorbed"}
+    compiled = torch.compile(model, backend="flashsvd", options=options, dynamic=True, fullgraph=True)
+    assert_as_right_as_unfused(model, compiled, **inputs())
+    report = fsvd.last_report()
+    assert report is not None and [match.kind for match in report.matches if match.strategy == "absorbed"] == (
+        ["attention"] * LAYERS
+    )
+    model.load_state_dict({key: value.flip(0) for key, value in model.state_dict().items()})
+    assert_as_right_as_unfused(model, compiled, **inputs(batch=10, length=12))
+    assert fsvd.last_report() is report, "a recompilation"

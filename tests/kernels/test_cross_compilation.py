@@ -22,7 +22,7 @@ from .cross import GPUS, TENSOR_MEMORY, Usage, compiling_for, usage_of
 HALF, SINGLE = torch.bfloat16, torch.float32
 DEVICE = torch.device("cpu")
 RANKS = (96, 192, 256, 304, 384)
-HEADS = (64, 80, 96, 128, 256)
+HEADS = (40, 48, 64, 80, 96, 128, 256)
 WINDOWS = {"plain": (-1, -1), "causal": (-1, 0), "window": (128, 0)}
 
 

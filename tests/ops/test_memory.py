@@ -80,6 +80,15 @@ ATTENTIONS = {
     "capped in half precision": {"softcap": 2.0, "num_kv_heads": 2, "dtype": torch.bfloat16, "batch": 4},
     "dense output": {"ranks": (64, 32, 32, None)},
     "dense inputs": {"ranks": (None, None, None, 64)},
+    "output of another width": {"out_features": 320, "batch": 8, "q_len": 512},
+    "absorbed": {
+        "ranks": (64, None, None, 64),
+        "num_kv_heads": 1,
+        "head_dim": 40,
+        "strategy": "absorbed",
+        "batch": 8,
+        "q_len": 512,
+    },
 }
 
 

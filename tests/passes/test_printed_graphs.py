@@ -123,6 +123,90 @@ def forward(self, x, mask, q_down, q_up, k_down, k_up, v, out_down, out_up):
     return attention""",
         )
 
+    def test_absorbed_attention_of_factors_of_each_head(self):
+        def function(x, q, qb, kd, ku, kb, vd, vu, vb, out):
+            k, v = (
+                torch.einsum("bhmr,hrd->bhmd", torch.einsum("bmd,hdr->bhmr", x, down), up) + bias
+                for down, up, bias in ((kd, ku, kb), (vd, vu, vb))
+            )
+            heads = scaled_dot_product_attention(linear(x, q, qb).unflatten(-1, (4, 8)).transpose(1, 2), k, v)
+            return linear(heads.transpose(1, 2).flatten(2), out)
+
+        factors = tensor(4, 32, 5), tensor(4, 5, 8), tensor(1, 4, 1, 8)
+        weights = tensor(32, 32), tensor(32), *factors, *factors, tensor(32, 32)
+        code = rewritten_with(function, X, *weights, memory_budget=1 << 20, strategy="absorbed").code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, q, qb, kd, ku, kb, vd, vu, vb, out):
+    transpose_2 = ku.transpose(1, 2)
+    reshape = kb.reshape((-1,))
+    unflatten_1 = reshape.unflatten(0, (4, -1))
+    unsqueeze = unflatten_1.unsqueeze(2)
+    cat = torch.cat((transpose_2, unsqueeze), 2)
+    pad = torch.nn.functional.pad(cat, (0, 2))
+    unflatten_2 = q.unflatten(0, (4, -1, 8))
+    einsum_4 = torch.functional.einsum('kdr,kgdi->kgri', pad, unflatten_2)
+    flatten_1 = einsum_4.flatten(0, 2)
+    unflatten_3 = qb.unflatten(0, (4, -1, 8))
+    einsum_5 = torch.functional.einsum('kdr,kgd->kgr', pad, unflatten_3)
+    flatten_2 = einsum_5.flatten(0, 2)
+    transpose_3 = kd.transpose(1, 2)
+    pad_1 = torch.nn.functional.pad(transpose_3, (0, 0, 0, 3))
+    flatten_3 = pad_1.flatten(0, 1)
+    new_zeros = transpose_3.new_zeros((4, 5))
+    pad_2 = torch.nn.functional.pad(new_zeros, (0, 1), 'constant', 1.0)
+    pad_3 = torch.nn.functional.pad(pad_2, (0, 2))
+    flatten_4 = pad_3.flatten()
+    transpose_4 = vd.transpose(1, 2)
+    pad_4 = torch.nn.functional.pad(transpose_4, (0, 0, 0, 3))
+    flatten_5 = pad_4.flatten(0, 1)
+    new_zeros_1 = transpose_4.new_zeros((4, 5))
+    pad_5 = torch.nn.functional.pad(new_zeros_1, (0, 1), 'constant', 1.0)
+    pad_6 = torch.nn.functional.pad(pad_5, (0, 2))
+    flatten_6 = pad_6.flatten()
+    unflatten_4 = out.unflatten(1, (4, -1, 8))
+    transpose_5 = vu.transpose(1, 2)
+    reshape_1 = vb.reshape((-1,))
+    unflatten_5 = reshape_1.unflatten(0, (4, -1))
+    unsqueeze_1 = unflatten_5.unsqueeze(2)
+    cat_1 = torch.cat((transpose_5, unsqueeze_1), 2)
+    pad_7 = torch.nn.functional.pad(cat_1, (0, 2))
+    einsum_6 = torch.functional.einsum('okgd,kdr->okgr', unflatten_4, pad_7)
+    flatten_7 = einsum_6.flatten(1)
+    attention = torch.ops.flashsvd.attention_v3.default(x = x, q_up = flatten_1, q_up_bias = flatten_2, k_up = flatten_3, k_up_bias = flatten_4, v_up = flatten_5, v_up_bias = flatten_6, out_up = flatten_7, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, strategy = 'absorbed', workspace_bytes = 1048576)
+    return attention""",
+        )
+
+    def test_absorbed_attention_of_factors_of_all_heads(self):
+        def function(x, qd, qu, kd, ku, vd, vu, od, ou):
+            parts = low_rank(x, qd, qu), low_rank(x, kd, ku), low_rank(x, vd, vu)
+            q, k, v = (part.unflatten(-1, (4, 8)).transpose(1, 2) for part in parts)
+            heads = scaled_dot_product_attention(q, k, v, is_causal=True)
+            return low_rank(heads.transpose(1, 2).flatten(2), od, ou)
+
+        weights = [tensor(8, 32), tensor(32, 8)] * 4
+        code = rewritten_with(function, X, *weights, memory_budget=1 << 20, strategy="absorbed").code
+        self.assertExpectedInline(
+            code,
+            """\
+def forward(self, x, qd, qu, kd, ku, vd, vu, od, ou):
+    unflatten_3 = ku.unflatten(0, (4, -1))
+    unflatten_4 = qu.unflatten(0, (4, -1, 8))
+    einsum = torch.functional.einsum('kdr,kgdi->kgri', unflatten_3, unflatten_4)
+    flatten_1 = einsum.flatten(0, 2)
+    unsqueeze = kd.unsqueeze(0)
+    flatten_2 = unsqueeze.flatten(0, 1)
+    unsqueeze_1 = vd.unsqueeze(0)
+    flatten_3 = unsqueeze_1.flatten(0, 1)
+    unflatten_5 = od.unflatten(1, (4, -1, 8))
+    unflatten_6 = vu.unflatten(0, (4, -1))
+    einsum_1 = torch.functional.einsum('okgd,kdr->okgr', unflatten_5, unflatten_6)
+    flatten_4 = einsum_1.flatten(1)
+    attention = torch.ops.flashsvd.attention_v3.default(x = x, q_down = qd, q_up = flatten_1, k_up = flatten_2, v_up = flatten_3, out_down = flatten_4, out_up = ou, num_heads = 4, scale = 0.35355339059327373, window_right = 0, strategy = 'absorbed', workspace_bytes = 1048576)
+    return attention""",
+        )
+
     def test_attention_with_packed_projections_and_rotation(self):
         def function(x, cos, sin, down, up):
             def rotate(y):

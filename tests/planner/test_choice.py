@@ -12,6 +12,7 @@ from flashsvd_compile.planner import (
     Candidate,
     LinearShape,
     MlpShape,
+    RankSpace,
     memory,
     plan_attention,
     plan_linear,
@@ -167,3 +168,89 @@ def test_equal_sizes_are_planned_once_but_for_each_hint():
     few, many, again = (plan_mlp(mlp(ROWS, 192, hints=hint), AUTO) for hint in hints)
     assert again is few
     assert many.reason != few.reason
+
+
+def in_rank_space(
+    batch: int, q_len: int, kv_len: int, rank: int, kv_heads: int = 1, device: str = "cpu", **how
+) -> AttentionShape:
+    """12 heads of 64 that could be of that rank; with a head of keys each, the factors are of the heads, too."""
+    shape = attention(batch, kv_len, rank, device, **how)
+    dense: dict[str, int | None] = dict.fromkeys(("q", "k", "v", "out")) if kv_heads > 1 else {}
+    ranks, space = shape.ranks | dense, RankSpace(-(-rank // 8) * 8, kv_heads)
+    return replace(shape, q_len=sympy.Integer(q_len), ranks=ranks, rank_space=space)
+
+
+def seconds_of(plan, strategy: Strategy, shape: AttentionShape) -> float:
+    return min(shape.at_hints(c.seconds) for c in plan.candidates if c.strategy == strategy)
+
+
+@pytest.mark.parametrize(("device", "itemsize"), [("cpu", 4), ("H100", 2)])
+def test_a_rank_space_smaller_than_heads_is_not_left(device, itemsize):
+    """It saves the lifting of keys and values, and half of the scores' work."""
+    plan = plan_attention(in_rank_space(32, 512, 512, 32, device=device, itemsize=itemsize), AUTO)
+    assert plan.strategy == Strategy.ABSORBED
+    assert "scores and values are taken in rank space, heads of 32; 0." in plan.reason
+
+
+@pytest.mark.parametrize(("device", "itemsize"), [("cpu", 4), ("H100", 2)])
+def test_a_rank_space_much_larger_than_heads_is_left(device, itemsize):
+    """Scores of heads of 192 instead of 64 cost more than keys do that are lifted once for many queries."""
+    shape = in_rank_space(1, 2048, 2048, 192, device=device, itemsize=itemsize)
+    plan = plan_attention(shape, AUTO)
+    assert plan.strategy == Strategy.STREAMED
+    assert seconds_of(plan, Strategy.ABSORBED, shape) > 1.5 * seconds_of(plan, Strategy.STREAMED, shape)
+
+
+def test_one_query_does_not_pay_for_lifting_all_keys():
+    shape = in_rank_space(1, 1, 2048, 192)
+    plan = plan_attention(shape, AUTO)
+    assert plan.strategy == Strategy.ABSORBED
+    assert seconds_of(plan, Strategy.ABSORBED, shape) < 0.7 * seconds_of(plan, Strategy.STREAMED, shape)
+
+
+def test_factors_of_each_head_save_features_on_a_cpu_and_little_in_a_gpus_tiles():
+    """A GPU attends to heads of 40 as to heads of 64."""
+    on_cpu = in_rank_space(32, 512, 512, 40, kv_heads=12)
+    assert plan_attention(on_cpu, AUTO).strategy == Strategy.ABSORBED
+    on_gpu = in_rank_space(32, 512, 512, 40, kv_heads=12, device="H100", itemsize=2)
+    plans = [plan_attention(shape, AUTO) for shape in (on_cpu, on_gpu)]
+    shares = [
+        seconds_of(plan, Strategy.ABSORBED, shape) / seconds_of(plan, Strategy.STREAMED, shape)
+        for plan, shape in zip(plans, (on_cpu, on_gpu), strict=True)
+    ]
+    assert shares[0] < 0.75 < shares[1]
+
+
+@pytest.mark.parametrize("device", ["cpu", "H100"])
+@pytest.mark.parametrize("kv_heads", [1, 12])
+@pytest.mark.parametrize("q_len", [1, 128, 2048])
+@pytest.mark.parametrize("rank", [8, 32, 48, 64, 192, 384])
+def test_absorbed_is_taken_only_where_nothing_is_predicted_faster_and_as_small(device, kv_heads, q_len, rank):
+    shape = in_rank_space(8, q_len, 2048, rank, kv_heads, device, itemsize=2)
+    plan = plan_attention(shape, AUTO)
+    if plan.strategy == Strategy.ABSORBED:
+        times = {strategy: seconds_of(plan, strategy, shape) for strategy in {c.strategy for c in plan.candidates}}
+        assert times[Strategy.ABSORBED] <= 1.08 * min(times.values())
+        assert shape.at_hints(plan.transient_after) <= shape.at_hints(plan.transient_before)
+
+
+def test_the_memory_of_the_absorbed_form_counts_its_weights_and_its_narrower_heads():
+    shape = in_rank_space(32, 512, 512, 32)
+    small, large = (memory.attention_absorbed(shape, sympy.Integer(bound)) for bound in (2**10, 2**30))
+    weights = 4 * (32 * 12 * 32 + 32 * 12 * 32 + 768 * 64)
+    assert small == 4 * (512 * 12 * 32 + 512 * 2 * 32) + weights, "the least: one item's heads, its keys and values"
+    assert large == 4 * 32 * 512 * (12 * 32 + 12 * 32 + 2 * 32) + weights, "no more than there is"
+
+
+def test_the_report_says_why_a_region_cannot_be_absorbed():
+    shape = replace(attention(1, 512, 32), rank_space="a rotation stands in between")
+    plan = plan_attention(shape, Options(strategy="absorbed"))
+    assert plan.strategy == Strategy.STREAMED
+    assert plan.reason.endswith("; absorbed is not offered here: a rotation stands in between")
+    assert "absorbed" not in plan_attention(shape, AUTO).reason
+
+
+def test_a_budget_bounds_the_workspace_of_the_absorbed_form():
+    plan = plan_attention(in_rank_space(32, 512, 512, 32), Options(strategy="absorbed", memory_budget=2**21))
+    assert plan.strategy == Strategy.ABSORBED
+    assert plan.workspace.least == 2**21

@@ -64,6 +64,16 @@ ATTENTIONS = {
     "no biases": {"bias": False},
     "arbitrary mask": {"mask": torch.rand(1, 1, 33, 33) < 0.5},
     "values of another size": {"value_dim": 8},
+    "output of another width": {"out_features": 40},
+    "output of another width, left padded": {"out_features": 72, "key_padding": padding(33, 23, total=33, left=True)},
+    "output of another width, nothing visible": {"out_features": 40, "key_padding": padding(33, 0, total=33)},
+    "absorbed": {
+        "ranks": (12, None, None, 11),
+        "num_kv_heads": 1,
+        "head_dim": 24,
+        "window": (-1, 0),
+        "strategy": "absorbed",
+    },
 }
 
 
