@@ -13,6 +13,7 @@ from torch.nn.functional import linear
 
 from ..errors import ShapeError
 from ..kernels import mlp as triton_mlp
+from ..kernels.partial_sums import add_up
 from ..kernels.tiles import empty_with_aligned_rows
 from ..options import Strategy
 from . import few_rows, mlp_gpu
@@ -101,10 +102,8 @@ def _fused(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor
     max_splits = max(1, room // (rows * rank_out))
     parts = triton_mlp.mlp_core(latent, mlp.hidden.up, mlp.hidden.up_bias, mlp.out.down, activation, max_splits)
     del latent
-    summed = parts[0] if len(parts) == 1 else parts.sum(0)
+    summed = add_up(parts, mlp.out.down_bias)
     del parts
-    if mlp.out.down_bias is not None:
-        summed += mlp.out.down_bias
     out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
     affine_into(out.view(rows, -1), summed, mlp.out.up, mlp.out.up_bias)
     return out

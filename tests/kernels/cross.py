@@ -19,7 +19,17 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from flashsvd_compile.kernels import attention, gating, gemv, mlp, padding, projection, rotary, short_attention
+from flashsvd_compile.kernels import (
+    attention,
+    gating,
+    gemv,
+    mlp,
+    padding,
+    partial_sums,
+    projection,
+    rotary,
+    short_attention,
+)
 from flashsvd_compile.kernels.target import KNOWN
 
 from .chips import running_on
@@ -103,6 +113,6 @@ def compiling_for(chip: str) -> Iterator[list[CompiledKernel]]:
     with ExitStack() as stack:
         stack.enter_context(running_on(KNOWN[chip]))
         stack.enter_context(patch.object(driver, "_active", _Driver(GPUS[chip])))
-        for module in (attention, gating, gemv, mlp, padding, projection, rotary, short_attention):
+        for module in (attention, gating, gemv, mlp, padding, partial_sums, projection, rotary, short_attention):
             stack.enter_context(patch.object(module, "launch", compile_only))
         yield kernels

@@ -11,7 +11,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd_compile.kernels import attention, gating, gemv, mlp, padding, projection, rotary, short_attention
+from flashsvd_compile.kernels import (
+    attention,
+    gating,
+    gemv,
+    mlp,
+    padding,
+    partial_sums,
+    projection,
+    rotary,
+    short_attention,
+)
 from flashsvd_compile.kernels.short_attention import Factors
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
@@ -77,6 +87,10 @@ def multiply_few(rows: int, *depths: int, gated: bool = False, features: int = 4
     gemv.multiply(*products, gated=gated, activation="silu" if gated else None, follows=True)
 
 
+def add_up() -> None:
+    partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304, dtype=HALF))
+
+
 def rotate(dtype: torch.dtype, interleaved: bool) -> None:
     cos, sin = (torch.empty(1, 512, 64, dtype=dtype) for _ in range(2))
     rotary.rotate_(torch.empty(2, 512, 4, 64, dtype=dtype), cos, sin, interleaved)
@@ -110,6 +124,10 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"gemv {rows} of few features", lambda rows=rows: multiply_few(rows, 11008, features=1024)
     yield "gemv float32", lambda: multiply_few(1, 1493, dtype=SINGLE)
     yield "padding", lambda: drop(padding.padded_copy(matrix(500, 1493), matrix(500, 1496)))
+    yield (
+        "partial sums",
+        lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),
+    )
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)
     yield "interleaved rotation float32", lambda: rotate(SINGLE, True)
