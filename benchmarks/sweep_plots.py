@@ -11,7 +11,11 @@ from matplotlib import pyplot
 
 from .rows import Row, compare
 
-TITLES = {"sweep": "Ranks and lengths", "cpu_sweep": "Ranks and lengths on a CPU"}
+TITLES = {
+    "sweep_mlp": "Ranks and lengths, MLP",
+    "sweep_attention": "Ranks and lengths, attention",
+    "cpu_sweep": "Ranks and lengths on a CPU",
+}
 """Records of sweeps that the README shows, in order."""
 SHOWN = ("dense eager", "dense inductor", "factored eager", "factored inductor", "flashsvd")
 

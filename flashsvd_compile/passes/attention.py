@@ -112,7 +112,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
         members=members,
         constants=constants,
         nodes=tuple(dict.fromkeys(nodes)),
-        plan=partial(plan_attention, _shape(q, k, members, _is_masked(constants), space)),
+        plan=partial(plan_attention, _shape(q, k, members, core, constants, space)),
         output=output,
         absorb=partial(absorb, space) if isinstance(space, RankSpace) else None,
     )
@@ -175,11 +175,14 @@ def _table(table: Table) -> Deferred:
     return Deferred(table.build, (table.node,))
 
 
-def _is_masked(constants: dict[str, Any]) -> bool:
-    return not {"key_padding", "mask"}.isdisjoint(constants)
-
-
-def _shape(q: Member, k: Member, members: dict[str, Factored], masked: bool, space: RankSpace | str) -> AttentionShape:
+def _shape(
+    q: Member,
+    k: Member,
+    members: dict[str, Factored],
+    core: Core,
+    constants: dict[str, Any],
+    space: RankSpace | str,
+) -> AttentionShape:
     queries, keys = shape_of(q.factored.source), shape_of(k.factored.source)
     assert queries is not None
     assert keys is not None
@@ -190,7 +193,8 @@ def _shape(q: Member, k: Member, members: dict[str, Factored], masked: bool, spa
         kv_len=keys[1],
         num_heads=q.heads,
         num_kv_heads=k.heads,
-        masked=masked,
+        masked=bool(core.masks),
+        causal=constants.get("window_right") == 0,
         rank_space=space,
     )
 

@@ -106,8 +106,9 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     offered: list[Candidate] = []
     how = "q, k, v are lifted a few items or heads at a time"
     workspaces = _workspaces(shape, device, options)
-    # Chunks cost little where rank space stays on chip: the least workspace then.
-    for workspace in workspaces[:1] if time.lifts_on_chip(shape, device) else workspaces:
+    # Chunks cost little where rank space stays on chip, unless each ends with the longest rows of a triangle.
+    cheap = time.lifts_on_chip(shape, device) and not shape.causal
+    for workspace in workspaces[:1] if cheap else workspaces:
         bound = workspace.bytes_for(shape.input_elements)
         needed = _at_most(memory.attention_streamed(shape, bound), before)
         seconds = time.attention_streamed(shape, device, bound)

@@ -100,7 +100,8 @@ class AttentionShape(RegionShape):
     """Attention of ``num_heads`` heads over ``batch`` items.
 
     Attributes:
-        masked: padding or an arbitrary mask hides some of the keys.
+        masked: the model as written takes a mask, whatever is read out of it: causality, padding, or nothing at all.
+        causal: queries see no later keys.
         rank_space: the heads of the absorbed form, or why there is none.
     """
 
@@ -110,6 +111,7 @@ class AttentionShape(RegionShape):
     num_heads: int
     num_kv_heads: int
     masked: bool = False
+    causal: bool = False
     rank_space: RankSpace | str = "the factors are not known"
 
     @property

@@ -5,6 +5,8 @@ memory traffic at the device's bandwidth. That the two are added, as if nothing 
 within 9 % of the measured baselines of ``benchmarks/results/mlp_region.json`` (see ``tests/planner``).
 """
 
+from dataclasses import replace
+
 import sympy
 
 from . import memory
@@ -18,6 +20,13 @@ MASKED_ATTENTION = 1.55
 
 CHUNKED_PROJECTIONS = 1.12
 """Factor on the projections' time where they come in chunks and their rank is high (H100, 256 to 384)."""
+SHORT_KEYS = 128
+"""Keys up to which attention lifts them where it uses them."""
+CAUSAL_SHARE = 0.55
+"""Of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
+CAUSAL_TAIL = 6.5e-9
+"""Seconds a key: each chunk of causal attention ends with programs whose queries see all keys, the others idle (H100:
+7 us a chunk at 512 keys, 17 at 2048, 55 at 8192)."""
 UNEVEN_HEADS = 2
 """Factor on attention to heads that a GPU must round up, as it reads them without descriptors: 1.5 measured for 12 key
 heads of 40 or 48, 2.6 and 3.5 for one of 40 or 72 (H100, 32x512)."""
@@ -74,8 +83,9 @@ def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
 
 
 def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
-    """Projections and the core, all keys seen by all queries, an operation each."""
-    core = _core(shape, device) * (MASKED_ATTENTION if shape.masked and device.grows else 1)
+    """Projections and the core, an operation each; with a mask all keys are seen by all queries."""
+    core = _core(replace(shape, causal=shape.causal and not shape.masked), device)
+    core *= MASKED_ATTENTION if shape.masked and device.grows else 1
     operations = 1 + _operations(shape)
     return _attention_projections(shape, device, _projection) + core + operations * device.launch_seconds
 
@@ -157,15 +167,17 @@ def _attention_projections(shape: AttentionShape, device: Device, projection) ->
 def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     sizes = shape.features["q"] // shape.num_heads, shape.features["v"] // shape.num_kv_heads
     width = shape.num_heads * sum(map(device.head_size, sizes))
-    flops = 2 * shape.batch * shape.q_len * shape.kv_len * width
+    flops = 2 * shape.batch * shape.q_len * shape.kv_len * width * (CAUSAL_SHARE if shape.causal else 1)
     traffic = memory.attention_as_written(shape)
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
 def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
-    """Whether a kernel takes keys and values through rank space; float32 is left to the library."""
+    """Whether a kernel takes keys and values out of rank space; float32 is left to the library."""
     ranks = [shape.ranks[role] for role in ("k", "v")]
-    return shape.itemsize == 2 and all(rank is not None and rank <= device.max_projected_rank for rank in ranks)
+    short = shape.at_hints(shape.kv_len) <= SHORT_KEYS
+    limit = device.max_fused_rank if short else device.max_projected_rank
+    return shape.itemsize == 2 and all(rank is not None and rank <= limit for rank in ranks)
 
 
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
@@ -178,11 +190,24 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
         chunks = sympy.Max(1, (heads + memory.keys_and_values(shape)) / workspace_bytes)
         return device.launch_seconds * (1 + _operations(shape)) * chunks
     once = 2 if "out" in shape.ranks else 1
-    chunk = 2 * device.launch_seconds
+    chunks, chunk = _chunks_of_keys(shape, workspace_bytes), 2 * device.launch_seconds
     if not lifts_on_chip(shape, device):
-        chunk = max(chunk, device.chunk_seconds)
-    chunks = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes)
-    return device.launch_seconds * once + chunk * chunks
+        chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
+    tail = CAUSAL_TAIL * shape.kv_len if shape.causal and device.grows else 0
+    return device.launch_seconds * once + chunk * chunks + tail * (chunks - 1)
+
+
+def _chunks_of_keys(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    return sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes)
+
+
+def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """Where rank space is in the workspace, too: of whole items; or of one item's heads, as many as fit next to it."""
+    latent = shape.itemsize * shape.kv_len * (shape.latent("k") + shape.latent("v"))
+    lifted = memory.keys_and_values(shape)
+    of_items = (lifted + shape.batch * latent) / workspace_bytes
+    head = lifted / (shape.batch * shape.num_kv_heads)
+    return sympy.Max(1, of_items, lifted / sympy.Max(head, workspace_bytes - latent))
 
 
 def _further_chunks(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
