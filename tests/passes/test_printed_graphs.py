@@ -81,6 +81,23 @@ def forward(self, x, down1, up1, bias1, down2, up2, bias2):
     return add""",
         )
 
+    def test_residual_of_a_normed_mlp(self):
+        def function(x, down1, up1, down2, up2):
+            normed = functional.rms_norm(x, (32,))
+            return x + functional.dropout(
+                low_rank(functional.relu(low_rank(normed, down1, up1)), down2, up2), 0.1, False
+            )
+
+        weights = tensor(4, 32), tensor(48, 4), tensor(5, 48), tensor(32, 5)
+        self.assertExpectedInline(
+            rewritten(function, tensor(3, 6, 32), *weights).code,
+            """\
+def forward(self, x, down1, up1, down2, up2):
+    rms_norm = torch.nn.functional.rms_norm(x, (32,), weight = None, eps = None)
+    mlp_1 = torch.ops.flashsvd.mlp_v2.default(x = rms_norm, hidden_down = down1, hidden_up = up1, out_down = down2, out_up = up2, residual = x, activation = 'relu', workspace_bytes = 1048576)
+    return mlp_1""",
+        )
+
     def test_packed_gated_mlp(self):
         def function(x, down1, up1, down2, up2):
             packed = low_rank(x, down1, up1).chunk(2, dim=-1)
