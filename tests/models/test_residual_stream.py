@@ -7,7 +7,7 @@ from benchmarks.models import Ranks, llama
 from flashsvd_compile.measure import peak_activation_bytes
 
 LENGTH, FEATURES, HEADS = 1024, 256, 4
-BUDGET = 1 << 18
+BUDGET = 1 << 20
 STREAM = 4 * LENGTH * FEATURES
 TABLES = 2 * STREAM // HEADS
 KERNEL_SCRATCH = 3 << 19
@@ -44,7 +44,7 @@ def peak(layers: int, **options) -> int:
 
 def test_the_stream_is_one_tensor_and_its_peak_is_that_of_one_layer():
     found = peak(4)
-    small = STREAM // 4  # means of squares, token numbers, half a rotation
+    small = STREAM // 64  # means of squares, token numbers
     assert found <= 3 * STREAM + TABLES + BUDGET + KERNEL_SCRATCH + small
     assert found == peak(2)
     assert found <= peak(4, disable=["residual"]) - STREAM // 4
