@@ -24,7 +24,8 @@ class Strategy(StrEnum):
 
 AUTO = "auto"
 PACKING = "packing"
-RULES = ("attention", "mlp", "linear", PACKING)
+RESIDUAL = "residual"
+RULES = ("attention", "mlp", "linear", PACKING, RESIDUAL)
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 

@@ -1,10 +1,11 @@
-"""``flashsvd::attention_v3``: multi-head attention with its (low-rank) projections, as one operator.
+"""``flashsvd::attention_v4``: multi-head attention with its (low-rank) projections, as one operator.
 
     heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
 
-A soft cap turns the scaled products into ``cap * tanh(products / cap)`` before the mask. Keys and values are lifted out
-of rank space for a few heads at a time; no tensor of the size of k, v or the scores is ever whole.
+A soft cap turns the scaled products into ``cap * tanh(products / cap)`` before the mask. A residual is added to y. Keys
+and values are lifted out of rank space for a few heads at a time; no tensor of the size of k, v or the scores is ever
+whole.
 """
 
 from typing import NamedTuple
@@ -20,17 +21,21 @@ from .backward import Chunked, differentiable, items_of_a_chunk
 from .norm import Statistics
 from .projection import Projection
 from .registry import register
+from .residual import plus_residual
 from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
 from .workspace import Workspace, affine_into, project_rows, rows_that_fit
 
 ROLES = ("q", "k", "v", "out")
 SCHEMA = (
     f"(Tensor x, Tensor? context=None, {', '.join(map(proj.schema_of, ROLES))}, "
-    "Tensor? key_padding=None, Tensor? mask=None, Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
+    "Tensor? residual=None, Tensor? key_padding=None, Tensor? mask=None, "
+    "Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
     f"{norm.schema_of('q')}, {norm.schema_of('k')}, "
     "int num_heads=1, int num_kv_heads=1, float scale=1.0, float softcap=0.0, int window_left=-1, int window_right=-1, "
     "Tensor? documents=None, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
+RESIDUAL = 2 + 4 * len(ROLES)
+"""Position among the operator's arguments."""
 
 
 def reference(x: Tensor, *arguments) -> Tensor:
@@ -39,14 +44,16 @@ def reference(x: Tensor, *arguments) -> Tensor:
     Args:
         x: ``[batch, q_len, in_features]``.
         arguments: ``context[batch, kv_len, in_features]`` (``None``: ``x``), then the fields of :class:`Attention`
-            with projections and norms flattened, then strategy and workspace bound.
+            with projections and norms flattened and, behind the projections, the residual
+            ``[batch, q_len, out_features]`` or ``None``; then strategy and workspace bound.
 
     Returns:
         ``[batch, q_len, out_features]``, contiguous, dtype of ``x``. A query that may attend to no key gives zeros
         before ``out``.
     """
     context, attn, _, _ = parse(x, arguments)
-    return _as_a_whole(x, context, attn)
+    result, residual = _as_a_whole(x, context, attn), arguments[RESIDUAL - 1]
+    return result if residual is None else result + residual
 
 
 def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
@@ -74,6 +81,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
     return x.new_empty((x.shape[0], x.shape[1], attn.out_features))
 
 
+@plus_residual(RESIDUAL)
 def _cpu(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
     attn = attn.merged() if strategy == Strategy.MERGED else attn
@@ -97,6 +105,7 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
     return batch * (queries + keys + scores) * x.element_size()
 
 
+@plus_residual(RESIDUAL)
 def _cuda(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
     attn = attn.merged() if strategy == Strategy.MERGED else attn
@@ -263,5 +272,5 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return Chunked(grad, arguments, per_item, step)
 
 
-attention = register("attention_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
-differentiable(attention, reference, _cut)
+attention = register("attention_v4", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+differentiable(attention, reference, _cut, added=RESIDUAL)

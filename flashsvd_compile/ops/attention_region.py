@@ -11,6 +11,7 @@ from . import norm
 from . import projection as proj
 from .norm import Norm
 from .projection import Projection
+from .residual import validate_residual
 from .workspace import validate_execution
 
 UNLIMITED = -1
@@ -212,7 +213,7 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
     """
     context, *rest = arguments
     context = x if context is None else context
-    quads, (key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes) = rest[:16], rest[16:]
+    quads, (residual, key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes) = rest[:16], rest[16:]
     norms, rest = rest[: 2 * norm.ARGUMENTS_PER_NORM], rest[2 * norm.ARGUMENTS_PER_NORM :]
     q, k, v, out = proj.group(tuple(quads))
     if q is None or k is None or v is None:
@@ -222,6 +223,7 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
     attn = Attention(q, k, v, out, key_padding, mask, cos, sin, interleaved, None, None, *rest)
     _validate(x, context, attn)
     attn = _with_norms(attn, norms, x.dtype)
+    validate_residual(residual, x, (x.shape[0], x.shape[1], attn.out_features))
     validate_execution(strategy, workspace_bytes)
     return context, attn, strategy, workspace_bytes
 

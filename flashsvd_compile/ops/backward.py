@@ -1,6 +1,6 @@
 """Gradients of the operators: recomputed from the inputs, a chunk at a time.
 
-Only inputs are saved for the backward pass. It is one operator per region too (``mlp_backward_v1`` for ``mlp_v1``), so
+Only inputs are saved for the backward pass. It is one operator per region too (``mlp_backward_v2`` for ``mlp_v2``), so
 that a compiled training step treats it as it treats the forward: for each chunk of rows or batch items the reference
 runs again under autograd, and the chunk's gradients are stored (what belongs to a row or an item) or summed up (what is
 shared, as the weights are; in float32 where they are of half precision).
@@ -86,7 +86,10 @@ def _gradients(result: Tensor, inputs: list[Tensor], grad: Tensor) -> tuple[Tens
 
 
 def differentiable(
-    operator: torch._ops.OpOverload, reference: Callable[..., Tensor], cut: Callable[[Tensor, tuple], Chunked]
+    operator: torch._ops.OpOverload,
+    reference: Callable[..., Tensor],
+    cut: Callable[[Tensor, tuple], Chunked],
+    added: int | None = None,
 ) -> torch._ops.OpOverload:
     """Give an operator its gradient, for every floating tensor among its arguments.
 
@@ -94,6 +97,8 @@ def differentiable(
         operator: as :func:`~.registry.register` returned it, named ``{region}_v{version}``.
         reference: its specification.
         cut: from the result's gradient and the operator's arguments to a :class:`Chunked` region.
+        added: position of an argument that is added to the result. Its gradient is the result's; it is not saved, and
+            the backward operator gets ``None`` for it.
 
     Raises:
         TwiceDifferentiatedError: (in use) a gradient of the gradient is asked for.
@@ -117,6 +122,7 @@ def differentiable(
     )
 
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
+        inputs = tuple(None if position == added else value for position, value in enumerate(inputs))
         ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
@@ -126,9 +132,10 @@ def differentiable(
         pairs = zip(ctx.saved_tensors, ctx.others, strict=True)
         arguments = [other if tensor is None else tensor for tensor, other in pairs]
         left_out = len(arguments) - len(ctx.needs_input_grad)  # trailing arguments at their defaults
-        needs = [*ctx.needs_input_grad, *[False] * left_out]
-        found = iter(backward_operator(grad, needs, *arguments))
-        return tuple(next(found) if need else None for need in needs)
+        wanted = [*ctx.needs_input_grad, *[False] * left_out]
+        needs = [want and position != added for position, want in enumerate(wanted)]
+        found = iter(backward_operator(grad, needs, *arguments) if any(needs) else ())
+        return tuple(next(found) if need else grad if want else None for need, want in zip(needs, wanted, strict=True))
 
     torch.library.register_autograd(operator, backward, setup_context=setup_context)
     return operator

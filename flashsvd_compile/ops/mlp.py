@@ -1,9 +1,9 @@
-"""``flashsvd::mlp_v1``: a two-layer or gated MLP out of (low-rank) projections, as one operator.
+"""``flashsvd::mlp_v2``: a two-layer or gated MLP out of (low-rank) projections, as one operator.
 
     y = out(act(hidden(x)))                    without gate
     y = out(act(gate(x)) * hidden(x))          with gate
 
-The hidden tensor exists for a chunk of rows at a time.
+A residual is added to y. The hidden tensor exists for a chunk of rows at a time.
 """
 
 from typing import NamedTuple
@@ -23,13 +23,16 @@ from .backward import Chunked, by_rows, differentiable
 from .mlp_region import Mlp
 from .projection import Projection
 from .registry import register
+from .residual import plus_residual, validate_residual
 from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
 
 ROLES = ("hidden", "gate", "out")
 SCHEMA = (
     f"(Tensor x, {', '.join(map(proj.schema_of, ROLES))}, "
-    "str activation='gelu', str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+    "Tensor? residual=None, str activation='gelu', str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
+RESIDUAL = 1 + 4 * len(ROLES)
+"""Position among the operator's arguments."""
 CPU_COLUMNS = 512
 """Narrower tiles starve the products; wider ones leave room for fewer rows, and the library packs weights again for
 each chunk of rows."""
@@ -40,8 +43,8 @@ def reference(x: Tensor, *arguments) -> Tensor:
 
     Args:
         x: ``[..., in_features]``.
-        arguments: the four tensors of ``hidden``, ``gate`` and ``out`` (see :class:`Projection`), then the names of
-            activation and strategy and the workspace bound.
+        arguments: the four tensors of ``hidden``, ``gate`` and ``out`` (see :class:`Projection`), the residual
+            ``[..., out_features]`` or ``None``, then the names of activation and strategy and the workspace bound.
 
     Returns:
         ``[..., out_features]``, contiguous, dtype of ``x``.
@@ -50,7 +53,8 @@ def reference(x: Tensor, *arguments) -> Tensor:
     act = activation_of(activation)
     hidden = proj.apply(x, mlp.hidden)
     hidden = act(hidden) if mlp.gate is None else act(proj.apply(x, mlp.gate)) * hidden
-    return proj.apply(hidden, mlp.out).contiguous()
+    result, residual = proj.apply(hidden, mlp.out).contiguous(), arguments[RESIDUAL - 1]
+    return result if residual is None else result + residual
 
 
 def _fake(x: Tensor, *arguments) -> Tensor:
@@ -58,6 +62,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
     return x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
 
 
+@plus_residual(RESIDUAL)
 def _cpu(x: Tensor, *arguments) -> Tensor:
     mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
@@ -67,6 +72,7 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
     return streamed(x, mlp, activation, workspace_bytes, columns)
 
 
+@plus_residual(RESIDUAL)
 def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
     rows = x.reshape(-1, x.shape[-1])
@@ -247,7 +253,7 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, str, int]:
         ShapeError, DtypeError: a projection is missing or does not fit.
         InvalidOptionError: unknown activation or strategy, no workspace.
     """
-    *tensors, activation, strategy, workspace_bytes = arguments
+    *tensors, residual, activation, strategy, workspace_bytes = arguments
     hidden, gate, out = proj.group(tuple(tensors))
     if hidden is None or out is None:
         raise ShapeError("projection 'hidden' or 'out'", None, "a projection")
@@ -258,10 +264,11 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, str, int]:
         if proj.out_features(gate) != mlp.width:
             raise ShapeError("width of gate", proj.out_features(gate), mlp.width)
     proj.validate("out", out, mlp.width, x.dtype)
+    validate_residual(residual, x, (*x.shape[:-1], proj.out_features(out)))
     activation_of(activation)
     validate_execution(strategy, workspace_bytes)
     return mlp, activation, strategy, workspace_bytes
 
 
-mlp = register("mlp_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
-differentiable(mlp, reference, _cut)
+mlp = register("mlp_v2", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+differentiable(mlp, reference, _cut, added=RESIDUAL)

@@ -26,11 +26,11 @@ def register(
     """Define ``flashsvd::name``.
 
     Args:
-        name: operator name with its version, e.g. ``"mlp_v1"``. Raise the version whenever ``schema`` or
+        name: operator name with its version, e.g. ``"mlp_v2"``. Raise the version whenever ``schema`` or
             ``fake`` changes: the compile cache knows an operator by its name only, and calls it by position.
         schema: argument list and result, without the name.
         reference: plain PyTorch; serves every device without an implementation of its own.
-        fake: shape inference; result strides must equal those of every implementation.
+        fake: shape inference; result strides must equal those of every implementation, whatever strides inputs have.
         cpu: implementation on a CPU.
         cuda: implementation on CUDA and ROCm devices.
     """
@@ -39,8 +39,12 @@ def register(
 
 
 def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callable]) -> torch._ops.OpOverload:
-    """Define ``flashsvd::name`` with an implementation per dispatch key."""
-    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.needs_exact_strides))
+    """Define ``flashsvd::name`` with an implementation per dispatch key.
+
+    Implementations take any strides, and the result's depend on none. With ``needs_exact_strides`` Inductor copies what
+    it has not computed yet for each reader: a pair of rotation tables a layer, all of them alive from the beginning.
+    """
+    _library.define(f"{name}{schema}", tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
     operator = getattr(getattr(torch.ops, NAMESPACE), name).default
     defaults = tuple(argument.default_value for argument in operator._schema.arguments)
 

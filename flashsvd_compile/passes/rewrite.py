@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from ..options import PACKING, Options, Strategy
+from ..options import PACKING, RESIDUAL, Options, Strategy
 from ..report import Match, Refusal, RefusalReason, RewriteReport
 from .attention import read_attention
 from .factored import Obstacle
@@ -18,6 +18,7 @@ from .mutation import mutated_arguments
 from .order import Order
 from .packing import pack_projections
 from .region import Region, module_of
+from .residual import absorb_residuals
 from .safety import obstacle_to
 from .values import tensor_of
 
@@ -69,6 +70,8 @@ def rewrite(
             report += _apply(rule, graph, options)
     if PACKING not in options.disable:
         pack_projections(graph)
+    if RESIDUAL not in options.disable:
+        absorb_residuals(graph)
     if report.matches:
         graph.lint()
         graph_module.recompile()

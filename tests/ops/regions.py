@@ -93,19 +93,21 @@ def mlp_arguments(
     gated: bool = False,
     bias: bool = True,
     down_bias: bool = False,
+    residual: bool = False,
     activation: str = "gelu",
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``mlp_v1`` for ``x`` of the given shape; ``ranks`` of hidden, gate and out."""
+    """Arguments of ``mlp_v2`` for ``x`` of the given shape; ``ranks`` of hidden, gate and out."""
     how = {"bias": bias, "down_bias": down_bias, "dtype": dtype, "layout": layout}
     hidden = projection(shape[-1], width, ranks[0], **how)
     gate = projection(shape[-1], width, ranks[1], **how) if gated else ABSENT
     out = projection(width, out_features, ranks[2], **how)
     x = random(*shape, dtype=dtype, layout=layout)
-    return (x, *hidden, *gate, *out, activation, strategy, workspace_bytes)
+    added = random(*shape[:-1], out_features, dtype=dtype, layout=layout) if residual else None
+    return (x, *hidden, *gate, *out, added, activation, strategy, workspace_bytes)
 
 
 def attention_arguments(
@@ -123,6 +125,7 @@ def attention_arguments(
     out_features: int | None = None,
     bias: bool = True,
     down_bias: bool = False,
+    residual: bool = False,
     key_padding: Tensor | None = None,
     mask: Tensor | None = None,
     rotary_dim: int = 0,
@@ -138,7 +141,7 @@ def attention_arguments(
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``attention_v3``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
+    """Arguments of ``attention_v4``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
 
     Norms are as :func:`norm` makes them.
     """
@@ -150,11 +153,14 @@ def attention_arguments(
     q = projection(features, num_heads * head_dim, ranks[0], **how)
     k = projection(features, num_kv_heads * head_dim, ranks[1], **how)
     v = projection(features, num_kv_heads * value_dim, ranks[2], **how)
-    o = projection(num_heads * value_dim, out_features or features, ranks[3], **how) if out else ABSENT
+    merged = num_heads * value_dim
+    o = projection(merged, out_features or features, ranks[3], **how) if out else ABSENT
+    width = (out_features or features) if out else merged
+    added = random(batch, q_len, width, dtype=dtype, layout=layout) if residual else None
     cos, sin = rotation(batch if rotation_per_item else 1, q_len, rotary_dim, dtype) if rotary_dim else (None, None)
     heads = (num_heads, num_kv_heads, head_dim**-0.5, softcap)
     options = (cos, sin, interleaved, *q_norm, *k_norm, *heads, *window, documents, strategy, workspace_bytes)
-    return (x, context, *q, *k, *v, *o, key_padding, mask, *options)
+    return (x, context, *q, *k, *v, *o, added, key_padding, mask, *options)
 
 
 def norm(

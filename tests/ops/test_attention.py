@@ -1,4 +1,4 @@
-"""``attention_v3`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
+"""``attention_v4`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
 import pytest
 import torch
@@ -56,6 +56,7 @@ def regions(draw) -> tuple:
         out_features=draw(st.none() | st.integers(1, 30)),
         bias=draw(st.booleans()),
         down_bias=draw(st.booleans()),
+        residual=draw(st.booleans()),
         key_padding=key_padding,
         mask=draw(masks(batch, kv_heads * group, q_len, keys, dtype)),
         rotary_dim=rotary,
@@ -200,14 +201,14 @@ class TestMasks:
     def test_causal_window_equals_a_causal_mask(self):
         arguments = attention_arguments(window=(-1, 0))
         as_mask = [*arguments]
-        as_mask[19], as_mask[-4] = torch.ones(7, 7).tril().bool(), -1
+        as_mask[20], as_mask[-4] = torch.ones(7, 7).tril().bool(), -1
         torch.testing.assert_close(ops.attention(*arguments), ops.attention(*as_mask))
 
 
 def test_reference_is_attention_as_written_out():
     """The specification itself, against softmax(q k^T) v spelled out in float64."""
     arguments = in_float64(attention_arguments(2, 5, bias=False, key_padding=padding(5, 3, total=5)))
-    x, key_padding = arguments[0], arguments[18]
+    x, key_padding = arguments[0], arguments[19]
     q, k, v, out = (Projection(*arguments[start : start + 4]) for start in range(2, 18, 4))
     q, k, v = (proj.apply(x, p).unflatten(-1, (4, 8)).transpose(1, 2) for p in (q, k, v))
     scores = (q @ k.mT * 8**-0.5).masked_fill(~key_padding[:, None, None], float("-inf"))
@@ -224,15 +225,15 @@ def test_rotation_turns_by_the_angle(interleaved):
     results = []
     for offset in (0, 5):
         angles = (torch.arange(6, dtype=torch.float64) + offset)[None, :, None] * frequencies
-        arguments[20], arguments[21] = angles.cos(), angles.sin()
+        arguments[21], arguments[22] = angles.cos(), angles.sin()
         results.append(ops.attention(*arguments))
     torch.testing.assert_close(*results)
-    arguments[20], arguments[21] = None, None
+    arguments[21], arguments[22] = None, None
     assert not torch.allclose(results[0], ops.attention(*arguments))
 
 
 def test_inputs_are_left_alone():
-    arguments = attention_arguments(rotary_dim=4, key_padding=padding(7, 4, total=7))
+    arguments = attention_arguments(rotary_dim=4, key_padding=padding(7, 4, total=7), residual=True)
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     before = [tensor.clone() for tensor in tensors]
     check(arguments)

@@ -31,6 +31,8 @@ SHAPES = [
     ("mlp", "out_up", None, "projection"),
     ("mlp", "gate_up", torch.ones(41, 16), "width of gate is 41, expected 40"),
     ("mlp", "out_down", torch.ones(6, 39), r"out_down is \(6, 39\), expected \(6, 40\)"),
+    ("mlp", "residual", torch.ones(16), r"shape of residual is \(16,\), expected \(3, 16\)"),
+    ("attention", "residual", torch.ones(1, 7, 32), r"shape of residual is \(1, 7, 32\), expected \(2, 7, 32\)"),
     ("attention", "v_up", None, "projection"),
     ("attention", "x", torch.ones(7, 32), "x and context"),
     ("attention", "context", torch.ones(3, 7, 32), "x and context"),
@@ -97,6 +99,8 @@ def test_rotation_of_another_context():
 DTYPES = [
     ("linear", "w_up", torch.ones(24, 5).double()),
     ("mlp", "out_up_bias", torch.ones(16).half()),
+    ("mlp", "residual", torch.ones(3, 16).double()),
+    ("attention", "residual", torch.ones(2, 7, 32).half()),
     ("attention", "context", torch.ones(2, 7, 32).half()),
     ("attention", "k_down", torch.ones(4, 32).bfloat16()),
     ("attention", "key_padding", torch.ones(2, 7)),

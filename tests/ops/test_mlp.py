@@ -1,4 +1,4 @@
-"""``mlp_v1`` computes the specification, whatever the shape, ranks, dtype, strides and workspace."""
+"""``mlp_v2`` computes the specification, whatever the shape, ranks, dtype, strides and workspace."""
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ def check(arguments: tuple, **how) -> None:
     gated=st.booleans(),
     bias=st.booleans(),
     down_bias=st.booleans(),
+    residual=st.booleans(),
     activation=st.sampled_from(tuple(ACTIVATIONS)),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
@@ -90,7 +91,7 @@ def test_bert_base_shape():
 
 
 def test_inputs_are_left_alone():
-    arguments = mlp_arguments(11, 16, gated=True)
+    arguments = mlp_arguments(11, 16, gated=True, residual=True)
     tensors = [a for a in arguments if isinstance(a, torch.Tensor)]
     before = [tensor.clone() for tensor in tensors]
     check(arguments)

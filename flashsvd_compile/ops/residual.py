@@ -1,0 +1,40 @@
+"""The residual that an operator adds to its result: a model's stream is then one tensor, no sum yet to take."""
+
+from collections.abc import Callable, Sequence
+from functools import wraps
+
+import torch
+from torch import Tensor
+
+from ..errors import DtypeError, ShapeError
+
+
+def plus_residual(position: int) -> Callable[[Callable[..., Tensor]], Callable[..., Tensor]]:
+    """Let an implementation add the argument at ``position``, a tensor like its result or ``None``, in place.
+
+    The decorated implementation ignores that argument, and its result is its own.
+    """
+
+    def decorate(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(implementation)
+        def call(*arguments) -> Tensor:
+            result, residual = implementation(*arguments), arguments[position]
+            return result if residual is None else result.add_(residual)
+
+        return call
+
+    return decorate
+
+
+def validate_residual(residual: Tensor | None, x: Tensor, shape: Sequence[int | torch.SymInt]) -> None:
+    """Check that a residual has the result's ``shape`` and the dtype of the input ``x``.
+
+    Raises:
+        ShapeError, DtypeError: it has not.
+    """
+    if residual is None:
+        return
+    if residual.dtype != x.dtype:
+        raise DtypeError("residual", residual.dtype, x.dtype)
+    if tuple(residual.shape) != tuple(shape):
+        raise ShapeError("shape of residual", tuple(residual.shape), tuple(shape))

@@ -1,0 +1,94 @@
+"""A residual that is added to an operator's result becomes its argument: the stream through a model is then one tensor.
+
+Before::
+
+    y = flashsvd.mlp_v2(x=norm(r), hidden_down=..., ...)
+    s = r + y                                           # or y + r; a dropout that is off may stand between
+
+After::
+
+    s = flashsvd.mlp_v2(x=norm(r), hidden_down=..., residual=r, ...)
+
+Inductor computes a sum again wherever it is used and keeps its summands instead, which are two tensors, and more where
+sums of sums are used. Not where ``r`` is the operator's own input, as in models that normalise after the sum: there the
+sum and the norm are one kernel, which is faster and as small. Nor with few rows, where one more pass costs a launch.
+"""
+
+import sympy
+from torch.fx import Graph, Node
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from .. import ops
+from ..planner import is_bound_by_launches
+from .order import Order
+from .region import rows_of
+from .values import hints_of, number_of, shape_of, tensor_of
+from .vocabulary import live_dropout, read
+
+OPERATORS = (ops.attention, ops.mlp)
+
+
+def absorb_residuals(graph: Graph) -> None:
+    """Let the attentions and MLPs of a graph that the rules have run over add their residuals themselves."""
+    order = Order.of(graph.nodes)
+    for node in order.position:
+        if node.op == "call_function" and node.target in OPERATORS and node.kwargs.get("residual") is None:
+            _absorb(node, graph, order)
+
+
+def _absorb(node: Node, graph: Graph, order: Order) -> None:
+    replaced = _up_to_sum(node)
+    residual = None if len(replaced) < 2 else _other_summand(replaced[-1], replaced[-2])
+    x = node.kwargs["x"]
+    if residual is None or residual is x or not isinstance(x, Node) or not _alike(residual, node, replaced[-1]):
+        return
+    if is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x))) or _interrupted(replaced, order):
+        return
+    arguments = {**node.kwargs, "residual": residual}
+    in_order = {a.name: arguments[a.name] for a in node.target._schema.arguments if a.name in arguments}  # pyright: ignore
+    with graph.inserting_before(replaced[-1]):
+        operator = graph.create_node("call_function", node.target, kwargs=in_order, name=node.name)
+    operator.meta = dict(node.meta)
+    replaced[-1].replace_all_uses_with(operator)
+    for old in reversed(replaced):
+        graph.erase_node(old)
+
+
+def _up_to_sum(node: Node) -> list[Node]:
+    """The operator's call, dropouts of its result that are off, and what uses it then; each the only user."""
+    nodes = [node]
+    while len(nodes[-1].users) == 1:
+        nodes += nodes[-1].users
+        call = read(nodes[-1])
+        if call is None or call.op != "dropout" or call.input is not nodes[-2] or live_dropout(nodes[-1]):
+            return nodes
+    return nodes[:1]
+
+
+def _other_summand(total: Node, summand: Node) -> Node | None:
+    """``r`` where ``total`` is ``summand + r`` or ``r + summand``."""
+    call = read(total)
+    if call is None or call.op != "add" or number_of(call.get("alpha", 1)) != 1:
+        return None
+    summands = [call.input, call.get("other")]
+    if summand not in summands:
+        return None
+    summands.remove(summand)
+    (other,) = summands
+    return other if isinstance(other, Node) and other is not summand else None
+
+
+def _alike(residual: Node, node: Node, total: Node) -> bool:
+    """Whether nothing is broadcast, promoted or moved."""
+    if not shape_of(residual) == shape_of(node) == shape_of(total):
+        return False
+    added, result, summed = tensor_of(residual), tensor_of(node), tensor_of(total)
+    if added is None or result is None or summed is None or is_traceable_wrapper_subclass(added):
+        return False
+    return added.dtype == result.dtype == summed.dtype and added.device == result.device
+
+
+def _interrupted(nodes: list[Node], order: Order) -> bool:
+    """Whether anything is overwritten or a mode switched where the call would move past it, or by the sum itself."""
+    first, last = order.position[nodes[0]], order.position[nodes[-1]]
+    return any(first < order.position[node] <= last for node in (*order.writers, *order.switches))
