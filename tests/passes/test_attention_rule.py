@@ -8,6 +8,8 @@ from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flashsvd_compile import RefusalReason
+from flashsvd_compile.passes import attention as attention_rule
+from flashsvd_compile.planner import plan_attention
 
 from .builder import rewritten, tensor
 
@@ -566,3 +568,32 @@ def test_rows_flattened_around_every_projection():
         return (merged @ od.t() @ ou.t()).view(BATCH, LENGTH, WIDTH)
 
     assert_whole_region(rewritten(function, X, *PACKED, *OUT), {"q": 6, "k": 6, "v": 6, "out": 7})
+
+
+@pytest.mark.parametrize(
+    ("core", "masked", "causal"),
+    [
+        (sdpa, False, False),
+        (lambda q, k, v: scaled_dot_product_attention(q, k, v, is_causal=True), False, True),
+        (lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=see_earlier()), True, True),
+        (lambda q, k, v: scaled_dot_product_attention(q, k, v, attn_mask=see_all()), True, False),
+    ],
+    ids=["no mask", "causal flag", "causal mask", "a mask that hides nothing"],
+)
+def test_a_plan_is_told_what_the_model_as_written_pays_for(core, masked, causal, monkeypatch):
+    """A library's attention passes over all keys wherever it is given a mask, even one that hides none."""
+    shapes = []
+    monkeypatch.setattr(
+        attention_rule, "plan_attention", lambda shape, options: shapes.append(shape) or plan_attention(shape, options)
+    )
+    result = rewritten(attention(core=core), X, *ALL)
+    result.assert_same_result()
+    assert [(shape.masked, shape.causal) for shape in shapes] == [(masked, causal)]
+
+
+def see_all():
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool)
+
+
+def see_earlier():
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
