@@ -4,11 +4,12 @@
     out = act(x_0 @ weight_0.T + bias_0) * (x_1 @ weight_1.T + bias_1)   of a gated pair
 
 What bounds such a product is the memory that the weights come from. So a program takes a few of a weight's rows, reads
-them 16 bytes at a time, and reads ahead; launches that follow one another may overlap (see :func:`chain`).
+them 16 bytes at a time, and reads ahead; a launch that follows another one may begin before that ends (``follows``).
 
 A rank that is no multiple of 8 leaves the rows of an up factor at odd addresses, where nothing can be read 16 bytes at
 a time. But every eighth row is out of line by the same distance: a program takes such rows, starts each of them at the
-boundary before its first element, and shifts ``x`` instead.
+boundary before its first element, and shifts ``x`` instead; several rows of ``x`` come in copies that are shifted
+already (:func:`shifted_rows`).
 """
 
 from collections.abc import Sequence

@@ -37,7 +37,8 @@ def pack_projections(graph: Graph) -> None:
     """Pack the lone projections of a graph that the rules have run over."""
     for group in _groups(graph):
         for start in range(0, len(group), len(ROLES)):
-            members = group[start : start + len(ROLES)]
+            first, *others = group[start : start + len(ROLES)]
+            members = [first, *(other for other in others if not _is_computed_from(other, group))]
             if len(members) > 1:
                 _pack(graph, members)
 
@@ -89,8 +90,21 @@ def features_of(member: Node) -> sympy.Expr:
     return shape[-1]
 
 
+def _is_computed_from(member: Node, group: list[Node]) -> bool:
+    """Whether a projection's factors depend on another projection of its group."""
+    waiting, seen = list(member.all_input_nodes), set()
+    while waiting:
+        node = waiting.pop()
+        if node in group:
+            return True
+        if node not in seen and group[0] < node:
+            seen.add(node)
+            waiting += node.all_input_nodes
+    return False
+
+
 def _hoist(weight: Node, before: Node) -> None:
-    """Move what computes a factor, which reads weights only, in front of a node."""
+    """Move what computes a factor in front of a node, which it does not depend on."""
     if weight < before:
         return
     for node in weight.all_input_nodes:

@@ -97,5 +97,15 @@ def test_a_projection_of_another_one_is_not_packed_with_it():
     result.assert_same_result()
 
 
+def test_a_factor_computed_from_a_projection_is_not_packed_with_it():
+    def function(x, a, b, c, d):
+        first = project(x, a, b)
+        return first, project(x, c * first.mean(), d)
+
+    result = rewritten(function, X, *TWO)
+    assert calls(result) == (0, 2)
+    result.assert_same_result()
+
+
 def test_packing_can_be_disabled():
     assert calls(rewritten(three, X, *FACTORS, disable=["packing"])) == (0, 3)
