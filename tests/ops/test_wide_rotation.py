@@ -10,7 +10,8 @@ from flashsvd_compile.ops.attention import reference
 from .accuracy import assert_within_error_rule
 from .regions import attention_arguments, rotation
 
-COS, SIN = 20, 21
+NAMES = [argument.name for argument in ops.attention._schema.arguments]
+COS, SIN = NAMES.index("cos"), NAMES.index("sin")
 
 
 def with_tables(rotary_dim: int, cos_dtype: torch.dtype, sin_dtype: torch.dtype, **how) -> tuple:
