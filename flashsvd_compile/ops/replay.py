@@ -55,7 +55,10 @@ def replayed(implementation: Implementation) -> Implementation:
         if recording is None:
             return implementation(*arguments)
         if recording.result is not None:
-            return recording.replay(arguments)
+            try:
+                return recording.replay(arguments)
+            except OtherLayoutError:
+                recording.result, recording.steps = None, []
         result = record(recording, implementation, arguments)
         if recording.result is None:
             recordings[key] = None
@@ -117,13 +120,25 @@ class Reference(NamedTuple):
         return base.as_strided(shape, strides, base.storage_offset() + offset)
 
 
+class OtherLayoutError(Exception):
+    """A library operation returned its result in other strides than when it was recorded.
+
+    Attention does where ``torch.nn.attention.sdpa_kernel`` asks for another implementation.
+    """
+
+
 class Operation(NamedTuple):
-    """A library operation whose tensors are :class:`Reference`; ``finished`` are bases that nothing needs after it."""
+    """A library operation whose tensors are :class:`Reference`.
+
+    Attributes:
+        produced: strides of each fresh tensor that it returns.
+        finished: bases that nothing needs after it.
+    """
 
     function: Callable
     arguments: tuple
     keywords: dict[str, Any]
-    produced: int
+    produced: list[tuple[int, ...]]
     finished: list[int]
 
     def again(self, tensors: Tensors) -> None:
@@ -132,9 +147,12 @@ class Operation(NamedTuple):
         keywords = {name: a.of(tensors) if isinstance(a, Reference) else a for name, a in self.keywords.items()}
         result = self.function(*arguments, **keywords)
         if self.produced:
-            for tensor in result if isinstance(result, tuple | list) else [result]:
-                if isinstance(tensor, Tensor):
-                    tensors.add(tensor)
+            results = result if isinstance(result, tuple | list) else [result]
+            fresh = [tensor for tensor in results if isinstance(tensor, Tensor)]
+            if [tensor.stride() for tensor in fresh] != self.produced:
+                raise OtherLayoutError
+            for tensor in fresh:
+                tensors.add(tensor)
 
 
 class KernelLaunch(NamedTuple):
@@ -210,9 +228,9 @@ def _without_leftovers(steps: list, result: int, count: int) -> list:
     for index, step in enumerate(steps):
         if isinstance(step, Operation):
             references = [a for a in (*step.arguments, *step.keywords.values()) if isinstance(a, Reference)]
-            for base in range(produced, produced + step.produced):
+            for base in range(produced, produced + len(step.produced)):
                 last[base] = index
-            produced += step.produced
+            produced += len(step.produced)
         else:
             references = step.operands
         last |= {reference.base: index for reference in references}
@@ -276,7 +294,7 @@ class _Recorder(TorchDispatchMode):
         for output in fresh:
             self._enter(output)
         if fresh or func._schema.is_mutable:
-            self.steps.append(Operation(func, arguments, keywords, len(fresh), []))
+            self.steps.append(Operation(func, arguments, keywords, [tensor.stride() for tensor in fresh], []))
 
     def _referring(self, values: Iterable) -> tuple:
         return tuple(self._known[value] if isinstance(value, Tensor) else value for value in values)
@@ -294,7 +312,7 @@ class _Recorder(TorchDispatchMode):
 
 def _repeatable(func: torch._ops.OpOverload) -> bool:
     """Whether an operation does the same again: no random numbers, no shapes out of values, no look at values."""
-    if func.name().startswith("aten::_scaled_dot_product"):  # tagged for dropout, which no region has
+    if "scaled_dot_product" in func.name():  # tagged for dropout, which no region has
         return True
     tags = {torch.Tag.nondeterministic_seeded, torch.Tag.dynamic_output_shape, torch.Tag.data_dependent_output}
     return tags.isdisjoint(func.tags)

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.functional import scaled_dot_product_attention
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.autotune import Tuner, tuner_at_work, tuning
 from flashsvd_compile.kernels.launch import is_listened_to
+from flashsvd_compile.ops.attention import _cpu as attention_cpu
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, reads_values, replayed
 from tests.ops.regions import attention_arguments, packed, padding
@@ -138,6 +141,25 @@ def test_a_look_past_the_dispatcher_has_to_be_announced():
     call, x = replayed(as_many_as), torch.arange(9)
     for count in (3, 3, 3, 5):
         assert len(call(x, torch.tensor([count]))) == count
+
+
+def test_attention_is_recorded():
+    call, given = replayed(attention_cpu), attention_arguments(2, 30, workspace_bytes=1 << 12)
+    for _ in range(3):
+        torch.testing.assert_close(call(*given), attention_reference(*given))
+    (recording,) = recordings(call).values()
+    assert recording is not None
+
+
+def test_a_result_in_other_strides_is_recorded_anew():
+    def heads_first(x: Tensor) -> Tensor:
+        return scaled_dot_product_attention(x, x, x).transpose(1, 2) + 1
+
+    call, x = replayed(heads_first), torch.randn(2, 5, 3, 8).transpose(1, 2)
+    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+        with sdpa_kernel(backend):
+            for _ in range(4):
+                torch.testing.assert_close(call(x), heads_first(x))
 
 
 @pytest.mark.parametrize("hidden", ["key_padding", "documents"])
