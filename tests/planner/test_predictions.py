@@ -24,9 +24,7 @@ def rows_of(name: str) -> list[Row]:
         graph = measured.get((case, f"{implementation} graph"))
         if graph is not None and graph.time_ms is not None and row.time_ms is not None:
             row.time_ms = min(row.time_ms, graph.time_ms)
-    plain = [row for row in measured.values() if not row.graph and not row.implementation.endswith(" graph")]
-    # Plans of causal attention were others when they were recorded (benchmarks/NOTES.md).
-    return [row for row in plain if not (row.implementation == "flashsvd" and row.mask == "causal")]
+    return [row for row in measured.values() if not row.graph and not row.implementation.endswith(" graph")]
 
 
 def shape_of(row: Row) -> MlpShape | AttentionShape:
