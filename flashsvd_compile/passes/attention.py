@@ -15,6 +15,7 @@ normalised, then rotated, then scaled; where they are neither of the first two, 
 """
 
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ from .rope import Table
 from .scores import Core, read_core
 from .values import shape_of, tensor_of
 from .vocabulary import read
+from .weights import Weight
 
 _NEIGHBOURHOOD = 200
 _PARTS = {"getitem", "split", "chunk", "narrow", "slice"}
@@ -196,7 +198,14 @@ def _shape(
         masked=bool(core.masks),
         causal=constants.get("window_right") == 0,
         rank_space=space,
+        products=sum(weight.value.numel() for weight in _matrices(members) if weight.is_made),
     )
+
+
+def _matrices(members: dict[str, Factored]) -> list[Weight]:
+    """Both factors of each projection, or its one matrix."""
+    factors = [(member.projection.down, member.projection.up) for member in members.values()]
+    return [weight for weight in chain(*factors) if weight is not None]
 
 
 def _unsupported(sentence: str) -> Obstacle:

@@ -3,6 +3,7 @@
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from itertools import takewhile
 from typing import Any
 
@@ -136,13 +137,21 @@ def _workspace_bytes(graph: Graph, x: Node, workspace: Workspace) -> int | Node:
     """The planner's bound for this input: a number, or nodes that compute it where the shape is dynamic."""
     elements = value_of(x).numel()
     if isinstance(elements, int):
-        return max(workspace.least, int(workspace.per_element * elements))
+        return int(workspace.bytes_for(sympy.Integer(elements)))
     if not workspace.per_element:
         return workspace.least
-    needed = emit(graph, operator.mul, emit(graph, "numel", x), workspace.per_element.numerator)
-    if workspace.per_element.denominator > 1:
-        needed = emit(graph, operator.floordiv, needed, workspace.per_element.denominator)
+    numel = emit(graph, "numel", x)
+    needed = _share(graph, numel, workspace.per_element)
+    if workspace.beside:
+        left = emit(graph, operator.sub, _share(graph, numel, workspace.in_all), workspace.beside)
+        needed = emit(graph, torch.sym_min, needed, left)
     return emit(graph, torch.sym_max, workspace.least, needed)
+
+
+def _share(graph: Graph, elements: Node, per_element: Fraction) -> Node:
+    """``elements * per_element``, rounded down."""
+    needed = emit(graph, operator.mul, elements, per_element.numerator)
+    return emit(graph, operator.floordiv, needed, per_element.denominator) if per_element.denominator > 1 else needed
 
 
 def present(**members: Factored | None) -> dict[str, Factored]:

@@ -1,6 +1,6 @@
 """The strategy for a region: the fastest, and of equally fast ones the one with the least memory."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
@@ -17,6 +17,14 @@ NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
 SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
+SHARE_FOR_PRODUCTS = Fraction(1, 10)
+"""Of the input, what products of factors may take beside a workspace; what they take beyond it comes off that.
+
+A region's peak is its input, its result, the workspace and those products: with the least workspace at most
+1 + 1 + 1/2 + 1/10 = 2.6 inputs. BERT's keys and values of 32x512 are 2 inputs of 24 MiB, a 16th of an input an item. In
+12 MiB they come by 8 items, and three merged weights of 768x768, 3.4 MiB, make that 2.64 inputs; in 14.4 - 3.4 = 11 MiB
+they come by 7, which is 2.58 inputs and one chunk more.
+"""
 
 
 remembered = lru_cache(maxsize=256)
@@ -25,14 +33,26 @@ remembered = lru_cache(maxsize=256)
 
 @dataclass(frozen=True)
 class Workspace:
-    """Bound of an operator's scratch memory: ``max(least, per_element * elements of its input)`` bytes."""
+    """Bound of an operator's scratch memory in bytes: ``max(least, per_element * elements of its input)``.
+
+    Where products of factors exist beside it, ``max(least, min(per_element * elements, in_all * elements - beside))``.
+
+    Attributes:
+        in_all: bytes an element of input that workspace and products may take.
+        beside: bytes of the products.
+    """
 
     least: int
     per_element: Fraction = Fraction(0)
+    in_all: Fraction = Fraction(0)
+    beside: int = 0
 
     def bytes_for(self, elements: sympy.Expr) -> sympy.Expr:
         """The bound as a formula."""
-        return sympy.Max(self.least, sympy.Rational(self.per_element) * elements)
+        share = sympy.floor(sympy.Rational(self.per_element) * elements)
+        if self.beside:
+            share = sympy.Min(share, sympy.floor(sympy.Rational(self.in_all) * elements) - self.beside)
+        return sympy.Max(self.least, share)
 
 
 @dataclass(frozen=True)
@@ -85,15 +105,18 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
         workspace = _workspace(shape, device, options, memory.SHARE_FOR_PARTIAL_SUMS)
         seconds, transient = time.mlp_fused(shape, device), memory.mlp_fused(shape, device)
         offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
-    dearer = _dearer(shape, {"out": shape.features["hidden"]})
     for workspace in _workspaces(shape, device, options):
         bound = workspace.bytes_for(shape.input_elements)
         needed = _at_most(memory.mlp_streamed(shape, bound), before)
         seconds = time.mlp_streamed(shape, device, bound)
         offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "the hidden layer passes in chunks"))
-        if dearer:
-            seconds = time.mlp_merged(shape, device, bound)
-            offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    dearer = _dearer(shape, {"out": shape.features["hidden"]})
+    products = memory.products(shape, device, dearer)
+    for workspace in _workspaces(shape, device, options, products) if dearer else ():
+        bound = workspace.bytes_for(shape.input_elements)
+        needed = products + _at_most(memory.mlp_streamed(shape, bound), before)
+        seconds = time.mlp_merged(shape, device, bound)
+        offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
     return _choice(shape, offered, time.mlp_kept(shape, device), before, options)
 
 
@@ -102,26 +125,30 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     """Streamed, a few items or heads lifted out of rank space at a time; or left in rank space, or merged, or kept."""
     device = device_of(shape.device)
     before = memory.attention_as_written(shape)
-    dearer = _dearer(shape, {"out": memory.heads_width(shape)})
     offered: list[Candidate] = []
     how = "q, k, v are lifted a few items or heads at a time"
-    workspaces = _workspaces(shape, device, options)
+    products = memory.products(shape, device)
+    workspaces = _workspaces(shape, device, options, products)
     # Chunks cost little where rank space stays on chip, unless each ends with the longest rows of a triangle.
-    cheap = time.lifts_on_chip(shape, device) and not shape.causal
+    cheap = memory.lifts_on_chip(shape, device) and not shape.causal
     for workspace in workspaces[:1] if cheap else workspaces:
         bound = workspace.bytes_for(shape.input_elements)
-        needed = _at_most(memory.attention_streamed(shape, bound), before)
+        needed = products + _at_most(memory.attention_streamed(shape, device, bound), before)
         seconds = time.attention_streamed(shape, device, bound)
         offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
-        if dearer:
-            seconds = time.attention_merged(shape, device, bound)
-            offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    dearer = _dearer(shape, {"out": memory.heads_width(shape)})
+    products, merged = memory.products(shape, device, dearer), shape.with_dense(dearer)
+    for workspace in _workspaces(shape, device, options, products) if dearer else ():
+        bound = workspace.bytes_for(shape.input_elements)
+        needed = products + _at_most(memory.attention_streamed(merged, device, bound), before)
+        seconds = time.attention_merged(shape, device, bound, merged)
+        offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
     kept = time.attention_kept(shape, device)
     if not isinstance(shape.rank_space, RankSpace):
         return _choice(shape, offered, kept, before, options, {Strategy.ABSORBED: shape.rank_space})
-    for workspace in workspaces:
+    for workspace in _workspaces(shape, device, options):
         bound = workspace.bytes_for(shape.input_elements)
-        seconds, needed = time.attention_absorbed(shape, device, bound), memory.attention_absorbed(shape, bound)
+        seconds, needed = time.attention_absorbed(shape, device, bound), memory.attention_absorbed(shape, device, bound)
         how = f"scores and values are taken in rank space, heads of {shape.rank_space.head_dim}"
         offered.append(Candidate(Strategy.ABSORBED, workspace, seconds, needed, how))
     return _choice(shape, offered, kept, before, options)
@@ -144,13 +171,14 @@ def plan_linear(shape: LinearShape, options: Options) -> Plan:
     return _choice(shape, offered, time.linear_kept(shape, device), before, options)
 
 
-def _dearer(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> list[str]:
-    """Roles of pairs that cost more than their product; ``inputs`` has the input sizes that are not ``x``'s."""
+def _dearer(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> dict[str, sympy.Expr | int]:
+    """Input sizes by role of the pairs that cost more than their product; ``inputs`` has those that are not ``x``'s."""
     low_rank = [role for role, rank in shape.ranks.items() if rank is not None]
-    return [role for role in low_rank if shape.is_dearer_than_dense(role, inputs.get(role, shape.in_features))]
+    sizes = {role: inputs.get(role, shape.in_features) for role in low_rank}
+    return {role: size for role, size in sizes.items() if shape.is_dearer_than_dense(role, size)}
 
 
-def _merging(dearer: list[str]) -> str:
+def _merging(dearer: Iterable[str]) -> str:
     return f"the factors of {', '.join(dearer)} hold no fewer elements than their product"
 
 
@@ -185,14 +213,19 @@ def _choice(
 
 
 def _best(shape: RegionShape, candidates: tuple[Candidate, ...], budget: int | None) -> Candidate:
-    """The fastest within the budget, and of equally fast ones the smallest; the smallest where none is within it."""
+    """The fastest within the budget, and of equally fast ones the smallest; the smallest where none is within it.
+
+    Of a strategy's workspaces that are cut into chunks of one size, the one with the least bound.
+    """
     sizes = {candidate: shape.at_hints(candidate.transient) for candidate in candidates}
     within = [candidate for candidate in candidates if budget is None or sizes[candidate] <= budget]
     if not within:
         return min(candidates, key=sizes.__getitem__)
     seconds = {candidate: shape.at_hints(candidate.seconds) for candidate in within}
     fast = [candidate for candidate in within if seconds[candidate] <= (1 + NOISE) * min(seconds.values())]
-    return min(fast, key=lambda candidate: (sizes[candidate], seconds[candidate]))
+    best = min(fast, key=lambda candidate: (sizes[candidate], seconds[candidate]))
+    alike = (candidate for candidate in fast if candidate.strategy == best.strategy)
+    return next(candidate for candidate in alike if sizes[candidate] == sizes[best])  # the least bound of these chunks
 
 
 def _comparison(shape: RegionShape, chosen: Candidate, kept: Candidate) -> str:
@@ -209,15 +242,20 @@ def _on_chip(shape: MlpShape, device: Device) -> bool:
     return low_rank and shape.itemsize == 2
 
 
-def _workspaces(shape: RegionShape, device: Device, options: Options) -> list[Workspace]:
-    """Bounds to choose from, the least first."""
-    return list(dict.fromkeys(_workspace(shape, device, options, share) for share in SHARES_OF_INPUT))
+def _workspaces(shape: RegionShape, device: Device, options: Options, products: int = 0) -> list[Workspace]:
+    """Bounds to choose from, the least first, beside ``products`` bytes of multiplied factors."""
+    return list(dict.fromkeys(_workspace(shape, device, options, share, products) for share in SHARES_OF_INPUT))
 
 
-def _workspace(shape: RegionShape, device: Device, options: Options, share: Fraction) -> Workspace:
+def _workspace(shape: RegionShape, device: Device, options: Options, share: Fraction, products: int = 0) -> Workspace:
     if options.memory_budget is not None:
-        return Workspace(options.memory_budget)
-    return Workspace(device.least_workspace, shape.itemsize * share if device.grows else Fraction(0))
+        return Workspace(max(1, options.memory_budget - products))
+    if not device.grows:
+        return Workspace(device.least_workspace)
+    least, per_element = device.least_workspace, shape.itemsize * share
+    if not products:
+        return Workspace(least, per_element)
+    return Workspace(least, per_element, per_element + shape.itemsize * SHARE_FOR_PRODUCTS, products)
 
 
 def _at_most(bound: sympy.Expr, need: sympy.Expr) -> sympy.Expr:

@@ -4,12 +4,20 @@ Every formula is a sympy expression in the graph's symbols. "As written" is the 
 when each operation allocates its result, which is what eager execution does.
 """
 
+from collections.abc import Mapping
 from fractions import Fraction
+from types import MappingProxyType
+from typing import NamedTuple
 
 import sympy
 
 from .device import Device
-from .shapes import AttentionShape, LinearShape, MlpShape
+from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
+
+SHORT_KEYS = 128
+"""Keys up to which attention lifts them where it uses them."""
+NOTHING: Mapping[str, sympy.Expr | int] = MappingProxyType({})
+"""No merged projections."""
 
 
 def linear_as_written(shape: LinearShape) -> sympy.Expr:
@@ -20,6 +28,17 @@ def linear_as_written(shape: LinearShape) -> sympy.Expr:
 def merged_weight(shape: LinearShape) -> sympy.Expr:
     """The factors' product."""
     return sympy.sympify(shape.itemsize * shape.in_features * shape.features["w"])
+
+
+def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr | int] = NOTHING) -> int:
+    """Bytes of the dense weights of the region's merged projections, ``dearer`` by role with their input size, and of
+    those that the graph multiplies out: all exist at once, beside the workspace.
+
+    Not counted on a CPU, where a workspace is bounded by the cache and not by what memory is left.
+    """
+    made = shape.products if isinstance(shape, AttentionShape) else 0
+    made += sum(int(shape.features[role] * features) for role, features in dearer.items())
+    return shape.itemsize * made if device.grows else 0
 
 
 def mlp_as_written(shape: MlpShape) -> sympy.Expr:
@@ -74,21 +93,53 @@ def attention_as_written(shape: AttentionShape) -> sympy.Expr:
     return shape.itemsize * elements
 
 
-def attention_streamed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The workspace; where the output projection changes the width, it holds the heads too, at least those of one item
-    and one head of keys and values.
+def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The workspace, or as much of it as chunks of even size take; where the output projection changes the width, it
+    holds the heads too, at least those of one item and one head of keys and values.
     """
     if heads_in_place(shape):
-        return workspace_bytes
+        return attention_chunks(shape, device, workspace_bytes).bytes if device.grows else workspace_bytes
     one_head = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
     least = shape.q_len * heads_width(shape) + shape.kv_len * one_head
     return sympy.Max(workspace_bytes, shape.itemsize * least)
 
 
-def attention_absorbed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+class Chunks(NamedTuple):
+    """Keys and values as they pass through a workspace: how many chunks, and the bytes of the largest."""
+
+    number: sympy.Expr
+    bytes: sympy.Expr
+
+
+def attention_chunks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> Chunks:
+    """Whole items where one fits, else heads of one item; rank space that passes through memory is in it, too.
+
+    Evenly cut: 32 items of which 9 fit come by eights, 12 heads of which 9 fit by sixes.
+    """
+    latent = shape.itemsize * shape.kv_len * (shape.latent("k") + shape.latent("v"))
+    latent = 0 if lifts_on_chip(shape, device) else latent
+    width = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
+    head = sympy.Max(1, shape.itemsize * shape.kv_len * width)
+    items = sympy.Max(1, sympy.floor(workspace_bytes / (latent + shape.num_kv_heads * head)))
+    heads = sympy.Max(1, sympy.floor((workspace_bytes - latent) / head))
+    of_items = sympy.Max(1, sympy.ceiling(shape.batch / items))
+    of_heads = sympy.ceiling(shape.num_kv_heads / heads)
+    largest = latent + sympy.ceiling(shape.num_kv_heads / of_heads) * head
+    return Chunks(of_items * of_heads, sympy.ceiling(shape.batch / of_items) * largest)
+
+
+def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
+    """Whether a kernel takes keys and values out of rank space; float32 is left to the library."""
+    ranks = [shape.ranks[role] for role in ("k", "v")]
+    short = shape.at_hints(shape.kv_len) <= SHORT_KEYS
+    limit = device.max_fused_rank if short else device.max_projected_rank
+    return shape.itemsize == 2 and all(rank is not None and rank <= limit for rank in ranks)
+
+
+def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The absorbed form's workspace and its weights."""
     absorbed = shape.absorbed
-    transient = sympy.Min(attention_streamed(absorbed, workspace_bytes), attention_as_written(absorbed))
+    transient = sympy.Min(attention_streamed(absorbed, device, workspace_bytes), attention_as_written(absorbed))
     elements = (shape.latent("q") or shape.in_features) * absorbed.features["q"]
     elements += (shape.latent("out") or shape.features["out"]) * heads_width(absorbed)
     elements += shape.in_features * (absorbed.features["k"] + absorbed.features["v"])

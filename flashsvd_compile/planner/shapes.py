@@ -1,6 +1,6 @@
 """What the planner is told about a region: sizes only, in the graph's own symbols."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import sympy
@@ -103,6 +103,8 @@ class AttentionShape(RegionShape):
         masked: the model as written takes a mask, whatever is read out of it: causality, padding, or nothing at all.
         causal: queries see no later keys.
         rank_space: the heads of the absorbed form, or why there is none.
+        products: elements of dense weights that the graph multiplies out of factors for this region, and that exist
+            while it runs.
     """
 
     batch: sympy.Expr
@@ -113,6 +115,11 @@ class AttentionShape(RegionShape):
     masked: bool = False
     causal: bool = False
     rank_space: RankSpace | str = "the factors are not known"
+    products: int = 0
+
+    def with_dense(self, roles: Iterable[str]) -> "AttentionShape":
+        """The region with the factors of some projections multiplied."""
+        return replace(self, ranks=self.ranks | dict.fromkeys(roles))
 
     @property
     def absorbed(self) -> "AttentionShape":
@@ -126,6 +133,7 @@ class AttentionShape(RegionShape):
             features=self.features | {"q": queries, "k": keys, "v": keys},
             num_kv_heads=space.num_kv_heads,
             rank_space="it is absorbed already",
+            products=0,
         )
 
     @property

@@ -20,8 +20,9 @@ MASKED_ATTENTION = 1.55
 
 CHUNKED_PROJECTIONS = 1.12
 """Factor on the projections' time where they come in chunks and their rank is high (H100, 256 to 384)."""
-SHORT_KEYS = 128
-"""Keys up to which attention lifts them where it uses them."""
+FULL_CHUNK = 4096 * 1536
+"""Elements of keys and values that fill a GPU. A chunk of so many costs two launches, 3.5 us, a quarter of it 12 to 17
+(H100, rank 192, 32x512 and 8x2048)."""
 CAUSAL_SHARE = 0.55
 """Of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
 CAUSAL_TAIL = 6.5e-9
@@ -98,10 +99,12 @@ def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: s
     return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
 
 
-def attention_merged(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """In chunks, with each pair of factors multiplied that costs more than its product."""
+def attention_merged(
+    shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr, merged: AttentionShape
+) -> sympy.Expr:
+    """In chunks, with each pair of factors multiplied that costs more than its product; chunks as of ``merged``."""
     projections = _attention_projections(shape, device, _merged_projection)
-    return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
+    return projections + _core(shape, device) + _attention_launches(merged, workspace_bytes, device)
 
 
 def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -172,14 +175,6 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
-def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
-    """Whether a kernel takes keys and values out of rank space; float32 is left to the library."""
-    ranks = [shape.ranks[role] for role in ("k", "v")]
-    short = shape.at_hints(shape.kv_len) <= SHORT_KEYS
-    limit = device.max_fused_rank if short else device.max_projected_rank
-    return shape.itemsize == 2 and all(rank is not None and rank <= limit for rank in ranks)
-
-
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
     """Queries and output once, then chunks of keys and values; all a chunk where heads pass too.
 
@@ -191,15 +186,23 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
         chunks = sympy.Max(1, (heads + memory.keys_and_values(shape)) / workspace_bytes)
         return device.launch_seconds * (1 + _operations(shape)) * chunks
     once = 2 if "out" in shape.ranks else 1
-    chunks, chunk = _chunks_of_keys(shape, workspace_bytes), 2 * device.launch_seconds
-    if shape.latent("k") + shape.latent("v") and not lifts_on_chip(shape, device):
+    low_rank = shape.latent("k") + shape.latent("v")
+    chunks, chunk = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes), 2 * device.launch_seconds
+    if not low_rank and device.grows:
+        chunks, chunk = _chunks_of_dense_keys(shape, device, workspace_bytes)
+    elif low_rank and not memory.lifts_on_chip(shape, device):
         chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
     tail = CAUSAL_TAIL * shape.kv_len if shape.causal and device.grows else 0
     return device.launch_seconds * once + chunk * chunks + tail * (chunks - 1)
 
 
-def _chunks_of_keys(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    return sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes)
+def _chunks_of_dense_keys(
+    shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr
+) -> tuple[sympy.Expr, sympy.Expr]:
+    """How many on a GPU, and seconds of each: more where a chunk no longer fills the device that the whole would."""
+    chunks = memory.attention_chunks(shape, device, workspace_bytes)
+    filling = sympy.Min(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
+    return chunks.number, 2 * device.launch_seconds * sympy.Max(1, filling / sympy.Max(1, chunks.bytes))
 
 
 def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -207,7 +210,7 @@ def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr
     latent = shape.itemsize * shape.kv_len * (shape.latent("k") + shape.latent("v"))
     lifted = memory.keys_and_values(shape)
     of_items = (lifted + shape.batch * latent) / workspace_bytes
-    head = lifted / (shape.batch * shape.num_kv_heads)
+    head = shape.itemsize * shape.kv_len * (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
     return sympy.Max(1, of_items, lifted / sympy.Max(head, workspace_bytes - latent))
 
 

@@ -98,6 +98,61 @@ def test_dense_keys_and_values_come_in_small_chunks():
     assert plan.workspace.per_element == 1
 
 
+def published(rank: int | None, products: int = 0) -> AttentionShape:
+    """BERT's attention of 32x512 on an H100: 12 heads, and an output projection of rank 208."""
+    shape = attention(32, 512, 208, "H100", itemsize=2)
+    return replace(shape, ranks=shape.ranks | dict.fromkeys("qkv", rank), masked=True, products=products)
+
+
+@pytest.mark.parametrize(
+    ("shape", "strategy"),
+    [
+        (published(576), Strategy.MERGED),
+        (published(480), Strategy.MERGED),
+        (published(None, 3 * 768 * 768), Strategy.STREAMED),
+    ],
+)
+def test_products_of_factors_leave_their_memory_to_no_workspace(shape, strategy):
+    """Input, result, three weights and chunks of 7 of 32 items stay within 2.6 inputs."""
+    plan = plan_attention(shape, AUTO)
+    weights, items = 2 * 3 * 768 * 768, 7 * 2 * 512 * 1536
+    assert plan.strategy == strategy
+    assert plan.transient_after == weights + items
+    one = 2 * shape.at_hints(shape.input_elements)
+    assert 2 * one + shape.at_hints(plan.transient_after) <= 2.6 * one
+    seconds = [shape.at_hints(c.seconds) for c in plan.candidates if c.strategy == strategy]
+    assert seconds[0] <= 1.08 * min(seconds)
+
+
+def test_a_workspace_is_only_as_much_smaller_as_products_exceed_a_tenth_of_the_input():
+    elements = 32 * 512 * 768
+    few, many = (plan_attention(published(None, n), AUTO).workspace for n in (64, 3 * 768 * 768))
+    assert few.bytes_for(sympy.Integer(elements)) == elements
+    assert many.bytes_for(sympy.Integer(elements)) == 6 * elements // 5 - 2 * 3 * 768 * 768
+
+
+def test_small_inputs_do_not_pay_for_products_with_chunks_that_leave_a_gpu_idle():
+    shape = replace(published(576), batch=sympy.Integer(8))
+    plan = plan_attention(shape, AUTO)
+    least = next(c for c in plan.candidates if c.strategy == Strategy.MERGED)
+    assert least.workspace.bytes_for(shape.input_elements) == 2**20
+    assert shape.at_hints(least.seconds) > 1.5 * seconds_of(plan, Strategy.MERGED, shape)
+    assert plan.workspace != least.workspace
+
+
+def test_products_count_towards_a_budget():
+    options = Options(strategy="merged", memory_budget=2**24)
+    plan = plan_attention(published(576), options)
+    assert plan.strategy == Strategy.MERGED
+    assert plan.workspace.least == 2**24 - 2 * 3 * 768 * 768
+    assert plan.transient_after <= 2**24
+
+
+@pytest.mark.parametrize("rank", [None, 192, 304, 576])
+def test_an_empty_batch_can_be_planned_for(rank):
+    assert plan_attention(replace(published(rank), batch=sympy.Integer(0)), AUTO).strategy in set(Strategy)
+
+
 def test_short_unmasked_attention_of_a_middle_rank_is_kept():
     """Measured on an H100 at 32x512, rank 304: 218 us with the best workspace, 199 as written."""
     plain = attention(32, 512, 304, "cuda", itemsize=2)
@@ -245,7 +300,8 @@ def test_absorbed_is_taken_only_where_nothing_is_predicted_faster_and_as_small(d
 
 def test_the_memory_of_the_absorbed_form_counts_its_weights_and_its_narrower_heads():
     shape = in_rank_space(32, 512, 512, 32)
-    small, large = (memory.attention_absorbed(shape, sympy.Integer(bound)) for bound in (2**10, 2**30))
+    bounds = (sympy.Integer(2**10), sympy.Integer(2**30))
+    small, large = (memory.attention_absorbed(shape, device_of(shape.device), bound) for bound in bounds)
     weights = 4 * (32 * 12 * 32 + 32 * 12 * 32 + 768 * 64)
     assert small == 4 * (512 * 12 * 32 + 512 * 2 * 32) + weights, "the least: one item's heads, its keys and values"
     assert large == 4 * 32 * 512 * (12 * 32 + 12 * 32 + 2 * 32) + weights, "no more than there is"
