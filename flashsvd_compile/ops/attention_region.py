@@ -35,6 +35,7 @@ class Attention(NamedTuple):
             :data:`UNLIMITED` lifts a side. Causal attention is ``window_right=0``.
         documents: ``[batch, len]`` integers or bool, or ``None``: a query sees only keys whose number is its own. For
             self-attention, where several documents are packed into one item.
+        x_norm: normalisation of the input of self-attention, or ``None``.
     """
 
     q: Projection[Tensor]
@@ -55,6 +56,7 @@ class Attention(NamedTuple):
     window_left: int
     window_right: int
     documents: Tensor | None = None
+    x_norm: Norm | None = None
 
     @property
     def head_dim(self) -> int:
@@ -212,8 +214,11 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
         InvalidOptionError: unknown strategy or norm, no workspace, a window below -1, a soft cap below 0.
     """
     context, *rest = arguments
+    is_self_attention = context is None
     context = x if context is None else context
-    quads, (residual, key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes) = rest[:16], rest[16:]
+    quads, residual, rest = rest[:16], rest[16], rest[17:]
+    of_x, rest = rest[: norm.ARGUMENTS_PER_NORM], rest[norm.ARGUMENTS_PER_NORM :]
+    key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes = rest
     norms, rest = rest[: 2 * norm.ARGUMENTS_PER_NORM], rest[2 * norm.ARGUMENTS_PER_NORM :]
     q, k, v, out = proj.group(tuple(quads))
     if q is None or k is None or v is None:
@@ -222,7 +227,9 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
         mask = mask[(None,) * (4 - mask.dim())]
     attn = Attention(q, k, v, out, key_padding, mask, cos, sin, interleaved, None, None, *rest)
     _validate(x, context, attn)
-    attn = _with_norms(attn, norms, x.dtype)
+    attn = _with_norms(attn, norms, x.dtype)._replace(x_norm=norm.parse("x", tuple(of_x), 1, x.shape[-1], x.dtype))
+    if attn.x_norm is not None and not is_self_attention:
+        raise InvalidOptionError("x_norm", of_x[0], f"{norm.NONE!r} where there is a context")
     validate_residual(residual, x, (x.shape[0], x.shape[1], attn.out_features))
     validate_execution(strategy, workspace_bytes)
     return context, attn, strategy, workspace_bytes

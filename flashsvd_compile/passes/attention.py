@@ -8,7 +8,7 @@ Before::
 
 After::
 
-    y = flashsvd.attention_v4(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
+    y = flashsvd.attention_v5(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
 The output projection joins in when the heads go nowhere else. Between projection and scores queries and keys may be
 normalised, then rotated, then scaled; where they are neither of the first two, ``absorbed.py`` has another form.

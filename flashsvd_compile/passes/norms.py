@@ -137,7 +137,7 @@ class _Frame(NamedTuple):
         for size, whole, is_feature in zip(value.shape, self.sizes[missing:], self.is_feature[missing:], strict=True):
             if not isinstance(size, int) or (size != 1 and not (is_feature and size == whole)):
                 return None
-        shapes = {self.head_dim: (self.head_dim,), self.heads * self.head_dim: (self.heads, self.head_dim)}
+        shapes = {self.heads * self.head_dim: (self.heads, self.head_dim), self.head_dim: (self.head_dim,)}
         return shapes.get(value.numel())
 
 

@@ -205,12 +205,12 @@ def test_only_needed_gradients():
     (expected,) = torch.autograd.grad(mlp_reference(*arguments).sum(), arguments[0])
     torch.testing.assert_close(found, expected)
     needs = [i == 0 for i in range(len(arguments))]
-    assert len(torch.ops.flashsvd.mlp_backward_v2(torch.ones(5, 16), needs, *arguments)) == 1
+    assert len(torch.ops.flashsvd.mlp_backward_v3(torch.ones(5, 16), needs, *arguments)) == 1
 
 
 def test_a_gradient_of_the_gradient_is_refused():
     arguments = leaves(mlp_arguments(5, 6))
-    with pytest.raises(TwiceDifferentiatedError, match="flashsvd::mlp_v2 is differentiable once"):
+    with pytest.raises(TwiceDifferentiatedError, match="flashsvd::mlp_v3 is differentiable once"):
         torch.autograd.grad(mlp(*arguments).sum(), arguments[0], create_graph=True)
 
 
