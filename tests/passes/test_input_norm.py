@@ -103,9 +103,7 @@ def overwritten(x, a, b, c, d, weight):
     return x + mlp(normed, a, b, c, d)
 
 
-@pytest.mark.parametrize(
-    "block", [used_again, other_residual, no_residual, over_rows, of_halves, no_norm, overwritten]
-)
+@pytest.mark.parametrize("block", [used_again, other_residual, no_residual, over_rows, of_halves, no_norm, overwritten])
 def test_kept(block):
     result = rewritten(block, X, *MLP, WEIGHT)
     assert absorbed(result) == []
