@@ -3,8 +3,8 @@
     rms      x / sqrt(mean(x ** 2) + eps) * weight + bias      Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4
     layer    the same of x - mean(x)                           Ba et al. 2016, arXiv:1607.06450, eq. 3 and 4
 
-Means are over a head's own features, or over those of all heads of a position; an input is one head. They and everything else are computed
-in float32 at least, and the result is rounded once.
+Means are over a head's own features, or over those of all heads of a position; an input is one head. They and
+everything else are computed in float32 at least, and the result is rounded once.
 """
 
 from math import isfinite

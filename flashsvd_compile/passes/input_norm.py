@@ -10,8 +10,8 @@ After::
     s = flashsvd.mlp_v3(x=r, hidden_down=..., residual=r, x_norm="rms", x_norm_weight=weight, x_norm_eps=eps, ...)
 
 The stream is alive either way, so its normed copy is memory saved. On a GPU an MLP's workspace may grow by as much
-where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the stream stay, as
-the library has no kernel for them.
+where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
+stream stay, as the library has no kernel for them.
 """
 
 import operator
