@@ -143,8 +143,9 @@ class Chunking(NamedTuple):
 def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_elements: int) -> Chunking:
     """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group.
 
-    The input's norm is held next to it: of the chunk's items, of one at least. What the core allocates by itself (a block of heads' outputs, half a rotation) counts towards the bound, and so do
-    norms: a quarter of it is for their blocks, and the statistics of whole keys are held.
+    What the core allocates by itself (a block of heads' outputs, half a rotation) counts towards the bound, and so do
+    norms of queries and keys: a quarter of it is for their blocks, and the statistics of whole keys are held. So does
+    the norm of the input, which is held next to the workspace for the chunk's items, for one item at least.
     """
     norm_scratch = workspace_elements // 4 if attn.normed else 0
     workspace_elements -= norm_scratch

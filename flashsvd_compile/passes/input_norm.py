@@ -42,7 +42,13 @@ def absorb_norms(graph: Graph, options: Options) -> None:
 
 def _absorb(node: Node, graph: Graph, order: Order, options: Options) -> None:
     x, residual = node.kwargs["x"], node.kwargs["residual"]
-    if not isinstance(x, Node) or x is residual or set(x.users) != {node} or node.kwargs.get("context") is not None:
+    if (
+        not isinstance(x, Node)
+        or not isinstance(residual, Node)
+        or x is residual
+        or set(x.users) != {node}
+        or node.kwargs.get("context") is not None
+    ):
         return
     norm = _norm_of(x)
     if norm is None or norm.source is not residual or not _in_one_dtype(norm):
