@@ -39,11 +39,8 @@ def supported(x: Tensor, attn: Attention) -> bool:
 
 
 def attends(x: Tensor, attn: Attention) -> bool:
-    """Whether our own kernel attends: no mask, documents, norm or cap, a head that it has tiles for, scale > 0.
-
-    Not in float32, where the library is faster, and with tf32 nearer to float64: it rounds where Triton truncates.
-    """
-    unmasked = attn.mask is None and attn.documents is None and x.dtype != torch.float32
+    """Whether our own kernel attends: no mask, documents, norm or cap, a head that it has tiles for, scale > 0."""
+    unmasked = attn.mask is None and attn.documents is None
     plain = unmasked and not attn.normed and not attn.softcap and attn.scale > 0 and x.numel() > 0
     return plain and attention_kernel.supported(attn.head_dim, attn.value_dim, x.dtype, x.device)
 

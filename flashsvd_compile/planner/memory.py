@@ -75,14 +75,31 @@ def attention_as_written(shape: AttentionShape) -> sympy.Expr:
 
 
 def attention_streamed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The workspace; where the output projection changes the width, it holds the heads too, at least those of one item
-    and one head of keys and values.
+    """The workspace's chunk of keys and values: items, or heads of one, evenly cut.
+
+    Where the output projection changes the width, it holds the heads too, at least those of one item and one head of
+    keys and values.
     """
     if heads_in_place(shape):
-        return workspace_bytes
+        return _chunk_of_keys(shape, workspace_bytes)
     one_head = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
     least = shape.q_len * heads_width(shape) + shape.kv_len * one_head
     return sympy.Max(workspace_bytes, shape.itemsize * least)
+
+
+def _chunk_of_keys(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """Rank space is left out: on a GPU it may be on chip, and it is a part of a head's keys elsewhere."""
+    item = shape.itemsize * shape.kv_len * (shape.features["k"] + shape.features["v"])
+    head = sympy.sympify(item) / shape.num_kv_heads
+    whole_items = item * _evenly(shape.batch, workspace_bytes / item)
+    heads = head * _evenly(sympy.Integer(shape.num_kv_heads), workspace_bytes / head)
+    fits = sympy.Min(1, sympy.floor(workspace_bytes / item))
+    return sympy.Min(workspace_bytes, fits * whole_items + (1 - fits) * heads)
+
+
+def _evenly(count: sympy.Expr, fitting: sympy.Expr) -> sympy.Expr:
+    """The most of ``count`` things that pass at a time where about ``fitting`` fit and no short rest is left."""
+    return sympy.ceiling(count / sympy.ceiling(count / sympy.Max(1, sympy.floor(fitting))))
 
 
 def attention_absorbed(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
