@@ -270,6 +270,11 @@ def _validate(x: Tensor, context: Tensor, attn: Attention) -> None:
     _validate_rotation(x, context, attn)
 
 
+def _broadcasts(size: int | torch.SymInt, whole: int | torch.SymInt) -> bool:
+    """Whether a dimension is 1 or the whole; a symbol that is the whole is not asked whether it is 1."""
+    return (isinstance(size, int) and size == 1) or bool(size == whole) or bool(size == 1)
+
+
 def _validate_masks(x: Tensor, context: Tensor, attn: Attention) -> None:
     batch, q_len, kv_len = x.shape[0], x.shape[1], context.shape[1]
     if attn.key_padding is not None:
@@ -281,7 +286,7 @@ def _validate_masks(x: Tensor, context: Tensor, attn: Attention) -> None:
         if attn.mask.dtype not in (torch.bool, x.dtype):
             raise DtypeError("mask", attn.mask.dtype, f"torch.bool or {x.dtype}")
         full = (batch, attn.num_heads, q_len, kv_len)
-        if attn.mask.dim() != 4 or any(m not in (1, n) for m, n in zip(attn.mask.shape, full, strict=True)):
+        if attn.mask.dim() != 4 or not all(map(_broadcasts, attn.mask.shape, full)):
             raise ShapeError("shape of mask", tuple(attn.mask.shape), f"broadcastable to {full}")
     if attn.documents is not None:
         if attn.documents.is_floating_point() or attn.documents.is_complex():
@@ -302,7 +307,7 @@ def _validate_rotation(x: Tensor, context: Tensor, attn: Attention) -> None:
             raise DtypeError(name, table.dtype, x.dtype)
         if x.shape[1] != context.shape[1]:
             raise ShapeError("length of a rotated context", context.shape[1], x.shape[1])
-        if table.dim() != 3 or table.shape[0] not in (1, x.shape[0]) or table.shape[1] != x.shape[1]:
+        if table.dim() != 3 or not _broadcasts(table.shape[0], x.shape[0]) or table.shape[1] != x.shape[1]:
             raise ShapeError(f"shape of {name}", tuple(table.shape), f"[1 or {x.shape[0]}, {x.shape[1]}, rotary_dim]")
         if table.shape[2] % 2 or not 0 < table.shape[2] <= attn.head_dim:
             raise ShapeError(f"rotary_dim of {name}", table.shape[2], f"even and at most head_dim={attn.head_dim}")

@@ -83,7 +83,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     core = read_core(node)
     if not isinstance(core, Core):
         return core
-    q, k, v = found = [read_member(operand) for operand in (core.q, core.k, core.v)]
+    q, k, v = found = [read_member(operand, core.dtype) for operand in (core.q, core.k, core.v)]
     if q is None or k is None or v is None:
         missing = " and ".join(name for name, member in zip("qkv", found, strict=True) if member is None)
         return _unsupported(f"{missing} of {node.name!r} cannot be followed to a projection of [batch, len, features]")
@@ -166,9 +166,10 @@ def _scores(core: Core, q: Member) -> Scores:
     assert queries is not None
     assert x is not None
     square = extent(named(core.q.layout, "query")) == extent(named(core.k.layout, "key"))
-    autocast = torch.float32 in (x.dtype, q.factored.projection.up.value.dtype) and queries.dtype != torch.float32
+    wide = (x.dtype, q.factored.projection.up.value.dtype, queries.dtype)
+    autocast = torch.float32 in wide and core.dtype != torch.float32
     is_sdpa = len(core.nodes) == 1
-    return Scores(q.factored.source, queries.dtype, square, casts_mask=autocast and is_sdpa)
+    return Scores(q.factored.source, core.dtype, square, casts_mask=autocast and is_sdpa)
 
 
 def _table(table: Table) -> Deferred:
