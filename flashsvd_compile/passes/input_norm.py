@@ -70,9 +70,9 @@ def _absorb(node: Node, graph: Graph, order: Order, options: Options) -> None:
 
 def _norm_of(node: Node) -> Norm | None:
     """The norm over the last dimension whose result is ``node``."""
-    shape = shape_of(node) or ()
+    shape, value = shape_of(node) or (), tensor_of(node)
     layout = layout_of((*(f"row {dim}" for dim in range(len(shape) - 1)), "feature"), node)
-    return read_norm(node, layout, layout[-1]) if layout else None
+    return read_norm(node, layout, layout[-1], value.dtype) if layout and value is not None else None
 
 
 def _in_one_dtype(norm: Norm) -> bool:
