@@ -22,14 +22,14 @@ def projection_arguments(role: str, pair: nn.Module) -> dict[str, Any]:
 
 
 def forced_mlp(module: Mlp, x: Tensor, workspaces_mib: tuple[int, ...]) -> list[Implementation]:
-    """``mlp_v2`` streamed through each workspace, and fused where the kernel takes the ranks."""
+    """``mlp_v3`` streamed through each workspace, and fused where the kernel takes the ranks."""
     arguments = projection_arguments("hidden", module.hidden) | projection_arguments("out", module.out)
     if module.gate is not None:
         arguments |= projection_arguments("gate", module.gate)
     activation = "gelu" if module.gate is None else "silu"
 
     def run(**how) -> Tensor:
-        return torch.ops.flashsvd.mlp_v2(x, **arguments, activation=activation, **how)
+        return torch.ops.flashsvd.mlp_v3(x, **arguments, activation=activation, **how)
 
     rank_in, rank_out = arguments["hidden_down"].shape[0], arguments["out_down"].shape[0]
     fusible = module.gate is None and x.is_cuda and triton_mlp.supported(rank_in, rank_out, x.dtype, x.device)
@@ -40,14 +40,14 @@ def forced_mlp(module: Mlp, x: Tensor, workspaces_mib: tuple[int, ...]) -> list[
 def forced_attention(
     module: Attention, x: Tensor, key_padding: Tensor | None, workspaces_mib: tuple[int, ...]
 ) -> list[Implementation]:
-    """``attention_v4`` streamed through each workspace."""
+    """``attention_v5`` streamed through each workspace."""
     arguments = {}
     for role in ("q", "k", "v"):
         arguments |= projection_arguments(role, getattr(module, role))
     head_dim = x.shape[-1] // module.heads
 
     def run(**how) -> Tensor:
-        return torch.ops.flashsvd.attention_v4(
+        return torch.ops.flashsvd.attention_v5(
             x,
             **arguments,
             key_padding=key_padding,

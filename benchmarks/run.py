@@ -71,6 +71,10 @@ PLANS: dict[str, list[Step]] = {
             "bert_reduce_overhead",
         )
     ],
+    "bert-float32": [
+        Step("bert", 200, ("--rows", "32x512 padded 192,32x512 none 192", "--dtype", "float32"), "bert_float32"),
+        Step("bert", 200, ("--rows", "32x512 padded 192", "--dtype", "float32", "--tf32"), "bert_tf32"),
+    ],
     "llama": [Step("llama", 300)],
     "decode": [Step("decode", 150)],
     "sweep-mlp": [Step("sweep", 300, ("--rows", "mlp"), "sweep_mlp")],

@@ -25,7 +25,8 @@ class Strategy(StrEnum):
 AUTO = "auto"
 PACKING = "packing"
 RESIDUAL = "residual"
-RULES = ("attention", "mlp", "linear", PACKING, RESIDUAL)
+INPUT_NORM = "input_norm"
+RULES = ("attention", "mlp", "linear", PACKING, RESIDUAL, INPUT_NORM)
 INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 

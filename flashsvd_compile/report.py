@@ -21,6 +21,7 @@ class RefusalReason(StrEnum):
     LORA_SUM = "lora_sum"
     LIVE_DROPOUT = "live_dropout"
     UNSUPPORTED_DTYPE = "unsupported_dtype"
+    UNKNOWN_SIZE = "unknown_size"
     UNSUPPORTED_DEVICE = "unsupported_device"
     TENSOR_SUBCLASS = "tensor_subclass"
     UNKNOWN_ACTIVATION = "unknown_activation"

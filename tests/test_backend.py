@@ -268,7 +268,7 @@ def test_debug_prints_the_report_and_both_graphs(block, capsys):
         compiled(block[0], debug=True)(sample())
     printed = capsys.readouterr().out
     assert "scaled_dot_product_attention" in printed.split("# after")[0]
-    assert "torch.ops.flashsvd.attention_v4" in printed.split("# after")[1]
+    assert "torch.ops.flashsvd.attention_v5" in printed.split("# after")[1]
     assert "2 regions rewritten" in printed
 
 
@@ -279,7 +279,7 @@ def test_debug_writes_a_directory_per_graph(block, tmp_path):
         compiled(block[1], debug=str(tmp_path))(sample())
     assert sorted(path.name for path in tmp_path.iterdir()) == ["graph_0", "graph_1"]
     assert "scaled_dot_product_attention" in (tmp_path / "graph_0" / "before.py").read_text()
-    assert "flashsvd.attention_v4" in (tmp_path / "graph_1" / "after.py").read_text()
+    assert "flashsvd.attention_v5" in (tmp_path / "graph_1" / "after.py").read_text()
     assert "2 regions rewritten" in (tmp_path / "graph_1" / "report.txt").read_text()
 
 

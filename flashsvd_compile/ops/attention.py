@@ -1,4 +1,4 @@
-"""``flashsvd::attention_v4``: multi-head attention with its (low-rank) projections, as one operator.
+"""``flashsvd::attention_v5``: multi-head attention with its (low-rank) projections, as one operator.
 
     heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
@@ -28,7 +28,7 @@ from .workspace import Workspace, affine_into, project_rows, rows_that_fit
 ROLES = ("q", "k", "v", "out")
 SCHEMA = (
     f"(Tensor x, Tensor? context=None, {', '.join(map(proj.schema_of, ROLES))}, "
-    "Tensor? residual=None, Tensor? key_padding=None, Tensor? mask=None, "
+    f"Tensor? residual=None, {norm.schema_of('x')}, Tensor? key_padding=None, Tensor? mask=None, "
     "Tensor? cos=None, Tensor? sin=None, bool interleaved=False, "
     f"{norm.schema_of('q')}, {norm.schema_of('k')}, "
     "int num_heads=1, int num_kv_heads=1, float scale=1.0, float softcap=0.0, int window_left=-1, int window_right=-1, "
@@ -45,7 +45,7 @@ def reference(x: Tensor, *arguments) -> Tensor:
         x: ``[batch, q_len, in_features]``.
         arguments: ``context[batch, kv_len, in_features]`` (``None``: ``x``), then the fields of :class:`Attention`
             with projections and norms flattened and, behind the projections, the residual
-            ``[batch, q_len, out_features]`` or ``None``; then strategy and workspace bound.
+            ``[batch, q_len, out_features]`` or ``None`` and the norm of ``x``; then strategy and workspace bound.
 
     Returns:
         ``[batch, q_len, out_features]``, contiguous, dtype of ``x``. A query that may attend to no key gives zeros
@@ -57,6 +57,7 @@ def reference(x: Tensor, *arguments) -> Tensor:
 
 
 def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
+    x, context = _normalised(x, context, attn)
     q = norm.apply(_heads(proj.apply(x, attn.q), attn.num_heads), attn.q_norm).transpose(1, 2)
     k = norm.apply(_heads(proj.apply(context, attn.k), attn.num_kv_heads), attn.k_norm).transpose(1, 2)
     v = _heads(proj.apply(context, attn.v), attn.num_kv_heads).transpose(1, 2)
@@ -69,6 +70,14 @@ def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
     del q, k, v
     merged = heads.transpose(1, 2).flatten(2)
     return (merged if attn.out is None else proj.apply(merged, attn.out)).contiguous()
+
+
+def _normalised(x: Tensor, context: Tensor, attn: Attention) -> tuple[Tensor, Tensor]:
+    """Input and context, which are one if there is a norm of the input."""
+    if attn.x_norm is None:
+        return x, context
+    x = norm.of_rows(x, attn.x_norm)
+    return x, x
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
@@ -102,7 +111,8 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
     if attn.softcap:
         scores = capped.scratch(attn, q_len, kv_len, x.dtype)
     scores += 0 if attn.documents is None else q_len * kv_len  # booleans of each item
-    return batch * (queries + keys + scores) * x.element_size()
+    normalised = 0 if attn.x_norm is None else q_len * x.shape[-1]
+    return batch * (normalised + queries + keys + scores) * x.element_size()
 
 
 @plus_residual(RESIDUAL)
@@ -134,11 +144,13 @@ def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_ele
     """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group.
 
     What the core allocates by itself (a block of heads' outputs, half a rotation) counts towards the bound, and so do
-    norms: a quarter of it is for their blocks, and the statistics of whole keys are held.
+    norms of queries and keys: a quarter of it is for their blocks, and the statistics of whole keys are held. So does
+    the norm of the input, which is held next to the workspace for the chunk's items, for one item at least.
     """
     norm_scratch = workspace_elements // 4 if attn.normed else 0
     workspace_elements -= norm_scratch
     whole_keys = attn.k_norm is not None and attn.k_norm.whole
+    normalised = 0 if attn.x_norm is None else q_len * proj.in_features(attn.q)
     held = 0 if attn.queries_in_place else q_len * attn.num_heads * attn.head_dim
     held += 0 if attn.heads_in_place else q_len * attn.merged_width
     held += 4 * kv_len if whole_keys else 0  # a mean and a scale, float32
@@ -149,8 +161,8 @@ def chunking(attn: Attention, batch: int, q_len: int, kv_len: int, workspace_ele
     left = workspace_elements - max(0, passing - rotating)  # heads are rotated before any are attended to
     item = held + latent + attn.num_kv_heads * (lifted + rotating)
     items, kv_heads = 1, attn.num_kv_heads
-    if item <= left:
-        items = rows_that_fit(left, item, batch)
+    if item + normalised <= left:
+        items = rows_that_fit(left, item + normalised, batch)
     else:
         kv_heads = rows_that_fit(left - held - latent, lifted + rotating, attn.num_kv_heads)
     row = max(proj.rank(attn.q), 0 if attn.out is None else attn.out.up.shape[1])
@@ -179,7 +191,7 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
         if not attn.heads_in_place:
             merged = workspace.aligned().take(*merged.shape[:2], attn.merged_width)
         mark = workspace.mark()
-        _attend(merged, x[items], context[items], attn.of_items(items), chunk, workspace, core)
+        _attend(merged, *_normalised(x[items], context[items], attn), attn.of_items(items), chunk, workspace, core)
         if attn.out is not None:
             workspace.reset(mark)
             project_rows(_rows(result[items]), _rows(merged), attn.out, workspace)
@@ -272,5 +284,5 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return Chunked(grad, arguments, per_item, step)
 
 
-attention = register("attention_v4", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+attention = register("attention_v5", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
 differentiable(attention, reference, _cut, added=RESIDUAL)

@@ -20,6 +20,7 @@ from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
 from ..kernels.target import target_of
 from ..kernels.tiles import aligned_columns
+from . import norm
 from . import projection as proj
 from .attention_region import UNLIMITED, Attention
 from .projection import Projection
@@ -60,8 +61,15 @@ def kernel_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -
 
 
 def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> Tensor:
-    """The region's result; besides it only one workspace exists. See :func:`supported`."""
+    """The region's result; besides it only one workspace exists. See :func:`supported`.
+
+    A norm of the input is held as a whole, except where :func:`_after_norm` has the region.
+    """
     batch, q_len, _ = x.shape
+    if attn.x_norm is not None:
+        if not _fused(x, attn.k, attn.v) and all(p.down is not None for p in (attn.q, attn.k, attn.v)):
+            return _after_norm(x, attn, workspace_bytes // x.element_size())
+        x = context = norm.of_rows(x, attn.x_norm)
     result = x.new_empty(batch, q_len, attn.out_features)
     short = _is_short(x, context, attn)
     chunk = (_short_chunking if short else _chunking)(context, attn, workspace_bytes // x.element_size())
@@ -78,17 +86,71 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) 
             _attend_in_rank_space(heads[items], context[items], part, workspace)
             continue
         lift = _lifter(context[items], part, workspace)
-        mark = workspace.mark()
-        for first_head in range(0, attn.num_kv_heads, chunk.kv_heads):
-            workspace.reset(mark)
-            count = min(chunk.kv_heads, attn.num_kv_heads - first_head)
-            k, v = lift(first_head, count)
-            group = heads[items, :, first_head * attn.group : (first_head + count) * attn.group]
-            _attend(group, _rotate_(k, part), v, part, None if bounds is None else bounds[items])
+        _attend_by_groups(heads[items], lift, part, chunk, workspace, None if bounds is None else bounds[items])
     workspace.reset()
     if attn.out is not None:
         _project(_rows(result), _rows(result), attn.out, workspace)
     return result
+
+
+def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
+    """As :func:`streamed`, for self-attention of a normalised input whose rank space passes through memory.
+
+    Some rows at a time are normalised, projected and forgotten, in the room that keys and values take afterwards.
+    """
+    result = x.new_empty(*x.shape[:2], attn.out_features)
+    heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
+    chunk = _chunking(x, attn, elements)
+    bounds = None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding)
+    for first in range(0, x.shape[0], chunk.items):
+        items = slice(first, min(first + chunk.items, x.shape[0]))
+        part = attn.of_items(items)
+        latents = _queries_and_rank_space(_rows(result[items]), _rows(x[items]), attn, chunk.elements)
+        _rotate_(heads[items], part)
+        workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
+        lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
+        _attend_by_groups(heads[items], lift, part, chunk, workspace, None if bounds is None else bounds[items])
+        del latents, lift, workspace
+    if attn.out is not None:
+        _project(_rows(result), _rows(result), attn.out, Workspace(chunk.elements, like=x))
+    return result
+
+
+def _queries_and_rank_space(queries: Tensor, rows: Tensor, attn: Attention, elements: int) -> list[Tensor]:
+    """Fill ``queries[rows, heads * head_dim]``; the rank space of keys and of values, ``[rows, rank]`` each.
+
+    Args:
+        rows: not normalised yet, ``[rows, in_features]``.
+        elements: of memory that normalised rows and rank space may take.
+    """
+    latents = [rows.new_empty(len(rows), proj.rank(projection)) for projection in (attn.k, attn.v)]
+
+    def project(some: slice, normalised: Tensor) -> None:
+        for latent, projection in zip(latents, (attn.k, attn.v), strict=True):
+            assert projection.down is not None
+            affine_into(latent[some], normalised, projection.down, projection.down_bias)
+        rank_space = Workspace(len(normalised) * proj.rank(attn.q), like=normalised)
+        project_rows(queries[some], normalised, attn.q, rank_space)
+
+    left, per_row = elements - sum(map(Tensor.numel, latents)), rows.shape[1] + proj.rank(attn.q)
+    step = rows_that_fit(left, per_row, len(rows))
+    for start in range(0, len(rows), step):
+        some = slice(start, min(start + step, len(rows)))
+        project(some, norm.of_rows(rows[some], attn.x_norm))
+    return latents
+
+
+def _attend_by_groups(
+    heads: Tensor, lift: Lift, attn: Attention, chunk: "_Chunk", workspace: Workspace, bounds: Tensor | None
+) -> None:
+    """Attention of ``heads[items, q_len, heads, head_dim]``, ``chunk.kv_heads`` key heads at a time, in place."""
+    mark = workspace.mark()
+    for first_head in range(0, attn.num_kv_heads, chunk.kv_heads):
+        workspace.reset(mark)
+        count = min(chunk.kv_heads, attn.num_kv_heads - first_head)
+        k, v = lift(first_head, count)
+        group = heads[:, :, first_head * attn.group : (first_head + count) * attn.group]
+        _attend(group, _rotate_(k, attn), v, attn, bounds)
 
 
 def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor | None) -> None:
@@ -207,40 +269,48 @@ def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projec
 
 def _lifter(context: Tensor, attn: Attention, workspace: Workspace) -> Lift:
     """How keys and values of these items come out of rank space."""
-    items, kv_len, _ = context.shape
-    rows = _rows(context)
+    items, rows = context.shape[0], _rows(context)
+    if not _fused(context, attn.k, attn.v):
+        latents = [_latent(rows, projection, workspace) for projection in (attn.k, attn.v)]
+        return _lifter_of(latents, items, attn, workspace)
 
-    def take(count: int) -> tuple[Tensor, Tensor]:
-        return (
-            workspace.aligned().take(items, kv_len, count, attn.head_dim),
-            workspace.aligned().take(items, kv_len, count, attn.value_dim),
-        )
-
-    def features(first: int, count: int, dim: int) -> slice:
-        return slice(first * dim, (first + count) * dim)
-
-    def fused(first: int, count: int) -> tuple[Tensor, Tensor]:
-        k, v = take(count)
+    def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
+        k, v = _take(items, len(rows) // items, count, attn, workspace)
         projection_kernel.project(
             rows,
-            _map(attn.k, features(first, count, attn.head_dim), k.view(len(rows), -1)),
-            _map(attn.v, features(first, count, attn.value_dim), v.view(len(rows), -1)),
+            _map(attn.k, _features(first, count, attn.head_dim), k.view(len(rows), -1)),
+            _map(attn.v, _features(first, count, attn.value_dim), v.view(len(rows), -1)),
         )
         return k, v
 
-    if _fused(context, attn.k, attn.v):
-        return fused
-    latents = [_latent(rows, projection, workspace) for projection in (attn.k, attn.v)]
+    return lift
 
-    def by_library(first: int, count: int) -> tuple[Tensor, Tensor]:
-        lifted = take(count)
+
+def _lifter_of(latents: list[Tensor], items: int, attn: Attention, workspace: Workspace) -> Lift:
+    """How keys and values come out of their ``[items * kv_len, rank]``, by the library."""
+    rows = len(latents[0])
+
+    def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
+        lifted = _take(items, rows // items, count, attn, workspace)
         for out, latent, projection in zip(lifted, latents, (attn.k, attn.v), strict=True):
-            some = features(first, count, out.shape[-1])
+            some = _features(first, count, out.shape[-1])
             bias = None if projection.up_bias is None else projection.up_bias[some]
-            affine_into(out.view(len(rows), -1), latent, projection.up[some], bias)
+            affine_into(out.view(rows, -1), latent, projection.up[some], bias)
         return lifted
 
-    return by_library
+    return lift
+
+
+def _take(items: int, kv_len: int, count: int, attn: Attention, workspace: Workspace) -> tuple[Tensor, Tensor]:
+    """Room for keys and for values of ``count`` heads, ``[items, kv_len, count, dim]`` each."""
+    return (
+        workspace.aligned().take(items, kv_len, count, attn.head_dim),
+        workspace.aligned().take(items, kv_len, count, attn.value_dim),
+    )
+
+
+def _features(first: int, count: int, dim: int) -> slice:
+    return slice(first * dim, (first + count) * dim)
 
 
 def _latent(rows: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:

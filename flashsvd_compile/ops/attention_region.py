@@ -35,6 +35,7 @@ class Attention(NamedTuple):
             :data:`UNLIMITED` lifts a side. Causal attention is ``window_right=0``.
         documents: ``[batch, len]`` integers or bool, or ``None``: a query sees only keys whose number is its own. For
             self-attention, where several documents are packed into one item.
+        x_norm: normalisation of the input of self-attention, or ``None``.
     """
 
     q: Projection[Tensor]
@@ -55,6 +56,7 @@ class Attention(NamedTuple):
     window_left: int
     window_right: int
     documents: Tensor | None = None
+    x_norm: Norm | None = None
 
     @property
     def head_dim(self) -> int:
@@ -212,8 +214,11 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
         InvalidOptionError: unknown strategy or norm, no workspace, a window below -1, a soft cap below 0.
     """
     context, *rest = arguments
+    is_self_attention = context is None
     context = x if context is None else context
-    quads, (residual, key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes) = rest[:16], rest[16:]
+    quads, residual, rest = rest[:16], rest[16], rest[17:]
+    of_x, rest = rest[: norm.ARGUMENTS_PER_NORM], rest[norm.ARGUMENTS_PER_NORM :]
+    key_padding, mask, cos, sin, interleaved, *rest, strategy, workspace_bytes = rest
     norms, rest = rest[: 2 * norm.ARGUMENTS_PER_NORM], rest[2 * norm.ARGUMENTS_PER_NORM :]
     q, k, v, out = proj.group(tuple(quads))
     if q is None or k is None or v is None:
@@ -222,7 +227,9 @@ def parse(x: Tensor, arguments: tuple) -> tuple[Tensor, Attention, str, int]:
         mask = mask[(None,) * (4 - mask.dim())]
     attn = Attention(q, k, v, out, key_padding, mask, cos, sin, interleaved, None, None, *rest)
     _validate(x, context, attn)
-    attn = _with_norms(attn, norms, x.dtype)
+    attn = _with_norms(attn, norms, x.dtype)._replace(x_norm=norm.parse("x", tuple(of_x), 1, x.shape[-1], x.dtype))
+    if attn.x_norm is not None and not is_self_attention:
+        raise InvalidOptionError("x_norm", of_x[0], f"{norm.NONE!r} where there is a context")
     validate_residual(residual, x, (x.shape[0], x.shape[1], attn.out_features))
     validate_execution(strategy, workspace_bytes)
     return context, attn, strategy, workspace_bytes
@@ -263,6 +270,11 @@ def _validate(x: Tensor, context: Tensor, attn: Attention) -> None:
     _validate_rotation(x, context, attn)
 
 
+def _broadcasts(size: int | torch.SymInt, whole: int | torch.SymInt) -> bool:
+    """Whether a dimension is 1 or the whole; a symbol that is the whole is not asked whether it is 1."""
+    return (isinstance(size, int) and size == 1) or bool(size == whole) or bool(size == 1)
+
+
 def _validate_masks(x: Tensor, context: Tensor, attn: Attention) -> None:
     batch, q_len, kv_len = x.shape[0], x.shape[1], context.shape[1]
     if attn.key_padding is not None:
@@ -274,7 +286,7 @@ def _validate_masks(x: Tensor, context: Tensor, attn: Attention) -> None:
         if attn.mask.dtype not in (torch.bool, x.dtype):
             raise DtypeError("mask", attn.mask.dtype, f"torch.bool or {x.dtype}")
         full = (batch, attn.num_heads, q_len, kv_len)
-        if attn.mask.dim() != 4 or any(m not in (1, n) for m, n in zip(attn.mask.shape, full, strict=True)):
+        if attn.mask.dim() != 4 or not all(map(_broadcasts, attn.mask.shape, full)):
             raise ShapeError("shape of mask", tuple(attn.mask.shape), f"broadcastable to {full}")
     if attn.documents is not None:
         if attn.documents.is_floating_point() or attn.documents.is_complex():
@@ -295,7 +307,7 @@ def _validate_rotation(x: Tensor, context: Tensor, attn: Attention) -> None:
             raise DtypeError(name, table.dtype, x.dtype)
         if x.shape[1] != context.shape[1]:
             raise ShapeError("length of a rotated context", context.shape[1], x.shape[1])
-        if table.dim() != 3 or table.shape[0] not in (1, x.shape[0]) or table.shape[1] != x.shape[1]:
+        if table.dim() != 3 or not _broadcasts(table.shape[0], x.shape[0]) or table.shape[1] != x.shape[1]:
             raise ShapeError(f"shape of {name}", tuple(table.shape), f"[1 or {x.shape[0]}, {x.shape[1]}, rotary_dim]")
         if table.shape[2] % 2 or not 0 < table.shape[2] <= attn.head_dim:
             raise ShapeError(f"rotary_dim of {name}", table.shape[2], f"even and at most head_dim={attn.head_dim}")

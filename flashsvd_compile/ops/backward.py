@@ -1,6 +1,6 @@
 """Gradients of the operators: recomputed from the inputs, a chunk at a time.
 
-Only inputs are saved for the backward pass. It is one operator per region too (``mlp_backward_v2`` for ``mlp_v2``), so
+Only inputs are saved for the backward pass. It is one operator per region too (``mlp_backward_v3`` for ``mlp_v3``), so
 that a compiled training step treats it as it treats the forward: for each chunk of rows or batch items the reference
 runs again under autograd, and the chunk's gradients are stored (what belongs to a row or an item) or summed up (what is
 shared, as the weights are; in float32 where they are of half precision).

@@ -1,9 +1,9 @@
-"""``flashsvd::mlp_v2``: a two-layer or gated MLP out of (low-rank) projections, as one operator.
+"""``flashsvd::mlp_v3``: a two-layer or gated MLP out of (low-rank) projections, as one operator.
 
     y = out(act(hidden(x)))                    without gate
     y = out(act(gate(x)) * hidden(x))          with gate
 
-A residual is added to y. The hidden tensor exists for a chunk of rows at a time.
+A norm may be taken of x first, and a residual is added to y. The hidden tensor exists for a chunk of rows at a time.
 """
 
 from typing import NamedTuple
@@ -16,11 +16,12 @@ from ..kernels import mlp as triton_mlp
 from ..kernels.partial_sums import add_up
 from ..kernels.tiles import empty_with_aligned_rows
 from ..options import Strategy
-from . import few_rows, mlp_gpu
+from . import few_rows, mlp_gpu, norm
 from . import projection as proj
 from .activation import activate_, activation_of, gate_
 from .backward import Chunked, by_rows, differentiable
 from .mlp_region import Mlp
+from .norm import Norm
 from .projection import Projection
 from .registry import register
 from .residual import plus_residual, validate_residual
@@ -29,7 +30,8 @@ from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
 ROLES = ("hidden", "gate", "out")
 SCHEMA = (
     f"(Tensor x, {', '.join(map(proj.schema_of, ROLES))}, "
-    "Tensor? residual=None, str activation='gelu', str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
+    f"Tensor? residual=None, {norm.schema_of('x')}, "
+    "str activation='gelu', str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 )
 RESIDUAL = 1 + 4 * len(ROLES)
 """Position among the operator's arguments."""
@@ -44,13 +46,14 @@ def reference(x: Tensor, *arguments) -> Tensor:
     Args:
         x: ``[..., in_features]``.
         arguments: the four tensors of ``hidden``, ``gate`` and ``out`` (see :class:`Projection`), the residual
-            ``[..., out_features]`` or ``None``, then the names of activation and strategy and the workspace bound.
+            ``[..., out_features]`` or ``None``, the norm of ``x`` (see :mod:`.norm`), then the names of activation and
+            strategy and the workspace bound.
 
     Returns:
         ``[..., out_features]``, contiguous, dtype of ``x``.
     """
-    mlp, activation, _, _ = _parse(x, arguments)
-    act = activation_of(activation)
+    mlp, x_norm, activation, _, _ = _parse(x, arguments)
+    act, x = activation_of(activation), norm.of_rows(x, x_norm)
     hidden = proj.apply(x, mlp.hidden)
     hidden = act(hidden) if mlp.gate is None else act(proj.apply(x, mlp.gate)) * hidden
     result, residual = proj.apply(hidden, mlp.out).contiguous(), arguments[RESIDUAL - 1]
@@ -64,26 +67,26 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 @plus_residual(RESIDUAL)
 def _cpu(x: Tensor, *arguments) -> Tensor:
-    mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
+    mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
-    if scratch_as_a_whole(x, mlp) <= workspace_bytes:
-        return _as_a_whole(x, mlp, activation)
+    if scratch_as_a_whole(x, mlp, x_norm) <= workspace_bytes:
+        return _as_a_whole(norm.of_rows(x, x_norm), mlp, activation)
     columns = CPU_COLUMNS if x.element_size() >= 4 else None
-    return streamed(x, mlp, activation, workspace_bytes, columns)
+    return streamed(x, mlp, activation, workspace_bytes, columns, x_norm)
 
 
 @plus_residual(RESIDUAL)
 def _cuda(x: Tensor, *arguments) -> Tensor:
-    mlp, activation, strategy, workspace_bytes = _parse(x, arguments)
+    mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
     rows = x.reshape(-1, x.shape[-1])
     if few_rows.supported(rows, *mlp):
-        return few_rows.mlp(rows, mlp, activation).view(*x.shape[:-1], -1)
+        return few_rows.mlp(norm.of_rows(rows, x_norm), mlp, activation).view(*x.shape[:-1], -1)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
-        return _fused(x, mlp, activation, workspace_bytes)
+        return _fused(norm.of_rows(x, x_norm), mlp, activation, workspace_bytes)
     if mlp_gpu.supported(x, mlp):
-        return mlp_gpu.streamed(x, mlp, activation, workspace_bytes)
-    return streamed(x, mlp, activation, workspace_bytes)
+        return mlp_gpu.streamed(x, mlp, activation, workspace_bytes, x_norm)
+    return streamed(x, mlp, activation, workspace_bytes, x_norm=x_norm)
 
 
 def _fusible(x: Tensor, mlp: Mlp) -> bool:
@@ -127,10 +130,11 @@ def _as_a_whole(x: Tensor, mlp: Mlp, activation: str) -> Tensor:
     return linear(hidden, mlp.out.up, mlp.out.up_bias).contiguous()
 
 
-def scratch_as_a_whole(x: Tensor, mlp: Mlp) -> int:
-    """Bytes that :func:`_as_a_whole` holds next to its result."""
+def scratch_as_a_whole(x: Tensor, mlp: Mlp, x_norm: Norm | None) -> int:
+    """Bytes that :func:`_as_a_whole` and its input's norm hold next to the result."""
     rows = x.numel() // max(1, x.shape[-1])
-    return rows * workspace_elements_per_row(mlp) * x.element_size()
+    normalised = 0 if x_norm is None else x.shape[-1]
+    return rows * (normalised + workspace_elements_per_row(mlp)) * x.element_size()
 
 
 class Tile(NamedTuple):
@@ -142,12 +146,16 @@ class Tile(NamedTuple):
     """Elements of workspace that this needs."""
 
 
-def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int) -> Tile:
-    """As many rows as fit with ``columns`` of the hidden layer, then as many columns as fit with these rows."""
+def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int, normalised: int = 0) -> Tile:
+    """As many rows as fit with ``columns`` of the hidden layer, then as many columns as fit with these rows.
+
+    Args:
+        normalised: elements of a row that is normalised first; they are not in the workspace but count.
+    """
     latent, copies = _latent_beside_result(mlp), len(mlp.into_hidden)
     columns, total = min(columns, mlp.width), proj.rank(mlp.out)
-    rows = rows_that_fit(workspace_elements, latent + max(copies * columns, total), rows)
-    columns = max(columns, rows_that_fit(workspace_elements // rows - latent, copies, mlp.width))
+    rows = rows_that_fit(workspace_elements, normalised + latent + max(copies * columns, total), rows)
+    columns = max(columns, rows_that_fit(workspace_elements // rows - normalised - latent, copies, mlp.width))
     return Tile(rows, columns, rows * (latent + max(copies * columns, total)))
 
 
@@ -162,7 +170,14 @@ def _latent_beside_result(mlp: Mlp) -> int:
     return beside
 
 
-def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, columns: int | None = None) -> Tensor:
+def streamed(
+    x: Tensor,
+    mlp: Mlp,
+    activation: str,
+    workspace_bytes: int,
+    columns: int | None = None,
+    x_norm: Norm | None = None,
+) -> Tensor:
     """Tiles of the hidden layer through one workspace; nothing of size ``rows x width`` ever exists.
 
     A tile is written, activated and read while it is still in cache. Its contribution is summed up in the rank space
@@ -172,6 +187,7 @@ def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, columns
     Args:
         columns: least width of a tile; ``None`` keeps the hidden layer whole, as half precision needs, where a sum
             that is stored after each tile is rounded each time.
+        x_norm: taken of a tile's rows first.
     """
     rows_in = x.reshape(-1, x.shape[-1])
     out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
@@ -179,12 +195,13 @@ def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, columns
     total = rows_in.shape[0]
     if total == 0:
         return out
-    tile = tiling(mlp, total, workspace_bytes // x.element_size(), columns or mlp.width)
+    normalised = 0 if x_norm is None else x.shape[-1]
+    tile = tiling(mlp, total, workspace_bytes // x.element_size(), columns or mlp.width, normalised)
     workspace = Workspace(tile.elements, like=x)
     for start in range(0, total, tile.rows):
         rows = slice(start, min(start + tile.rows, total))
         workspace.reset()
-        _stream_rows(rows_out[rows], rows_in[rows], mlp, activation, tile.columns, workspace)
+        _stream_rows(rows_out[rows], norm.of_rows(rows_in[rows], x_norm), mlp, activation, tile.columns, workspace)
     return out
 
 
@@ -242,19 +259,20 @@ def workspace_elements_per_row(mlp: Mlp) -> int:
 
 
 def _cut(grad: Tensor, arguments: tuple) -> Chunked:
-    mlp, _, _, workspace_bytes = _parse(arguments[0], arguments[1:])
+    mlp, *_, workspace_bytes = _parse(arguments[0], arguments[1:])
     return by_rows(grad, arguments, workspace_elements_per_row(mlp), workspace_bytes)
 
 
-def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, str, int]:
+def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, Norm | None, str, str, int]:
     """Undo the schema's flattening and check that everything fits.
 
     Raises:
         ShapeError, DtypeError: a projection is missing or does not fit.
-        InvalidOptionError: unknown activation or strategy, no workspace.
+        InvalidOptionError: unknown norm, activation or strategy, no workspace.
     """
-    *tensors, residual, activation, strategy, workspace_bytes = arguments
-    hidden, gate, out = proj.group(tuple(tensors))
+    tensors, residual, rest = arguments[: RESIDUAL - 1], arguments[RESIDUAL - 1], arguments[RESIDUAL:]
+    of_x, (activation, strategy, workspace_bytes) = rest[: norm.ARGUMENTS_PER_NORM], rest[norm.ARGUMENTS_PER_NORM :]
+    hidden, gate, out = proj.group(tensors)
     if hidden is None or out is None:
         raise ShapeError("projection 'hidden' or 'out'", None, "a projection")
     mlp = Mlp(hidden, gate, out)
@@ -267,8 +285,9 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, str, int]:
     validate_residual(residual, x, (*x.shape[:-1], proj.out_features(out)))
     activation_of(activation)
     validate_execution(strategy, workspace_bytes)
-    return mlp, activation, strategy, workspace_bytes
+    x_norm = norm.parse("x", of_x, 1, x.shape[-1], x.dtype)
+    return mlp, x_norm, activation, strategy, workspace_bytes
 
 
-mlp = register("mlp_v2", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+mlp = register("mlp_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
 differentiable(mlp, reference, _cut, added=RESIDUAL)

@@ -1,6 +1,6 @@
 """A streamed MLP on a GPU: products large enough to fill the chip, whatever the ranks.
 
-Rank space of the whole input is computed at once, into the memory of the result. Then a chunk of rows at a time passes
+Rank space of the whole input is computed first, into the memory of the result. Then a chunk of rows at a time passes
 through ranges of the hidden layer, whose contributions are summed in float32. Rows and ranges are cut so that the
 library's tiles leave few processors idle.
 
@@ -17,9 +17,11 @@ from torch.nn.functional import pad
 
 from ..kernels.padding import padded_copy
 from ..kernels.target import target_of
+from . import norm
 from . import projection as proj
 from .activation import activate_, gate_
 from .mlp_region import Mlp
+from .norm import Norm
 from .projection import Projection
 from .workspace import affine_into, rows_that_fit
 
@@ -121,30 +123,36 @@ def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float
     return LAUNCHING + min(of(128, 256, 1.0), of(128, 192, 0.95), of(128, 128, 0.85))
 
 
-def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor:
-    """The MLP's ``[..., out_features]``. See :func:`supported`."""
+def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, x_norm: Norm | None = None) -> Tensor:
+    """The MLP's ``[..., out_features]``. See :func:`supported`.
+
+    A norm of ``x`` exists for as many rows at a time as the workspace, which is allocated after it, has room for.
+    """
     rows_in = x.reshape(-1, x.shape[-1])
     result = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
     rows_out = result.view(-1, result.shape[-1])
     latents = [rows_out[:, columns] for columns in _columns_in_result(mlp)]
-    for latent, projection in zip(latents, mlp.into_hidden, strict=True):
-        _into_rank_space(latent, rows_in, projection)
+    elements = workspace_bytes // x.element_size()
+    per_row = 0 if x_norm is None else x.shape[-1]
+    for rows in _ranges(rows_in.shape[0], rows_that_fit(elements, per_row, rows_in.shape[0])):
+        _into_rank_space([latent[rows] for latent in latents], norm.of_rows(rows_in[rows], x_norm), mlp.into_hidden)
     processors = target_of(x.device).processors
-    tile = tile_of(mlp, rows_in.shape[0], workspace_bytes // x.element_size(), processors)
+    tile = tile_of(mlp, rows_in.shape[0], elements, processors)
     chunks = _Chunks(mlp, activation, tile, like=x)
     for rows in _ranges(rows_in.shape[0], tile.rows):
         chunks.finish(rows_out[rows], [latent[rows] for latent in latents])
     return result
 
 
-def _into_rank_space(latent: Tensor, x: Tensor, projection: Projection[Tensor]) -> None:
-    """``latent[rows, padded rank]``, zero where it is padded."""
-    down, bias = projection.down, projection.down_bias
-    assert down is not None
-    padding = latent.shape[1] - down.shape[0]
-    if padding:
-        down = pad(down, (0, 0, 0, padding))
-    affine_into(latent, x, down, _padded_bias(bias, latent.shape[1]))
+def _into_rank_space(latents: list[Tensor], x: Tensor, projections: list[Projection[Tensor]]) -> None:
+    """``latents[rows, padded rank]`` of ``x[rows, features]``, zero where they are padded."""
+    for latent, projection in zip(latents, projections, strict=True):
+        down = projection.down
+        assert down is not None
+        padding = latent.shape[1] - down.shape[0]
+        if padding:
+            down = pad(down, (0, 0, 0, padding))
+        affine_into(latent, x, down, _padded_bias(projection.down_bias, latent.shape[1]))
 
 
 def _padded_bias(bias: Tensor | None, rank: int) -> Tensor | None:

@@ -1,10 +1,10 @@
-"""Normalisation of queries or keys between their projection and their rotation.
+"""Normalisation of queries or keys between their projection and their rotation, or of a region's input.
 
     rms      x / sqrt(mean(x ** 2) + eps) * weight + bias      Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4
     layer    the same of x - mean(x)                           Ba et al. 2016, arXiv:1607.06450, eq. 3 and 4
 
-Means are over a head's own features, or over those of all heads of a position. They and everything else are computed
-in float32 at least, and the result is rounded once.
+Means are over a head's own features, or over those of all heads of a position; an input is one head. They and
+everything else are computed in float32 at least, and the result is rounded once.
 """
 
 from math import isfinite
@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import layer_norm, rms_norm
 
 from ..errors import DtypeError, InvalidOptionError, ShapeError
 from .workspace import rows_that_fit
@@ -69,7 +70,7 @@ class Statistics(NamedTuple):
 
 
 def argument_names(role: str) -> tuple[str, ...]:
-    """Names of the arguments that describe the norm of role ``"q"`` or ``"k"``."""
+    """Names of the arguments that describe the norm of role ``"q"``, ``"k"`` or ``"x"``."""
     return tuple(f"{role}_norm{suffix}" for suffix in ("", "_weight", "_bias", "_eps", "_whole"))
 
 
@@ -86,7 +87,7 @@ def parse(role: str, arguments: tuple, heads: int, head_dim: int, dtype: torch.d
     """Undo the schema's flattening and check that the norm fits ``heads`` heads of ``head_dim`` features.
 
     Args:
-        role: ``"q"`` or ``"k"``.
+        role: ``"q"``, ``"k"`` or ``"x"``.
         arguments: kind (one of :data:`KINDS`), weight and bias (``[head_dim]``, ``[heads, head_dim]`` or
             ``[heads * head_dim]``, of ``dtype`` or float32), eps, and whether it is over all heads' features.
         heads, head_dim: sizes of what is normalised.
@@ -167,6 +168,19 @@ def apply_(heads: Tensor, norm: Norm | None, scratch: int, known: Statistics | N
         block = slice(start, min(start + step, len(rows)))
         rows[block] = apply(rows[block], norm, None if known is None else known.of_rows(block))
     return heads
+
+
+def of_rows(x: Tensor, norm: Norm | None) -> Tensor:
+    """``x[..., features]`` normalised over its features, in one pass where the library has it; ``x`` without a norm."""
+    if norm is None:
+        return x
+    weight, bias = (None if vector is None else vector.view(-1) for vector in (norm.weight, norm.bias))
+    if all(vector is None or vector.dtype == x.dtype for vector in (weight, bias)):
+        if norm.centred:
+            return layer_norm(x, x.shape[-1:], weight, bias, norm.eps)
+        if bias is None:
+            return rms_norm(x, x.shape[-1:], weight, norm.eps)
+    return apply(x.unsqueeze(-2), norm).squeeze(-2)
 
 
 def positions_that_fit(scratch: int, rows: Tensor) -> int:

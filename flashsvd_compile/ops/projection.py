@@ -48,6 +48,11 @@ def group(arguments: tuple[Tensor | None, ...]) -> list[Projection[Tensor] | Non
     return [None if up is None else Projection(down, down_bias, up, up_bias) for down, down_bias, up, up_bias in quads]
 
 
+def in_features(projection: Projection[Tensor]) -> int:
+    """Size of the last dimension of the projection's input."""
+    return (projection.up if projection.down is None else projection.down).shape[1]
+
+
 def out_features(projection: Projection[Tensor]) -> int:
     """Size of the last dimension of the projection's result."""
     return projection.up.shape[0]

@@ -26,7 +26,7 @@ def register(
     """Define ``flashsvd::name``.
 
     Args:
-        name: operator name with its version, e.g. ``"mlp_v2"``. Raise the version whenever ``schema`` or
+        name: operator name with its version, e.g. ``"mlp_v3"``. Raise the version whenever ``schema`` or
             ``fake`` changes: the compile cache knows an operator by its name only, and calls it by position.
         schema: argument list and result, without the name.
         reference: plain PyTorch; serves every device without an implementation of its own.

@@ -8,7 +8,7 @@ Before::
 
 After::
 
-    y = flashsvd.attention_v4(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
+    y = flashsvd.attention_v5(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
 The output projection joins in when the heads go nowhere else. Between projection and scores queries and keys may be
 normalised, then rotated, then scaled; where they are neither of the first two, ``absorbed.py`` has another form.
@@ -85,7 +85,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     core = read_core(node)
     if not isinstance(core, Core):
         return core
-    q, k, v = found = [read_member(operand) for operand in (core.q, core.k, core.v)]
+    q, k, v = found = [read_member(operand, core.dtype) for operand in (core.q, core.k, core.v)]
     if q is None or k is None or v is None:
         missing = " and ".join(name for name, member in zip("qkv", found, strict=True) if member is None)
         return _unsupported(f"{missing} of {node.name!r} cannot be followed to a projection of [batch, len, features]")
@@ -168,9 +168,10 @@ def _scores(core: Core, q: Member) -> Scores:
     assert queries is not None
     assert x is not None
     square = extent(named(core.q.layout, "query")) == extent(named(core.k.layout, "key"))
-    autocast = torch.float32 in (x.dtype, q.factored.projection.up.value.dtype) and queries.dtype != torch.float32
+    wide = (x.dtype, q.factored.projection.up.value.dtype, queries.dtype)
+    autocast = torch.float32 in wide and core.dtype != torch.float32
     is_sdpa = len(core.nodes) == 1
-    return Scores(q.factored.source, queries.dtype, square, casts_mask=autocast and is_sdpa)
+    return Scores(q.factored.source, core.dtype, square, casts_mask=autocast and is_sdpa)
 
 
 def _table(table: Table) -> Deferred:

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from .axes import Layout, extent, named, visible
@@ -36,8 +37,11 @@ class Member(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def read_member(operand: Operand) -> Member | None:
-    """Follow q, k or v back through views, constant factors, one rotation and then one norm to its projection."""
+def read_member(operand: Operand, dtype: torch.dtype) -> Member | None:
+    """Follow q, k or v back through views, constant factors, one rotation and then one norm to its projection.
+
+    Rotation and norm may leave float32 behind where the core casts its operands to ``dtype``, as autocast does.
+    """
     node, layout = operand
     nodes: tuple[Node, ...] = ()
     scale, rope, norm = 1.0, None, None
@@ -48,10 +52,10 @@ def read_member(operand: Operand) -> Member | None:
         if factor is not None:
             nodes, scale = (node, *nodes), scale * factor[1]
             node = factor[0]
-        elif rope is None and (rope := read_rope(node, _heads_dim(layout))) is not None:
+        elif rope is None and (rope := read_rope(node, _heads_dim(layout), dtype)) is not None:
             nodes = rope.nodes + nodes
             node = rope.source
-        elif (norm := read_norm(node, layout, named(operand.layout, "dim", "value"))) is not None:
+        elif (norm := read_norm(node, layout, named(operand.layout, "dim", "value"), dtype)) is not None:
             nodes = norm.nodes + nodes
             node, layout, passed = trace(norm.source, layout)
             nodes = passed + nodes

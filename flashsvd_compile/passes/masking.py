@@ -8,6 +8,7 @@ softmax(max(any of these, finfo.min))
 """
 
 from functools import partial
+from math import inf
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +18,7 @@ from ..ops.attention_region import UNLIMITED
 from ..report import RefusalReason
 from .emit import emit
 from .factored import Obstacle
-from .masks import MaskReading, ReadMask
+from .masks import MaskReading, ReadMask, level_of
 from .region import Deferred
 from .values import number_of, shape_of, tensor_of
 from .vocabulary import read
@@ -104,7 +105,7 @@ class Scores(NamedTuple):
 
     Attributes:
         x: the operator's input, whose first dimension is the batch.
-        dtype: dtype of the queries and keys.
+        dtype: in which queries and keys are multiplied.
         square: there are as many keys as queries.
         casts_mask: the core casts its mask to that dtype, as ``scaled_dot_product_attention`` does under autocast.
     """
@@ -155,11 +156,27 @@ def _arguments(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any
         return _floored(mask, scores)
     other_dtype = value is not None and value.dtype not in (torch.bool, scores.dtype)
     if "mask" in arguments and other_dtype and not scores.casts_mask:
-        return _unknown(mask, f"is not of the queries' dtype {scores.dtype}")
+        narrow = _narrowed(mask, scores.dtype)
+        return _unknown(mask, f"is not of the queries' dtype {scores.dtype}") if narrow is None else {"mask": narrow}
     of_items = (shape_of(mask.node) or ())[:-2] not in ((), (1,))
     if "mask" in arguments and mask.heads is not None and of_items:
         arguments["mask"] = _call("unflatten", mask.node, 0, (-1, mask.heads))
     return arguments
+
+
+def _narrowed(mask: Mask, dtype: torch.dtype) -> Node | Deferred | None:
+    """A mask that autocast adds to narrower scores, such that a cast to their ``dtype`` leaves its meaning.
+
+    A level of -inf does; so does the least number of bfloat16, next to which scores vanish as next to that of float32.
+    """
+    value, level = tensor_of(mask.node), level_of(mask.node)
+    if value is None or value.dtype != torch.float32 or level is None or mask.heads is not None:
+        return None
+    if level == -inf:
+        return mask.node
+    if dtype != torch.bfloat16 or level > torch.finfo(value.dtype).min:
+        return None
+    return _call("clamp_min", mask.node, torch.finfo(dtype).min)
 
 
 def _floored(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:

@@ -114,6 +114,14 @@ def read_mask(mask: Node, floored: bool = False) -> MaskReading:
         return MaskReading(residual=mask, reason=str(reason))
 
 
+def level_of(mask: Node) -> float | None:
+    """The number that an additive mask holds wherever it is not 0, ``None`` where that is no one known number."""
+    algebra = IndexAlgebra()
+    value = algebra.read(mask)
+    levels = {value.yes, value.no} - {0} if isinstance(value, Choice) else set()
+    return levels.pop() if len(levels) == 1 and not algebra.overwritten() else None
+
+
 def _read(mask: Node, floored: bool) -> MaskReading:
     shape, tensor = shape_of(mask), tensor_of(mask)
     if shape is None or tensor is None or len(shape) > _RANK:

@@ -8,7 +8,7 @@ Before::
 
 After::
 
-    y = flashsvd.mlp_v2(x=x, hidden_down=..., hidden_up=..., ..., activation="gelu")
+    y = flashsvd.mlp_v3(x=x, hidden_down=..., hidden_up=..., ..., activation="gelu")
 """
 
 from functools import partial

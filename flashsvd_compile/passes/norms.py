@@ -67,21 +67,22 @@ class Norm(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def read_norm(node: Node, layout: Layout, head_dim: Dim) -> Norm | None:
+def read_norm(node: Node, layout: Layout, head_dim: Dim, dtype: torch.dtype) -> Norm | None:
     """The norm whose result is ``node``, or ``None``.
 
     Args:
         node: queries or keys, or a view of them.
         layout: its axes.
         head_dim: the axes of a head's features.
+        dtype: what queries and keys are multiplied in.
 
-    The result has to be of the source's dtype; the weight and the bias may be float32 besides.
+    The source has to be of that dtype; the result, the weight and the bias may be float32 besides.
     """
     frame = _frame(layout, head_dim)
     if frame is None:
         return None
     for chain in _chains(node):
-        norm = _identify(chain, frame)
+        norm = _identify(chain, frame, dtype)
         if norm is not None:
             return norm
     return None
@@ -137,7 +138,7 @@ class _Frame(NamedTuple):
         for size, whole, is_feature in zip(value.shape, self.sizes[missing:], self.is_feature[missing:], strict=True):
             if not isinstance(size, int) or (size != 1 and not (is_feature and size == whole)):
                 return None
-        shapes = {self.head_dim: (self.head_dim,), self.heads * self.head_dim: (self.heads, self.head_dim)}
+        shapes = {self.heads * self.head_dim: (self.heads, self.head_dim), self.head_dim: (self.head_dim,)}
         return shapes.get(value.numel())
 
 
@@ -214,13 +215,12 @@ def _tensors_into(node: Node) -> list[Node]:
     return [above for above in inputs if tensor_of(above) is not None]
 
 
-def _identify(chain: _Chain, frame: _Frame) -> Norm | None:
-    source, result = example(chain.source), example(chain.nodes[-1])
-    if source.dtype != result.dtype or len(chain.others) > 2:
+def _identify(chain: _Chain, frame: _Frame, dtype: torch.dtype) -> Norm | None:
+    if example(chain.source).dtype != dtype or len(chain.others) > 2:
         return None
-    if any(example(node).dtype not in (source.dtype, torch.float32) for node in chain.nodes):
+    if any(example(node).dtype not in (dtype, torch.float32) for node in chain.nodes):
         return None
-    shapes = {other: frame.accepted(other, source.dtype) for other in chain.others}
+    shapes = {other: frame.accepted(other, dtype) for other in chain.others}
     library = [call for call in map(read, chain.nodes) if call is not None and call.op in _LIBRARY]
     if any(shape is None for shape in shapes.values()) or not all(map(frame.covers, library)):
         return None

@@ -2,12 +2,12 @@
 
 Before::
 
-    y = flashsvd.mlp_v2(x=norm(r), hidden_down=..., ...)
+    y = flashsvd.mlp_v3(x=norm(r), hidden_down=..., ...)
     s = r + y                                           # or y + r; a dropout that is off may stand between
 
 After::
 
-    s = flashsvd.mlp_v2(x=norm(r), hidden_down=..., residual=r, ...)
+    s = flashsvd.mlp_v3(x=norm(r), hidden_down=..., residual=r, ...)
 
 Inductor computes a sum again wherever it is used and keeps its summands instead, which are two tensors, and more where
 sums of sums are used. Not where ``r`` is the operator's own input, as in models that normalise after the sum: there the
@@ -42,7 +42,7 @@ def _absorb(node: Node, graph: Graph, order: Order) -> None:
     x = node.kwargs["x"]
     if residual is None or residual is x or not isinstance(x, Node) or not _alike(residual, node, replaced[-1]):
         return
-    if is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x))) or _interrupted(replaced, order):
+    if is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x))) or interrupted(replaced, order):
         return
     arguments = {**node.kwargs, "residual": residual}
     in_order = {a.name: arguments[a.name] for a in node.target._schema.arguments if a.name in arguments}  # pyright: ignore
@@ -88,7 +88,7 @@ def _alike(residual: Node, node: Node, total: Node) -> bool:
     return added.dtype == result.dtype == summed.dtype and added.device == result.device
 
 
-def _interrupted(nodes: list[Node], order: Order) -> bool:
+def interrupted(nodes: list[Node], order: Order) -> bool:
     """Whether anything is overwritten or a mode switched where the call would move past it, or by the sum itself."""
     first, last = order.position[nodes[0]], order.position[nodes[-1]]
     return any(first < order.position[node] <= last for node in (*order.writers, *order.switches))

@@ -7,10 +7,11 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from ..options import PACKING, RESIDUAL, Options, Strategy
+from ..options import INPUT_NORM, PACKING, RESIDUAL, Options, Strategy
 from ..report import Match, Refusal, RefusalReason, RewriteReport
 from .attention import read_attention
 from .factored import Obstacle
+from .input_norm import absorb_norms
 from .linear import read_linear
 from .masks import read_mask
 from .mlp import read_mlp
@@ -72,6 +73,8 @@ def rewrite(
         pack_projections(graph)
     if RESIDUAL not in options.disable:
         absorb_residuals(graph)
+    if INPUT_NORM not in options.disable:
+        absorb_norms(graph, options)
     if report.matches:
         graph.lint()
         graph_module.recompile()

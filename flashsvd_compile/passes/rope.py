@@ -94,23 +94,27 @@ class Rope(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def read_rope(node: Node, heads_dim: int = 1) -> Rope | None:
+def read_rope(node: Node, heads_dim: int = 1, narrowed: torch.dtype | None = None) -> Rope | None:
     """The rotation whose result is ``node``, a tensor of four dimensions, or ``None``.
 
     Args:
         node: the rotated queries or keys.
         heads_dim: 1 for ``[batch, heads, len, head_dim]``, 2 for ``[batch, len, heads, head_dim]``.
+        narrowed: the dtype that queries and keys are cast to behind the rotation, the result's own by default.
 
-    Casts to a wider dtype inside the rotation are followed if the result has the source's dtype again: the tables are
-    then cast to the wider one, and the rotation is computed in it.
+    Casts to a wider dtype inside the rotation are followed if the result is narrowed to the source's dtype again: the
+    tables are then cast to the wider one, and the rotation is computed in it. Where something before the rotation has
+    widened the source to float32 already, it need not be of the narrow dtype either.
     """
     result = tensor_of(node)
     if result is None or result.dim() != LEADING + 1 or not is_call(node, *_LAST_OPERATIONS):
         return None
-    return _read(node, heads_dim, Columns(node)) or _read(node, heads_dim, Columns(node, cut_tables=True))
+    dtypes = (result.dtype,) if narrowed is None else (narrowed, torch.float32)
+    whole, cut = Columns(node), Columns(node, cut_tables=True)
+    return _read(node, heads_dim, whole, dtypes) or _read(node, heads_dim, cut, dtypes)
 
 
-def _read(node: Node, heads_dim: int, columns: Columns) -> Rope | None:
+def _read(node: Node, heads_dim: int, columns: Columns, dtypes: tuple[torch.dtype, ...]) -> Rope | None:
     terms = columns.read(node, rotated=True)
     turned = [leaves for leaves in terms if len(set(leaves)) == 2]
     rotated = set.intersection(*map(set, turned)) if len(turned) == 2 else set()
@@ -119,8 +123,8 @@ def _read(node: Node, heads_dim: int, columns: Columns) -> Rope | None:
     (x,) = rotated
     source = columns.source(x)
     dtype = reduce(torch.promote_types, (example(product).dtype for product in columns.products))
-    result = example(node).dtype
-    if source is None or example(source).dtype != result or dtype not in (result, torch.float32):
+    ends = () if source is None else (example(source).dtype, example(node).dtype)
+    if source is None or any(end not in dtypes for end in ends) or dtype not in (*dtypes, torch.float32):
         return None
     pairing = _pairing(terms, x, columns.offset(source))
     if pairing is None:

@@ -37,6 +37,7 @@ def obstacle_to(region: Region, order: Order) -> Obstacle | None:
         or mutation(region, order)
         or device(region)
         or dtype(region)
+        or features(region)
     )
 
 
@@ -130,6 +131,17 @@ def device(region: Region) -> Obstacle | None:
             return Obstacle(RefusalReason.UNSUPPORTED_DEVICE, f"no implementation for {found.type!r}")
     if len(devices) > 1:
         return Obstacle(RefusalReason.UNSUPPORTED_DEVICE, f"tensors on {', '.join(sorted(map(str, devices)))}")
+    return None
+
+
+def features(region: Region) -> Obstacle | None:
+    """A number of features that the graph does not know: Dynamo may take any size of 1 for one of its symbols."""
+    inputs = [(node.name, tensor_of(node)) for node in region.inputs.values()]
+    sizes = [(name, tuple(tensor.shape[-1:])) for name, tensor in inputs if tensor is not None]
+    sizes += [(weight.leaves[0].name, weight.shape) for weight in region.weights]
+    for name, shape in sizes:
+        if not all(isinstance(size, int) for size in shape):
+            return Obstacle(RefusalReason.UNKNOWN_SIZE, f"{name!r} has {shape[-1]} features")
     return None
 
 

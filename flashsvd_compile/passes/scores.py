@@ -16,6 +16,7 @@ from torch.fx import Node
 
 from ..report import RefusalReason
 from .axes import Axis, Layout, extent
+from .columns import example
 from .factored import Obstacle
 from .masking import Mask, read_fill, read_floor
 from .products import Product, read_biased_product, read_product
@@ -40,6 +41,7 @@ class Core(NamedTuple):
         causal: query ``i`` sees key ``j`` only when ``j <= i``.
         scale: factor on the scores.
         softcap: what the scores stay below in magnitude, or 0 for no cap.
+        dtype: in which queries and keys are multiplied; autocast casts wider ones to it.
         result: the heads' outputs with their axes named.
         nodes: the nodes between operands and result, the result last.
     """
@@ -51,6 +53,7 @@ class Core(NamedTuple):
     causal: bool
     scale: float
     softcap: float
+    dtype: torch.dtype
     result: Operand
     nodes: tuple[Node, ...]
 
@@ -85,7 +88,7 @@ def _sdpa(call: Call, node: Node) -> Core | Obstacle:
         return _unsupported(f"the scale of {node.name!r} is no constant")
     mask = call.get("attn_mask")
     masks = () if mask is None else (Mask(mask),)
-    return Core(q, k, v, masks, causal, factor, 0.0, result, (node,))
+    return Core(q, k, v, masks, causal, factor, 0.0, example(node).dtype, result, (node,))
 
 
 def default_scale(query: Node) -> float | None:
@@ -118,8 +121,14 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     if operands is None:
         return _unsupported(f"the axes of {node.name!r} are not batch, heads, queries and keys")
     q, k, v, result = operands
+    dtype = _multiplied_in(scores.nodes[0], q.node)
     nodes = (*scores.nodes, probabilities, *after, node)
-    return Core(q, k, v, scores.masks, False, scores.scale, scores.softcap, result, nodes)
+    return Core(q, k, v, scores.masks, False, scores.scale, scores.softcap, dtype, result, nodes)
+
+
+def _multiplied_in(product: Node, queries: Node) -> torch.dtype:
+    """The narrower dtype of a product and its queries: autocast narrows these, ``out_dtype`` widens that."""
+    return min((example(queries).dtype, example(product).dtype), key=lambda dtype: dtype.itemsize)
 
 
 def _operands(scores: Product, weighted: Product, node: Node) -> tuple[Operand, Operand, Operand, Operand] | None:

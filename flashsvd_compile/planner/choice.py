@@ -51,8 +51,8 @@ class Workspace:
         """The bound as a formula."""
         share = sympy.floor(sympy.Rational(self.per_element) * elements)
         if self.beside:
-            share = sympy.Min(share, sympy.floor(sympy.Rational(self.in_all) * elements) - self.beside)
-        return sympy.Max(self.least, share)
+            share = memory.smallest(share, sympy.floor(sympy.Rational(self.in_all) * elements) - self.beside)
+        return memory.largest(self.least, share)
 
 
 @dataclass(frozen=True)
@@ -260,4 +260,4 @@ def _workspace(shape: RegionShape, device: Device, options: Options, share: Frac
 
 def _at_most(bound: sympy.Expr, need: sympy.Expr) -> sympy.Expr:
     """A workspace is never larger than what there is to compute."""
-    return sympy.Min(bound, need)
+    return memory.smallest(bound, need)

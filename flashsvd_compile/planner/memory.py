@@ -119,13 +119,38 @@ def attention_chunks(shape: AttentionShape, device: Device, workspace_bytes: sym
     latent = shape.itemsize * shape.kv_len * (shape.latent("k") + shape.latent("v"))
     latent = 0 if lifts_on_chip(shape, device) else latent
     width = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
-    head = sympy.Max(1, shape.itemsize * shape.kv_len * width)
-    items = sympy.Max(1, sympy.floor(workspace_bytes / (latent + shape.num_kv_heads * head)))
-    heads = sympy.Max(1, sympy.floor((workspace_bytes - latent) / head))
-    of_items = sympy.Max(1, sympy.ceiling(shape.batch / items))
-    of_heads = sympy.ceiling(shape.num_kv_heads / heads)
-    largest = latent + sympy.ceiling(shape.num_kv_heads / of_heads) * head
-    return Chunks(of_items * of_heads, sympy.ceiling(shape.batch / of_items) * largest)
+    head = largest(1, shape.itemsize * shape.kv_len * width)
+    items = largest(1, down(workspace_bytes / (latent + shape.num_kv_heads * head)))
+    heads = largest(1, down((workspace_bytes - latent) / head))
+    of_items = largest(1, up(shape.batch / items))
+    of_heads = up(shape.num_kv_heads / heads)
+    most = latent + up(shape.num_kv_heads / of_heads) * head
+    return Chunks(of_items * of_heads, up(shape.batch / of_items) * most)
+
+
+def largest(*values) -> sympy.Expr:
+    """Their maximum. Of symbols it is not simplified, which takes up to a second where chunks are in it."""
+    return _unsimplified(sympy.Max, *values)
+
+
+def smallest(*values) -> sympy.Expr:
+    """Their minimum, as :func:`largest`."""
+    return _unsimplified(sympy.Min, *values)
+
+
+def up(value) -> sympy.Expr:
+    """The next integer, as :func:`largest`."""
+    return _unsimplified(sympy.ceiling, value)
+
+
+def down(value) -> sympy.Expr:
+    """The integer before, as :func:`largest`."""
+    return _unsimplified(sympy.floor, value)
+
+
+def _unsimplified(function, *values) -> sympy.Expr:
+    expressions = [sympy.sympify(value) for value in values]
+    return function(*expressions, evaluate=all(value.is_number for value in expressions))
 
 
 def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:

@@ -52,7 +52,10 @@ class RegionShape:
     def at_hints(self, formula: sympy.Expr) -> float:
         """A formula's value at the traced sizes; a symbol without a hint counts as :data:`UNHINTED`."""
         formula = sympy.sympify(formula)
-        return float(formula.subs(dict.fromkeys(formula.free_symbols, UNHINTED) | dict(self.hints)))
+        sizes = dict.fromkeys(formula.free_symbols, UNHINTED) | dict(self.hints)
+        number = formula.xreplace({symbol: sympy.sympify(size) for symbol, size in sizes.items()})
+        assert isinstance(number, sympy.Expr)
+        return float(number)
 
 
 @dataclass(frozen=True)

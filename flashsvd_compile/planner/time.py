@@ -201,8 +201,9 @@ def _chunks_of_dense_keys(
 ) -> tuple[sympy.Expr, sympy.Expr]:
     """How many on a GPU, and seconds of each: more where a chunk no longer fills the device that the whole would."""
     chunks = memory.attention_chunks(shape, device, workspace_bytes)
-    filling = sympy.Min(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
-    return chunks.number, 2 * device.launch_seconds * sympy.Max(1, filling / sympy.Max(1, chunks.bytes))
+    filling = memory.smallest(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
+    longer = memory.largest(1, filling / memory.largest(1, chunks.bytes))
+    return chunks.number, 2 * device.launch_seconds * longer
 
 
 def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:

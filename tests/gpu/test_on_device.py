@@ -258,6 +258,55 @@ def test_attention_needs_its_result_and_the_workspace():
     assert torch.cuda.max_memory_allocated() - before <= size + workspace + (1 << 20)
 
 
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("ranks", [(48, 40, 33, 56), (400, 300, 410, 400)], ids=["on chip", "in blocks"])
+@pytest.mark.parametrize("workspace_bytes", [1 << 24, 3 << 19])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_attention_after_norm(kind, ranks, workspace_bytes, dtype):
+    shape: dict[str, Any] = {"features": 512, "num_heads": 4, "head_dim": 128, "rotary_dim": 128, "window": (-1, 0)}
+    how: dict[str, Any] = {"ranks": ranks, "dtype": dtype, "residual": True, "workspace_bytes": workspace_bytes}
+    for _ in range(4):
+        x_norm = norm(kind, 512, bias=kind == "layer", dtype=dtype)
+        arguments = on_gpu(attention_arguments(3, 530, x_norm=x_norm, **shape, **how))
+        assert_within_error_rule(ops.attention(*arguments), reference_of(ops.attention), arguments)
+
+
+@pytest.mark.parametrize("kind", ["rms", "layer"])
+@pytest.mark.parametrize("strategy", ["fused", "streamed"])
+@pytest.mark.parametrize("rows", [3, 1030])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_mlp_after_norm(kind, strategy, rows, dtype):
+    how: dict[str, Any] = {"width": 520, "out_features": 264, "ranks": (93, 85, 81), "dtype": dtype}
+    for gated in (False, True):
+        for _ in range(4):
+            x_norm = norm(kind, 264, bias=kind == "layer", dtype=dtype)
+            given = mlp_arguments(
+                rows, 264, gated=gated, x_norm=x_norm, strategy=strategy, workspace_bytes=1 << 18, residual=True, **how
+            )
+            given = on_gpu(given)
+            assert_within_error_rule(ops.mlp(*given), reference_of(ops.mlp), given, ulps=2)
+
+
+@pytest.mark.parametrize("operator", [ops.mlp, ops.attention])
+def test_a_norm_is_within_the_workspace(operator):
+    workspace, x_norm = 12 << 20, norm("rms", 1024, dtype=torch.bfloat16)
+    how: dict[str, Any] = {"x_norm": x_norm, "dtype": torch.bfloat16, "workspace_bytes": workspace, "residual": True}
+    if operator is ops.mlp:
+        given = mlp_arguments(8192, 1024, width=2048, out_features=1024, ranks=(304, 304, 304), gated=True, **how)
+    else:
+        given = attention_arguments(
+            1, 4096, features=1024, num_heads=8, head_dim=128, ranks=(304, 304, 304, 304), window=(-1, 0), **how
+        )
+    given = on_gpu(given)
+    for _ in range(3):
+        size = operator(*given).nbytes
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        operator(*given)
+        assert torch.cuda.max_memory_allocated() - before <= size + workspace + (1 << 20)
+
+
 def bert(dtype: torch.dtype) -> tuple[torch.nn.Module, dict[str, Tensor]]:
     config = BertConfig(hidden_size=256, num_hidden_layers=2, num_attention_heads=4, intermediate_size=1024)
     mask = torch.arange(200)[None] < torch.tensor([[150], [200], [33]])

@@ -49,8 +49,8 @@ class Compiled:
 
         self._call = torch.compile(model, backend=backend, dynamic=dynamic)
 
-    def __call__(self, **inputs: Any) -> Any:
-        return self._call(**inputs)
+    def __call__(self, *arguments: Any, **inputs: Any) -> Any:
+        return self._call(*arguments, **inputs)
 
     @property
     def report(self) -> RewriteReport:

@@ -1,11 +1,21 @@
 """One compiled model, many batch sizes and lengths."""
 
+import copy
+from functools import partial
+
 import pytest
 import torch
+from torch.nn.functional import gelu, linear
 
 from benchmarks.zoo import FAMILIES
+from flashsvd_compile.report import RefusalReason
+from tests.ops.accuracy import assert_within_error_rule
+from tests.passes import builder
 
 from .compiled import Compiled, assert_as_right_as_unfused, factored
+
+sizes_unasked = partial(torch.fx.experimental._config.patch, backed_size_oblivious=True)  # pyright: ignore
+"""Dynamo compiles no size of 1 apart, as it does by default."""
 
 PADDED = [
     ("BERT", "right"),
@@ -52,6 +62,56 @@ def test_a_batch_of_one_costs_one_more_graph(name, padding):
         assert_as_right_as_unfused(name, compiled, family.inputs(batch, length, padding))
     assert len(compiled.reports) == 2
     assert all(report.count("attention") == family.attentions for report in compiled.reports)
+
+
+@pytest.mark.parametrize("name", [name for name, _ in PADDED])
+def test_one_graph_serves_a_batch_of_one_too_if_dynamo_may_not_ask(name):
+    """``backed_size_oblivious`` keeps Dynamo from taking a size of 1 for special; nothing of ours asks either.
+
+    Without a padding mask transformers' decoders ask themselves, in Python.
+    """
+    family, compiled = FAMILIES[name], Compiled(factored(name), dynamic=True)
+    with sizes_unasked():
+        for batch, length in ((2, 9), (1, 9), (1, 2), (64, 2), (1, 300)):
+            assert_as_right_as_unfused(name, compiled, family.inputs(batch, length, "right"))
+    assert len(compiled.reports) == 1
+    assert (compiled.report.count("attention"), compiled.report.count("mlp")) == (family.attentions, family.mlps)
+    assert compiled.report.refusals == []
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("inner", ["eager", "inductor"])
+def test_one_graph_serves_a_single_token_too_if_sizes_are_unbacked(inner, masked):
+    """For attention that is spelled out: scaled_dot_product_attention itself asks whether there is one query."""
+
+    def model(x, padding, down, up, hidden_down, hidden_up, out_down, out_up):
+        q, k, v = (linear(linear(x, down), w).unflatten(-1, (4, 8)).transpose(1, 2) for w in (up, 2 * up, -up))
+        scores = q @ k.transpose(2, 3) * 0.3
+        if masked:
+            scores = scores.masked_fill(~padding[:, None, None, :], float("-inf"))
+        x = x + linear(linear((scores.softmax(-1) @ v).transpose(1, 2).flatten(2), down), up)
+        return x + linear(linear(gelu(linear(linear(x, hidden_down), hidden_up)), out_down), out_up)
+
+    weights = [builder.tensor(*shape) for shape in ((8, 32), (32, 8), (9, 32), (64, 9), (7, 64), (32, 7))]
+    compiled = Compiled(model, inner=inner)
+    for batch, length in ((2, 9), (1, 9), (3, 1), (1, 1), (64, 2), (1, 4096)):
+        x, padding = builder.tensor(batch, length, 32), torch.arange(length).expand(batch, -1) <= length // 2
+        for value in (x, padding):
+            torch._dynamo.decorators.mark_unbacked(value, [0, 1])
+        inputs = (x, padding, *weights)
+        assert_within_error_rule(compiled(*inputs), model, inputs)
+    assert len(compiled.reports) == 1
+    assert compiled.report.count("attention") == 1
+
+
+def test_features_that_dynamo_takes_for_a_symbol_cost_the_region():
+    """``backed_size_oblivious`` and a first text of one token: that length's symbol stands for other sizes of 1 too."""
+    model = copy.deepcopy(factored("Llama"))
+    model.set_attn_implementation("eager")  # pyright: ignore[reportCallIssue]
+    compiled = Compiled(model, dynamic=True)
+    with sizes_unasked():
+        assert_as_right_as_unfused("Llama", compiled, FAMILIES["Llama"].inputs(3, 1, "right"))
+    assert RefusalReason.UNKNOWN_SIZE in {refusal.reason for refusal in compiled.report.refusals}
 
 
 @pytest.mark.parametrize("name", ["BERT", "Llama"])

@@ -94,20 +94,21 @@ def mlp_arguments(
     bias: bool = True,
     down_bias: bool = False,
     residual: bool = False,
+    x_norm: tuple = NO_NORM,
     activation: str = "gelu",
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``mlp_v2`` for ``x`` of the given shape; ``ranks`` of hidden, gate and out."""
+    """Arguments of ``mlp_v3`` for ``x`` of the given shape; ``ranks`` of hidden, gate and out."""
     how = {"bias": bias, "down_bias": down_bias, "dtype": dtype, "layout": layout}
     hidden = projection(shape[-1], width, ranks[0], **how)
     gate = projection(shape[-1], width, ranks[1], **how) if gated else ABSENT
     out = projection(width, out_features, ranks[2], **how)
     x = random(*shape, dtype=dtype, layout=layout)
     added = random(*shape[:-1], out_features, dtype=dtype, layout=layout) if residual else None
-    return (x, *hidden, *gate, *out, added, activation, strategy, workspace_bytes)
+    return (x, *hidden, *gate, *out, added, *x_norm, activation, strategy, workspace_bytes)
 
 
 def attention_arguments(
@@ -126,6 +127,7 @@ def attention_arguments(
     bias: bool = True,
     down_bias: bool = False,
     residual: bool = False,
+    x_norm: tuple = NO_NORM,
     key_padding: Tensor | None = None,
     mask: Tensor | None = None,
     rotary_dim: int = 0,
@@ -141,7 +143,7 @@ def attention_arguments(
     strategy: str = "streamed",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``attention_v4``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
+    """Arguments of ``attention_v5``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
 
     Norms are as :func:`norm` makes them.
     """
@@ -160,7 +162,7 @@ def attention_arguments(
     cos, sin = rotation(batch if rotation_per_item else 1, q_len, rotary_dim, dtype) if rotary_dim else (None, None)
     heads = (num_heads, num_kv_heads, head_dim**-0.5, softcap)
     options = (cos, sin, interleaved, *q_norm, *k_norm, *heads, *window, documents, strategy, workspace_bytes)
-    return (x, context, *q, *k, *v, *o, added, key_padding, mask, *options)
+    return (x, context, *q, *k, *v, *o, added, *x_norm, key_padding, mask, *options)
 
 
 def norm(

@@ -1,4 +1,4 @@
-"""``attention_v4`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
+"""``attention_v5`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
 import pytest
 import torch
@@ -39,14 +39,14 @@ def regions(draw) -> tuple:
     keys = q_len if kv_len is None else kv_len
     kv_heads, group = draw(st.sampled_from((1, 2, 3))), draw(st.sampled_from((1, 2, 3)))
     head_dim = draw(st.sampled_from((8, 10, 12)))
-    dtype = draw(st.sampled_from(DTYPES))
+    dtype, features = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 33))
     key_padding = draw(st.none() | st.just(torch.rand(batch, keys) < 0.6))
     documents = draw(st.none() | st.just(torch.randint(3, (batch, q_len)))) if keys == q_len else None
     return attention_arguments(
         batch,
         q_len,
         kv_len,
-        draw(st.integers(1, 33)),
+        features,
         num_heads=kv_heads * group,
         num_kv_heads=kv_heads,
         head_dim=head_dim,
@@ -57,6 +57,7 @@ def regions(draw) -> tuple:
         bias=draw(st.booleans()),
         down_bias=draw(st.booleans()),
         residual=draw(st.booleans()),
+        x_norm=draw(norms(1, features, dtype)) if kv_len is None else NO_NORM,
         key_padding=key_padding,
         mask=draw(masks(batch, kv_heads * group, q_len, keys, dtype)),
         rotary_dim=rotary,
@@ -201,14 +202,14 @@ class TestMasks:
     def test_causal_window_equals_a_causal_mask(self):
         arguments = attention_arguments(window=(-1, 0))
         as_mask = [*arguments]
-        as_mask[20], as_mask[-4] = torch.ones(7, 7).tril().bool(), -1
+        as_mask[25], as_mask[-4] = torch.ones(7, 7).tril().bool(), -1
         torch.testing.assert_close(ops.attention(*arguments), ops.attention(*as_mask))
 
 
 def test_reference_is_attention_as_written_out():
     """The specification itself, against softmax(q k^T) v spelled out in float64."""
     arguments = in_float64(attention_arguments(2, 5, bias=False, key_padding=padding(5, 3, total=5)))
-    x, key_padding = arguments[0], arguments[19]
+    x, key_padding = arguments[0], arguments[24]
     q, k, v, out = (Projection(*arguments[start : start + 4]) for start in range(2, 18, 4))
     q, k, v = (proj.apply(x, p).unflatten(-1, (4, 8)).transpose(1, 2) for p in (q, k, v))
     scores = (q @ k.mT * 8**-0.5).masked_fill(~key_padding[:, None, None], float("-inf"))
@@ -225,10 +226,10 @@ def test_rotation_turns_by_the_angle(interleaved):
     results = []
     for offset in (0, 5):
         angles = (torch.arange(6, dtype=torch.float64) + offset)[None, :, None] * frequencies
-        arguments[21], arguments[22] = angles.cos(), angles.sin()
+        arguments[26], arguments[27] = angles.cos(), angles.sin()
         results.append(ops.attention(*arguments))
     torch.testing.assert_close(*results)
-    arguments[21], arguments[22] = None, None
+    arguments[26], arguments[27] = None, None
     assert not torch.allclose(results[0], ops.attention(*arguments))
 
 

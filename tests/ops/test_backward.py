@@ -59,7 +59,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
         "mlp": mlp_case(2, 3, 6, width=7, out_features=5, down_bias=True, **how),
         "mlp-gated": mlp_case(5, 6, width=7, out_features=5, gated=True, activation="silu", bias=False, **how),
         "mlp-residual": mlp_case(2, 3, 6, width=7, out_features=5, residual=True, **how),
+        "mlp-after-norm": mlp_case(2, 3, 6, width=7, out_features=5, x_norm=of_heads("layer", 6, bias=True), **how),
         "attention": attention_case(3, 4, **heads, **how),
+        "attention-after-norm": attention_case(3, 4, **heads, residual=True, x_norm=of_heads("rms", 6), **how),
         "attention-residual": attention_case(3, 4, **heads, residual=True, **how),
         "attention-no-out": attention_case(3, 4, num_heads=2, head_dim=4, out=False, **how),
         "attention-cross": attention_case(2, 3, 5, num_heads=4, num_kv_heads=2, head_dim=4, **how),
@@ -205,12 +207,12 @@ def test_only_needed_gradients():
     (expected,) = torch.autograd.grad(mlp_reference(*arguments).sum(), arguments[0])
     torch.testing.assert_close(found, expected)
     needs = [i == 0 for i in range(len(arguments))]
-    assert len(torch.ops.flashsvd.mlp_backward_v2(torch.ones(5, 16), needs, *arguments)) == 1
+    assert len(torch.ops.flashsvd.mlp_backward_v3(torch.ones(5, 16), needs, *arguments)) == 1
 
 
 def test_a_gradient_of_the_gradient_is_refused():
     arguments = leaves(mlp_arguments(5, 6))
-    with pytest.raises(TwiceDifferentiatedError, match="flashsvd::mlp_v2 is differentiable once"):
+    with pytest.raises(TwiceDifferentiatedError, match="flashsvd::mlp_v3 is differentiable once"):
         torch.autograd.grad(mlp(*arguments).sum(), arguments[0], create_graph=True)
 
 

@@ -141,6 +141,21 @@ def test_window(side):
         call("attention", **{side: -2})
 
 
+@pytest.mark.parametrize("name", ["mlp", "attention"])
+def test_norm_of_the_input(name):
+    with pytest.raises(InvalidOptionError, match="'x_norm' cannot be 'batch'; valid: 'none', 'rms', 'layer'"):
+        call(name, x_norm="batch")
+    with pytest.raises(InvalidOptionError, match="'x_norm' cannot be 'none'; valid: 'rms' or 'layer' where"):
+        call(name, x_norm_weight=torch.ones(16))
+    with pytest.raises(ShapeError, match=r"shape of x_norm_bias is \(7,\)"):
+        call(name, x_norm="layer", x_norm_bias=torch.ones(7))
+
+
+def test_norm_of_the_input_of_cross_attention():
+    with pytest.raises(InvalidOptionError, match="'x_norm' cannot be 'rms'; valid: 'none' where there is a context"):
+        call("attention", {"kv_len": 5}, x_norm="rms")
+
+
 @pytest.mark.parametrize("role", ["q", "k"])
 class TestNorms:
     def test_kind(self, role):

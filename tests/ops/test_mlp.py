@@ -1,4 +1,4 @@
-"""``mlp_v2`` computes the specification, whatever the shape, ranks, dtype, strides and workspace."""
+"""``mlp_v3`` computes the specification, whatever the shape, ranks, dtype, strides and workspace."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from flashsvd_compile.ops.mlp import reference, tiling
 from flashsvd_compile.ops.mlp_region import Mlp
 
 from .accuracy import assert_within_error_rule
-from .regions import LAYOUTS, mlp_arguments, projection
+from .regions import LAYOUTS, NO_NORM, mlp_arguments, norm, projection
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = st.none() | st.integers(1, 19)
@@ -33,14 +33,16 @@ def check(arguments: tuple, **how) -> None:
     bias=st.booleans(),
     down_bias=st.booleans(),
     residual=st.booleans(),
+    x_norm=st.sampled_from(("none", "rms", "layer")),
     activation=st.sampled_from(tuple(ACTIVATIONS)),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
     strategy=st.sampled_from(("streamed", "merged")),
     workspace_bytes=st.integers(1, 3000),
 )
-def test_equals_reference(shape, features, **how):
-    arguments = mlp_arguments(*shape, features, **how)
+def test_equals_reference(shape, features, x_norm, **how):
+    of_x = NO_NORM if x_norm == "none" else norm(x_norm, features, bias=how["bias"], dtype=how["dtype"])
+    arguments = mlp_arguments(*shape, features, x_norm=of_x, **how)
     check(arguments, ulps=8)
 
 

@@ -51,7 +51,7 @@ def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
     arguments = mlp_arguments(2, 301, 96, ranks=ranks, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape)
     x, mlp = arguments[0], mlp_of(arguments)
     assert mlp_gpu.supported(x, mlp)
-    assert_within_error_rule(mlp_gpu.streamed(x, mlp, arguments[14], workspace_bytes), reference, arguments)
+    assert_within_error_rule(mlp_gpu.streamed(x, mlp, arguments[19], workspace_bytes), reference, arguments)
 
 
 @pytest.mark.parametrize("rank", [1024, 1493])

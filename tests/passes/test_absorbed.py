@@ -133,7 +133,7 @@ def absorbed(
 
 def call_of(result: Rewritten) -> dict[str, Any]:
     """The operator's arguments, tensors by their example values; it must be absorbed."""
-    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v4.default)
+    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v5.default)
     assert call.kwargs["strategy"] == "absorbed", result.report
     return {name: a.meta["example_value"] if isinstance(a, Node) else a for name, a in call.kwargs.items()}
 

@@ -64,7 +64,7 @@ def test_a_mask_of_all_layers_is_read_once(readings):
     result = rewritten(padded_layers, X, DOWN, UP, PADDING)
     assert result.count("attention") == LAYERS
     assert list(readings.values()) == [1]
-    for operator in result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v4.default):
+    for operator in result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v5.default):
         assert operator.kwargs["key_padding"].name == "padding" and "mask" not in operator.kwargs
     result.assert_same_result()
 

@@ -54,7 +54,7 @@ def assert_whole_region(result, ranks=RANKS):
     assert result.count("linear") == 0
     assert result.report.matches[0].ranks == ranks
     result.assert_same_result()
-    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v4.default)
+    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v5.default)
     return call.kwargs
 
 

@@ -40,7 +40,7 @@ def run(mask_scores, *masks):
 def arguments_of(result) -> set[str]:
     assert result.count("attention") == 1, result.report
     result.assert_same_result()
-    (operator,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v4.default)
+    (operator,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.attention_v5.default)
     return set(operator.kwargs) & {"mask", "key_padding", "window_left", "window_right"}
 
 

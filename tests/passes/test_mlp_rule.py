@@ -78,7 +78,7 @@ def test_every_spelling_of_an_activation_is_read(spelling):
 
     result = rewritten(mlp, X, *HIDDEN, BIASES[0], *OUT, BIASES[1])
     assert result.count("mlp") == 1, result.report
-    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.mlp_v2.default)
+    (call,) = result.module.graph.find_nodes(op="call_function", target=torch.ops.flashsvd.mlp_v3.default)
     assert call.kwargs.get("activation", "gelu") == name
     assert result.report.matches[0].ranks == {"hidden": RANK1, "out": RANK2}
     result.assert_same_result()

@@ -19,7 +19,7 @@ Q, K, V, OUT = ((tensor(rank, WIDTH, seed=rank), tensor(WIDTH, rank, seed=10 + r
 WEIGHT, BIAS = tensor(DIM, seed=20) + 1, tensor(DIM, seed=21)
 OF_HEADS, OF_HEADS_BIAS = tensor(HEADS, DIM, seed=22) + 1, tensor(HEADS, DIM, seed=23)
 OF_ALL, OF_ALL_BIAS = OF_HEADS.flatten(), OF_HEADS_BIAS.flatten()
-OPERATOR = torch.ops.flashsvd.attention_v4.default
+OPERATOR = torch.ops.flashsvd.attention_v5.default
 
 
 def low_rank(x, down, up):

@@ -76,7 +76,7 @@ def forward(self, x, up, down, bias):
             rewritten(function, X, *weights).code,
             """\
 def forward(self, x, down1, up1, bias1, down2, up2, bias2):
-    mlp = torch.ops.flashsvd.mlp_v2.default(x = x, hidden_down = down1, hidden_up = up1, hidden_up_bias = bias1, out_down = down2, out_up = up2, out_up_bias = bias2, activation = 'relu', workspace_bytes = 1048576)
+    mlp = torch.ops.flashsvd.mlp_v3.default(x = x, hidden_down = down1, hidden_up = up1, hidden_up_bias = bias1, out_down = down2, out_up = up2, out_up_bias = bias2, activation = 'relu', workspace_bytes = 1048576)
     add = mlp + x
     return add""",
         )
@@ -93,8 +93,7 @@ def forward(self, x, down1, up1, bias1, down2, up2, bias2):
             rewritten(function, tensor(3, 6, 32), *weights).code,
             """\
 def forward(self, x, down1, up1, down2, up2):
-    rms_norm = torch.nn.functional.rms_norm(x, (32,), weight = None, eps = None)
-    mlp_1 = torch.ops.flashsvd.mlp_v2.default(x = rms_norm, hidden_down = down1, hidden_up = up1, out_down = down2, out_up = up2, residual = x, activation = 'relu', workspace_bytes = 1048576)
+    mlp_1 = torch.ops.flashsvd.mlp_v3.default(x = x, hidden_down = down1, hidden_up = up1, out_down = down2, out_up = up2, residual = x, x_norm = 'rms', x_norm_eps = 1.1920929e-07, activation = 'relu', workspace_bytes = 1048576)
     return mlp_1""",
         )
 
@@ -110,7 +109,7 @@ def forward(self, x, down1, up1, down2, up2):
 def forward(self, x, down1, up1, down2, up2):
     narrow = up1.narrow(0, 48, 48)
     narrow_1 = up1.narrow(0, 0, 48)
-    mlp = torch.ops.flashsvd.mlp_v2.default(x = x, hidden_down = down1, hidden_up = narrow, gate_down = down1, gate_up = narrow_1, out_down = down2, out_up = up2, activation = 'silu', workspace_bytes = 1048576)
+    mlp = torch.ops.flashsvd.mlp_v3.default(x = x, hidden_down = down1, hidden_up = narrow, gate_down = down1, gate_up = narrow_1, out_down = down2, out_up = up2, activation = 'silu', workspace_bytes = 1048576)
     return mlp""",
         )
 
@@ -136,7 +135,7 @@ def forward(self, x, down1, up1, down2, up2):
             rewritten(function, X, mask, *weights).code,
             """\
 def forward(self, x, mask, q_down, q_up, k_down, k_up, v, out_down, out_up):
-    attention = torch.ops.flashsvd.attention_v4.default(x = x, q_down = q_down, q_up = q_up, k_down = k_down, k_up = k_up, v_up = v, out_down = out_down, out_up = out_up, key_padding = mask, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v5.default(x = x, q_down = q_down, q_up = q_up, k_down = k_down, k_up = k_up, v_up = v, out_down = out_down, out_up = out_up, key_padding = mask, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, workspace_bytes = 1048576)
     return attention""",
         )
 
@@ -191,7 +190,7 @@ def forward(self, x, q, qb, kd, ku, kb, vd, vu, vb, out):
     pad_7 = torch.nn.functional.pad(cat_1, (0, 2))
     einsum_6 = torch.functional.einsum('okgd,kdr->okgr', unflatten_4, pad_7)
     flatten_7 = einsum_6.flatten(1)
-    attention = torch.ops.flashsvd.attention_v4.default(x = x, q_up = flatten_1, q_up_bias = flatten_2, k_up = flatten_3, k_up_bias = flatten_4, v_up = flatten_5, v_up_bias = flatten_6, out_up = flatten_7, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, strategy = 'absorbed', workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v5.default(x = x, q_up = flatten_1, q_up_bias = flatten_2, k_up = flatten_3, k_up_bias = flatten_4, v_up = flatten_5, v_up_bias = flatten_6, out_up = flatten_7, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, strategy = 'absorbed', workspace_bytes = 1048576)
     return attention""",
         )
 
@@ -220,7 +219,7 @@ def forward(self, x, qd, qu, kd, ku, vd, vu, od, ou):
     unflatten_6 = vu.unflatten(0, (4, -1))
     einsum_1 = torch.functional.einsum('okgd,kdr->okgr', unflatten_5, unflatten_6)
     flatten_4 = einsum_1.flatten(1)
-    attention = torch.ops.flashsvd.attention_v4.default(x = x, q_down = qd, q_up = flatten_1, k_up = flatten_2, v_up = flatten_3, out_down = flatten_4, out_up = ou, num_heads = 4, scale = 0.35355339059327373, window_right = 0, strategy = 'absorbed', workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v5.default(x = x, q_down = qd, q_up = flatten_1, k_up = flatten_2, v_up = flatten_3, out_down = flatten_4, out_up = ou, num_heads = 4, scale = 0.35355339059327373, window_right = 0, strategy = 'absorbed', workspace_bytes = 1048576)
     return attention""",
         )
 
@@ -243,7 +242,7 @@ def forward(self, x, cos, sin, down, up):
     narrow = up.narrow(0, 0, 32)
     narrow_1 = up.narrow(0, 32, 32)
     narrow_2 = up.narrow(0, 64, 32)
-    attention = torch.ops.flashsvd.attention_v4.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, cos = cos, sin = sin, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, window_right = 0, workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v5.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, cos = cos, sin = sin, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, window_right = 0, workspace_bytes = 1048576)
     return attention""",
         )
 
@@ -281,6 +280,6 @@ def forward(self, x, down, up, weight, od, ou):
     narrow = up.narrow(0, 0, 32)
     narrow_1 = up.narrow(0, 32, 32)
     narrow_2 = up.narrow(0, 64, 32)
-    attention = torch.ops.flashsvd.attention_v4.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, out_down = od, out_up = ou, q_norm = 'rms', q_norm_weight = add_1, q_norm_eps = 1e-06, k_norm = 'rms', k_norm_weight = add_3, k_norm_eps = 1e-06, num_heads = 4, num_kv_heads = 4, scale = 0.25, softcap = 50.0, workspace_bytes = 1048576)
+    attention = torch.ops.flashsvd.attention_v5.default(x = x, q_down = down, q_up = narrow, k_down = down, k_up = narrow_1, v_down = down, v_up = narrow_2, out_down = od, out_up = ou, q_norm = 'rms', q_norm_weight = add_1, q_norm_eps = 1e-06, k_norm = 'rms', k_norm_weight = add_3, k_norm_eps = 1e-06, num_heads = 4, num_kv_heads = 4, scale = 0.25, softcap = 50.0, workspace_bytes = 1048576)
     return attention""",
         )

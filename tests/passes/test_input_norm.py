@@ -1,0 +1,160 @@
+"""A norm whose input is the residual of the operator behind it becomes the operator's own; other norms stay."""
+
+import operator
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch.nn.functional import layer_norm, linear, relu, rms_norm
+
+from flashsvd_compile import ops
+
+from .builder import Rewritten, rewritten, tensor
+from .test_residual import ATTENTION, MLP, REGIONS, X, attention, mlp
+
+WEIGHT, BIAS = tensor(32, seed=7), tensor(32, seed=8)
+
+
+def spelled_rms(x, weight, bias):
+    wide = x.to(torch.float32)
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)).to(x.dtype)
+
+
+def spelled_layer(x, weight, bias):
+    centred = x - x.mean(-1, keepdim=True)
+    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5) * weight + bias
+
+
+SPELLINGS: dict[str, Callable] = {
+    "rms": lambda x, weight, bias: rms_norm(x, (32,), weight, 1e-6),
+    "rms without weight": lambda x, weight, bias: rms_norm(x, (32,)),
+    "layer": lambda x, weight, bias: layer_norm(x, (32,), weight, bias, 1e-5),
+    "layer without bias": lambda x, weight, bias: layer_norm(x, (32,), weight),
+    "spelled rms": spelled_rms,
+    "spelled layer": spelled_layer,
+    "1 + weight": lambda x, weight, bias: rms_norm(x, (32,), eps=1e-6) * (1 + weight),
+}
+
+
+def absorbed(result: Rewritten) -> list[str]:
+    """Kinds of the norms that operators take."""
+    calls = [node for node in result.module.graph.nodes if node.target in (ops.mlp, ops.attention)]
+    assert calls, "the region itself is found"
+    return [call.kwargs["x_norm"] for call in calls if "x_norm" in call.kwargs]
+
+
+@pytest.mark.parametrize("region", REGIONS)
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_absorbed(spelling, region):
+    compute, weights = REGIONS[region]
+
+    def block(x, a, b, c, d, weight, bias):
+        return x + compute(SPELLINGS[spelling](x, weight, bias), a, b, c, d)
+
+    result = rewritten(block, X, *weights, WEIGHT, BIAS)
+    assert absorbed(result) == ["layer" if "layer" in spelling else "rms"]
+    operations = [node for node in result.module.graph.nodes if node.op in ("call_function", "call_method")]
+    assert len(operations) <= 2, "the norm's own nodes are gone, except what makes its weight"
+    result.assert_same_result()
+
+
+def test_every_norm_of_a_model():
+    def block(x, a, b, c, d, e, f, g, h, weight):
+        for _ in range(2):
+            x = x + attention(rms_norm(x, (32,), weight), a, b, c, d)
+            x = x + mlp(rms_norm(x, (32,), weight), e, f, g, h)
+        return rms_norm(x, (32,), weight)
+
+    result = rewritten(block, X, *ATTENTION, *MLP, WEIGHT)
+    assert absorbed(result) == ["rms"] * 4
+    assert len(result.module.graph.find_nodes(op="call_function", target=rms_norm)) == 1
+    result.assert_same_result()
+
+
+def used_again(x, a, b, c, d, weight):
+    normed = rms_norm(x, (32,), weight)
+    return x + mlp(normed, a, b, c, d) + normed
+
+
+def other_residual(x, a, b, c, d, weight):
+    return x.sin() + mlp(rms_norm(x, (32,), weight), a, b, c, d)
+
+
+def no_residual(x, a, b, c, d, weight):
+    return mlp(rms_norm(x, (32,), weight), a, b, c, d)
+
+
+def over_rows(x, a, b, c, d, weight):
+    return x + mlp(x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 1e-6) * weight, a, b, c, d)
+
+
+def of_halves(x, a, b, c, d, weight):
+    return x + mlp(rms_norm(x.unflatten(-1, (2, 16)), (16,)).flatten(-2) * weight, a, b, c, d)
+
+
+def no_norm(x, a, b, c, d, weight):
+    return x + mlp(x * weight, a, b, c, d)
+
+
+def overwritten(x, a, b, c, d, weight):
+    x = x.clone()
+    normed = rms_norm(x, (32,), weight)
+    x.mul_(2)
+    return x + mlp(normed, a, b, c, d)
+
+
+@pytest.mark.parametrize("block", [used_again, other_residual, no_residual, over_rows, of_halves, no_norm, overwritten])
+def test_kept(block):
+    result = rewritten(block, X, *MLP, WEIGHT)
+    assert absorbed(result) == []
+    result.assert_same_result()
+
+
+def test_a_weight_of_another_dtype_keeps_the_norm():
+    def block(x, a, b, c, d, weight):
+        normed = (rms_norm(x.float(), (32,)) * weight).to(torch.bfloat16)
+        return x + mlp(normed, a, b, c, d)
+
+    half = [value.bfloat16() for value in (X, *MLP)]
+    assert absorbed(rewritten(block, *half, WEIGHT)) == []
+
+
+def test_other_readers_of_a_norm_within():
+    """A conversion that something else reads stays in the graph."""
+
+    def block(x, a, b, c, d, weight):
+        squares = x.pow(2)
+        normed = x * torch.rsqrt(squares.mean(-1, keepdim=True) + 1e-6) * weight
+        return x + mlp(normed, a, b, c, d), squares.sum()
+
+    result = rewritten(block, X, *MLP, WEIGHT)
+    assert absorbed(result) == ["rms"]
+    result.assert_same_result()
+
+
+def test_cross_attention_keeps_the_norm_of_its_queries():
+    def block(x, context, a, b, c, d, weight):
+        normed = rms_norm(x, (32,), weight)
+        q, k, v = (
+            linear(linear(source, a), b).unflatten(-1, (4, 8)).transpose(1, 2) for source in (normed, context, context)
+        )
+        heads = torch.nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return x + linear(linear(heads, c), d)
+
+    result = rewritten(block, X, tensor(2, 9, 32), *ATTENTION, WEIGHT)
+    assert absorbed(result) == []
+    result.assert_same_result()
+
+
+def test_disabled():
+    def block(x, a, b, c, d, weight):
+        return x + mlp(rms_norm(x, (32,), weight), a, b, c, d)
+
+    assert absorbed(rewritten(block, X, *MLP, WEIGHT, disable=["input_norm"])) == []
+
+
+def test_a_post_norm_model_is_left_alone():
+    def block(x, a, b, c, d, weight):
+        return rms_norm(operator.add(x, linear(relu(x), weight)) + mlp(x, a, b, c, d), (32,))
+
+    assert absorbed(rewritten(block, X, *MLP, tensor(32, 32))) == []
