@@ -3,9 +3,9 @@
     heads = softmax(scale * rope(norm(q(x))) @ rope(norm(k(context))).T + mask) @ v(context)
     y = out(concatenate(heads))
 
-A soft cap turns the scaled products into ``cap * tanh(products / cap)`` before the mask. A residual is added to y. Keys
-and values are lifted out of rank space for a few heads at a time; no tensor of the size of k, v or the scores is ever
-whole.
+A soft cap turns the scaled products into ``cap * tanh(products / cap)`` before the mask. In self-attention a norm may
+be taken of x first, and a residual is added to y. Keys and values are lifted out of rank space for a few heads at a
+time; no tensor of the size of k, v or the scores is ever whole.
 """
 
 from typing import NamedTuple

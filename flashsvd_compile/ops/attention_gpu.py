@@ -1,9 +1,10 @@
 """A streamed attention region on a GPU: few launches, each large enough to fill the chip.
 
-Queries and output are projected for all rows at once, over the memory of the result. Keys and values are lifted
-straight from the input, a chunk of batch items or a group of heads at a time, by one kernel that keeps their rank space
-on chip; ranks beyond that kernel go through the library and a rank-space intermediate in the workspace. Short sequences
-are the other way round: their rank space is in the workspace, and the attention kernel lifts it where it uses it.
+Queries and output are projected for all rows at once, over the memory of the result (queries of a normalised input with
+its keys, where these go through the library). Keys and values are lifted straight from the input, a chunk of batch
+items or a group of heads at a time, by one kernel that keeps their rank space on chip; ranks beyond that kernel go
+through the library and a rank-space intermediate in the workspace. Short sequences are the other way round: their rank
+space is in the workspace, and the attention kernel lifts it where it uses it.
 """
 
 from collections.abc import Callable

@@ -24,7 +24,7 @@ from ..options import Options, Strategy
 from .emit import emit
 from .norms import Norm, read_norm
 from .order import Order
-from .region import Deferred
+from .region import Deferred, in_schema_order
 from .residual import OPERATORS, interrupted
 from .values import shape_of, tensor_of, value_of
 from .views import layout_of
@@ -61,8 +61,7 @@ def _absorb(node: Node, graph: Graph, order: Order, options: Options) -> None:
         arguments = {**node.kwargs, "x": residual, **described}
         if node.target is ops.mlp and options.memory_budget is None and _is_on_gpu(residual):
             arguments["workspace_bytes"] = _larger(graph, node.kwargs["workspace_bytes"], residual)
-    schema = node.target._schema.arguments  # pyright: ignore[reportAttributeAccessIssue, reportFunctionMemberAccess]
-    node.kwargs = {a.name: arguments[a.name] for a in schema if arguments.get(a.name) is not None}
+    node.kwargs = in_schema_order(node.target, arguments)
     for old in reversed(norm.nodes):
         if not old.users:
             graph.erase_node(old)

@@ -93,7 +93,7 @@ class Region:
         arguments |= {name: self._cast(graph, value) for name, value in arguments.items() if name not in WIDER}
         arguments["strategy"] = str(plan.strategy)
         arguments["workspace_bytes"] = _workspace_bytes(graph, self.inputs["x"], plan.workspace)
-        keywords = self._in_schema_order(arguments)
+        keywords = in_schema_order(self.operator, arguments)
         node = graph.create_node("call_function", self.operator, kwargs=keywords, name=self.kind)
         node.meta = dict(self.output.meta)
         values = map_arg(node.kwargs, value_of)
@@ -122,10 +122,12 @@ class Region:
             transient_after=plan.transient_after,
         )
 
-    def _in_schema_order(self, arguments: dict[str, Any]) -> dict[str, Any]:
-        defaults = {a.name: a.default_value for a in self.operator._schema.arguments}
-        given = {name: arguments[name] for name in defaults if name in arguments}
-        return {name: value for name, value in given.items() if isinstance(value, Node) or value != defaults[name]}
+
+def in_schema_order(operator: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """An operator's keyword arguments in the order of its schema, without those that equal their defaults."""
+    defaults = {a.name: a.default_value for a in operator._schema.arguments}
+    given = {name: arguments[name] for name in defaults if name in arguments}
+    return {name: value for name, value in given.items() if isinstance(value, Node) or value != defaults[name]}
 
 
 def _name_of(device: torch.device) -> str:

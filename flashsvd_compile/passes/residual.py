@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from .. import ops
 from ..planner import is_bound_by_launches
 from .order import Order
-from .region import rows_of
+from .region import in_schema_order, rows_of
 from .values import hints_of, number_of, shape_of, tensor_of
 from .vocabulary import live_dropout, read
 
@@ -44,10 +44,9 @@ def _absorb(node: Node, graph: Graph, order: Order) -> None:
         return
     if is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x))) or interrupted(replaced, order):
         return
-    arguments = {**node.kwargs, "residual": residual}
-    in_order = {a.name: arguments[a.name] for a in node.target._schema.arguments if a.name in arguments}  # pyright: ignore
+    arguments = in_schema_order(node.target, {**node.kwargs, "residual": residual})
     with graph.inserting_before(replaced[-1]):
-        operator = graph.create_node("call_function", node.target, kwargs=in_order, name=node.name)
+        operator = graph.create_node("call_function", node.target, kwargs=arguments, name=node.name)
     operator.meta = dict(node.meta)
     replaced[-1].replace_all_uses_with(operator)
     for old in reversed(replaced):

@@ -13,18 +13,7 @@ from flashsvd_compile.passes.region import _workspace_bytes
 from flashsvd_compile.planner import AttentionShape, Workspace, plan_attention
 
 from .builder import rewritten, tensor
-
-BATCH, LENGTH, HEADS, DIM, RANK = 2, 6, 4, 8, 3
-WIDTH = HEADS * DIM
-X = tensor(BATCH, LENGTH, WIDTH)
-
-
-def heads_of(y):
-    return y.view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2)
-
-
-def merge(heads):
-    return heads.transpose(1, 2).reshape(BATCH, LENGTH, WIDTH)
+from .test_grouped_factors import DIM, HEADS, RANK, WIDTH, X, heads_of, merge
 
 
 @pytest.fixture
