@@ -118,9 +118,10 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
 @plus_residual(RESIDUAL)
 def _cuda(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
-    attn = attn.merged() if strategy == Strategy.MERGED else attn
+    merging = strategy == Strategy.MERGED
     if attention_gpu.supported(x, attn):
-        return attention_gpu.streamed(x, context, attn, workspace_bytes)
+        return attention_gpu.streamed(x, context, attn, workspace_bytes, merging)
+    attn = attn.merged() if merging else attn
     core = attention_gpu.kernel_core if attention_gpu.attends(x, attn) else sdpa_core
     return streamed(x, context, attn, workspace_bytes, core=core)
 

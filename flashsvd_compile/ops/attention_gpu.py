@@ -25,6 +25,7 @@ from . import norm
 from . import projection as proj
 from .attention_region import UNLIMITED, Attention
 from .projection import Projection
+from .sdpa import is_causal
 from .workspace import Workspace, affine_into, project_rows, rows_that_fit
 
 MAX_PROJECTED_RANK = 256
@@ -61,23 +62,38 @@ def kernel_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -
     )
 
 
-def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> Tensor:
+def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, merging: bool = False) -> Tensor:
     """The region's result; besides it only one workspace exists. See :func:`supported`.
 
-    A norm of the input is held as a whole, except where :func:`_after_norm` has the region.
+    A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With ``merging`` factors
+    that cost more than their product are multiplied when they are used, and the product is forgotten after that.
     """
-    batch, q_len, _ = x.shape
+    elements = workspace_bytes // x.element_size()
     if attn.x_norm is not None:
-        if not _fused(x, attn.k, attn.v) and all(p.down is not None for p in (attn.q, attn.k, attn.v)):
-            return _after_norm(x, attn, workspace_bytes // x.element_size())
+        low_rank = all(p.down is not None for p in (attn.q, attn.k, attn.v))
+        if low_rank and not merging and not _fused(x, attn.k, attn.v):
+            return _after_norm(x, attn, elements)
         x = context = norm.of_rows(x, attn.x_norm)
-    result = x.new_empty(batch, q_len, attn.out_features)
-    short = _is_short(x, context, attn)
-    chunk = (_short_chunking if short else _chunking)(context, attn, workspace_bytes // x.element_size())
-    workspace = Workspace(chunk.elements, like=x, aligned=2)
-    _project(_rows(result), _rows(x), attn.q, workspace)
+    for_use = proj.merge_if_dearer if merging else _as_it_is
+    result = x.new_empty(*x.shape[:2], attn.out_features)
+    _project_within(elements, _rows(result), _rows(x), for_use(attn.q))
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
-    _rotate_(heads, attn)
+    _attend_by_chunks(_rotate_(heads, attn), context, attn._replace(k=for_use(attn.k), v=for_use(attn.v)), elements)
+    if attn.out is not None:
+        _project_within(elements, _rows(result), _rows(result), for_use(attn.out))
+    return result
+
+
+def _as_it_is(projection: Projection[Tensor]) -> Projection[Tensor]:
+    return projection
+
+
+def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
+    """Attention of ``heads[batch, q_len, heads, head_dim]`` in place, keys and values out of ``context``."""
+    batch, q_len = heads.shape[:2]
+    short = _is_short(q_len, context, attn)
+    chunk = _short_chunking(context, attn, elements) if short else _chunking(q_len, context, attn, elements)
+    workspace = Workspace(chunk.elements, like=heads, aligned=2)
     bounds = None if attn.key_padding is None or short else attention_kernel.key_bounds(attn.key_padding)
     for first in range(0, batch, chunk.items):
         items = slice(first, min(first + chunk.items, batch))
@@ -88,10 +104,6 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) 
             continue
         lift = _lifter(context[items], part, workspace)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, None if bounds is None else bounds[items])
-    workspace.reset()
-    if attn.out is not None:
-        _project(_rows(result), _rows(result), attn.out, workspace)
-    return result
 
 
 def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
@@ -101,12 +113,13 @@ def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
     """
     result = x.new_empty(*x.shape[:2], attn.out_features)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
-    chunk = _chunking(x, attn, elements)
+    chunk = _chunking(x.shape[1], x, attn, elements)
     bounds = None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding)
     for first in range(0, x.shape[0], chunk.items):
         items = slice(first, min(first + chunk.items, x.shape[0]))
         part = attn.of_items(items)
-        latents = _queries_and_rank_space(_rows(result[items]), _rows(x[items]), attn, chunk.elements)
+        room = chunk.elements + chunk.passing
+        latents = _queries_and_rank_space(_rows(result[items]), _rows(x[items]), attn, room)
         _rotate_(heads[items], part)
         workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
         lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
@@ -156,10 +169,11 @@ def _attend_by_groups(
 
 def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor | None) -> None:
     """Attention of lifted heads, ``[items, len, heads, dim]`` each; the outputs replace the queries in ``heads``."""
-    if _vendor_is_faster(k, attn):
+    if _library_is_faster(heads.shape[1], k, attn):
         q, k, v = (tensor.transpose(1, 2) for tensor in (heads, k, v))
-        with sdpa_kernel([SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION], set_priority=True):
-            outputs = scaled_dot_product_attention(q, k, v, is_causal=True, scale=attn.scale)
+        mask = None if attn.key_padding is None else attn.key_padding[:, None, None]
+        with sdpa_kernel(_SINGLE if k.dtype == torch.float32 else _HALF, set_priority=True):
+            outputs = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal(attn), scale=attn.scale)
         heads.copy_(outputs.transpose(1, 2))
         return
     attention_kernel.attention(
@@ -175,44 +189,62 @@ def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor
     )
 
 
-def _vendor_is_faster(context: Tensor, attn: Attention) -> bool:
-    """Plain causal attention of wide heads: cuDNN is 33 % ahead of our kernel at 16384 keys (sm_90).
+_SINGLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_HALF = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION]
 
-    At 4096 keys it is 14 % ahead with all heads at once, but not with as few as pass through the workspace: it needs
-    half as much again for its outputs.
+
+def _library_is_faster(q_len: int, context: Tensor, attn: Attention) -> bool:
+    """Whether the library attends, whose kernels need room for their outputs beside keys and values.
+
+    Plain causal attention of wide heads: cuDNN is 33 % ahead of our kernel at 16384 keys (sm_90), and 14 % at 4096
+    with all heads at once, but not with as few as pass through the workspace. float32: the memory-efficient kernel uses
+    tensor cores, three products for one, and takes 0.9 ms where ours takes 4.6 (32x512 of 12 heads, H100); a window,
+    or padding of causal attention, it would want as a dense mask.
     """
-    plain = attn.key_padding is None and (attn.window_left, attn.window_right) == (UNLIMITED, 0)
-    wide = attn.head_dim == 128 and context.shape[1] >= 8192 and attn.group == 1
-    return plain and wide and context.dtype != torch.float32 and target_of(context.device).name == "sm_90"
+    if attn.group > 1 or attn.head_dim != attn.value_dim or q_len != context.shape[1]:
+        return False
+    causal, padded = is_causal(attn), attn.key_padding is not None
+    if context.dtype == torch.float32:
+        unlimited = (attn.window_left, attn.window_right) == (UNLIMITED, UNLIMITED)
+        return attn.head_dim % 4 == 0 and (unlimited or (causal and not padded)) and not torch.version.hip
+    wide = attn.head_dim == 128 and context.shape[1] >= 8192
+    return causal and not padded and wide and target_of(context.device).name == "sm_90"
 
 
 class _Chunk(NamedTuple):
-    """Batch items and key heads lifted at a time, and the elements of workspace that takes."""
+    """Batch items and key heads lifted at a time, and the elements that takes.
+
+    Attributes:
+        elements: of the workspace.
+        passing: of outputs that the library returns, beside the workspace.
+    """
 
     items: int
     kv_heads: int
     elements: int
+    passing: int = 0
 
 
-def _chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
+def _chunking(q_len: int, context: Tensor, attn: Attention, elements: int) -> _Chunk:
     """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group."""
     batch, kv_len, _ = context.shape
     latent = 0 if _fused(context, attn.k, attn.v) else kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
-    head = kv_len * (attn.head_dim + attn.value_dim)
-    if _vendor_is_faster(context, attn):
-        head += kv_len * attn.value_dim  # its own outputs
-    item = latent + attn.num_kv_heads * head
+    lifted = kv_len * (attn.head_dim + attn.value_dim)
+    passing = q_len * attn.value_dim if _library_is_faster(q_len, context, attn) else 0
+    item = latent + attn.num_kv_heads * (lifted + passing)
+    items, kv_heads = 1, attn.num_kv_heads
     if item <= elements:
         items = rows_that_fit(elements, item, batch)
-        return _Chunk(items, attn.num_kv_heads, items * item)
-    kv_heads = rows_that_fit(elements - latent, head, attn.num_kv_heads)
-    return _Chunk(1, kv_heads, latent + kv_heads * head)
+    else:
+        kv_heads = rows_that_fit(elements - latent, lifted + passing, attn.num_kv_heads)
+    return _Chunk(items, kv_heads, items * (latent + kv_heads * lifted), items * kv_heads * passing)
 
 
-def _is_short(x: Tensor, context: Tensor, attn: Attention) -> bool:
+def _is_short(q_len: int, context: Tensor, attn: Attention) -> bool:
     """Whether the kernel for short sequences takes the region."""
-    q_len, kv_len, ranks = x.shape[1], context.shape[1], (proj.rank(attn.k), proj.rank(attn.v))
-    return attn.cos is None and short_kernel.supported(q_len, kv_len, attn.head_dim, ranks, x.dtype, x.device)
+    kv_len, ranks = context.shape[1], (proj.rank(attn.k), proj.rank(attn.v))
+    how = q_len, kv_len, attn.head_dim, ranks, context.dtype, context.device
+    return attn.cos is None and short_kernel.supported(*how)
 
 
 def _short_chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
@@ -259,6 +291,14 @@ def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: 
         projection_kernel.project(x, _map(projection, slice(None), out))
     else:
         project_rows(out, x, projection, workspace)
+
+
+def _project_within(elements: int, out: Tensor, x: Tensor, projection: Projection[Tensor]) -> None:
+    """As :func:`_project`, through a workspace of its own of that many elements or fewer."""
+    per_row = 0
+    if not _fused(x, projection):
+        per_row = x.shape[1] if projection.down is None else proj.rank(projection)
+    _project(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x))
 
 
 def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projection_kernel.Map:

@@ -22,8 +22,9 @@ SHARE_FOR_PRODUCTS = Fraction(1, 10)
 
 A region's peak is its input, its result, the workspace and those products: with the least workspace at most
 1 + 1 + 1/2 + 1/10 = 2.6 inputs. BERT's keys and values of 32x512 are 2 inputs of 24 MiB, a 16th of an input an item. In
-12 MiB they come by 8 items, and three merged weights of 768x768, 3.4 MiB, make that 2.64 inputs; in 14.4 - 3.4 = 11 MiB
-they come by 7, which is 2.58 inputs and one chunk more.
+12 MiB they come by 8 items, and three weights of 768x768 that the graph multiplies out, 3.4 MiB, make that 2.64 inputs;
+in 14.4 - 3.4 = 11 MiB they come by 7, which is 2.58 inputs and one chunk more. Of those that the operator multiplies
+two exist at a time, 2.3 MiB, and leave room for 8 items at 2.59 inputs.
 """
 
 

@@ -32,13 +32,20 @@ def merged_weight(shape: LinearShape) -> sympy.Expr:
 
 def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr | int] = NOTHING) -> int:
     """Bytes of the dense weights of the region's merged projections, ``dearer`` by role with their input size, and of
-    those that the graph multiplies out: all exist at once, beside the workspace.
+    those that the graph multiplies out, beside the workspace.
+
+    An attention operator multiplies for the queries first, then for keys and values, then for its output; the rest
+    exists all at once.
 
     Not counted on a CPU, where a workspace is bounded by the cache and not by what memory is left.
     """
-    made = shape.products if isinstance(shape, AttentionShape) else 0
-    made += sum(int(shape.features[role] * features) for role, features in dearer.items())
-    return shape.itemsize * made if device.grows else 0
+    if not device.grows:
+        return 0
+    weights = {role: int(shape.features[role] * features) for role, features in dearer.items()}
+    if not isinstance(shape, AttentionShape):
+        return shape.itemsize * sum(weights.values())
+    of_keys_and_values = weights.pop("k", 0) + weights.pop("v", 0)
+    return shape.itemsize * (shape.products + max(of_keys_and_values, *weights.values(), 0))
 
 
 def mlp_as_written(shape: MlpShape) -> sympy.Expr:
@@ -112,14 +119,16 @@ class Chunks(NamedTuple):
 
 
 def attention_chunks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> Chunks:
-    """Whole items where one fits, else heads of one item; rank space that passes through memory is in it, too.
+    """Whole items where one fits, else heads of one item; rank space that passes through memory is in it, too, and what
+    the library returns, which attends in float32.
 
     Evenly cut: 32 items of which 9 fit come by eights, 12 heads of which 9 fit by sixes.
     """
     latent = shape.itemsize * shape.kv_len * (shape.latent("k") + shape.latent("v"))
     latent = 0 if lifts_on_chip(shape, device) else latent
     width = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
-    head = largest(1, shape.itemsize * shape.kv_len * width)
+    returned = shape.q_len * shape.features["v"] // shape.num_kv_heads if library_attends(shape) else 0
+    head = largest(1, shape.itemsize * (shape.kv_len * width + returned))
     items = largest(1, down(workspace_bytes / (latent + shape.num_kv_heads * head)))
     heads = largest(1, down((workspace_bytes - latent) / head))
     of_items = largest(1, up(shape.batch / items))
@@ -159,6 +168,11 @@ def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
     short = shape.at_hints(shape.kv_len) <= SHORT_KEYS
     limit = device.max_fused_rank if short else device.max_projected_rank
     return shape.itemsize == 2 and all(rank is not None and rank <= limit for rank in ranks)
+
+
+def library_attends(shape: AttentionShape) -> bool:
+    """Whether heads come back from the library's attention: on a GPU in float32, unless key heads are shared."""
+    return shape.itemsize == 4 and shape.num_heads == shape.num_kv_heads
 
 
 def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

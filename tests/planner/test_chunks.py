@@ -29,20 +29,21 @@ def projection(rank: int | None, features: int, in_features: int) -> Projection[
     heads=st.integers(1, 12),
     rank=st.sampled_from([None, 300]),
     kib=st.integers(1, 20000),
+    dtype=st.sampled_from([torch.bfloat16, torch.float32]),
 )
-def test_keys_and_values_are_cut_as_predicted(batch, length, heads, rank, kib):
+def test_keys_and_values_are_cut_as_predicted(batch, length, heads, rank, kib, dtype):
     width = heads * DIM
     q, k, v, out = (projection(r, width, width) for r in (None, rank, rank, None))
     attn = Attention(
         q, k, v, out, key_padding=None, mask=None, cos=None, sin=None, interleaved=False, q_norm=None, k_norm=None,
         num_heads=heads, num_kv_heads=heads, scale=1.0, softcap=0.0, window_left=-1, window_right=-1,
     )  # fmt: skip
-    context = torch.empty(batch, length, width, dtype=torch.bfloat16, device="meta")
-    chunk = _chunking(context, attn, 1024 * kib // 2)
+    context = torch.empty(batch, length, width, dtype=dtype, device="meta")
+    chunk = _chunking(length, context, attn, 1024 * kib // dtype.itemsize)
     ranks: dict[str, int | None] = {"q": None, "k": rank, "v": rank, "out": None}
     features: dict[str, int] = dict.fromkeys(("q", "k", "v", "out"), width)
     b, n = sympy.Integer(batch), sympy.Integer(length)
-    shape = AttentionShape(ranks, features, sympy.Integer(width), 2, "H100", {}, b, n, n, heads, heads)
+    shape = AttentionShape(ranks, features, sympy.Integer(width), dtype.itemsize, "H100", {}, b, n, n, heads, heads)
     predicted = memory.attention_chunks(shape, device_of("H100"), sympy.Integer(1024 * kib))
-    assert predicted.bytes == 2 * chunk.elements
+    assert predicted.bytes == dtype.itemsize * (chunk.elements + chunk.passing)
     assert predicted.number == -(-batch // chunk.items) * -(-heads // chunk.kv_heads)
