@@ -174,7 +174,11 @@ def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor
         mask = None if attn.key_padding is None else attn.key_padding[:, None, None]
         with sdpa_kernel(_SINGLE if k.dtype == torch.float32 else _HALF, set_priority=True):
             outputs = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal(attn), scale=attn.scale)
-        heads.copy_(outputs.transpose(1, 2))
+        outputs = outputs.transpose(1, 2)
+        if attn.key_padding is None:
+            heads.copy_(outputs)
+        else:  # the library does not say what a query gives that sees no key
+            torch.where(attn.key_padding.any(1)[:, None, None, None], outputs, outputs.new_zeros(()), out=heads)
         return
     attention_kernel.attention(
         heads,

@@ -115,6 +115,11 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     },
     "odd-ranks": {"q_len": 129, "num_heads": 12, "head_dim": 64, "features": 768, "ranks": (33, 150, 201, 97)},
     "beyond-the-kernel": {"q_len": 257, "num_heads": 8, "head_dim": 64, "features": 512, "ranks": (400, 400, 410, 400)},
+    "merged": {
+        "q_len": 150, "num_heads": 4, "head_dim": 64, "features": 256, "ranks": (200, 300, 190, 128),
+        "strategy": "merged",
+    },
+    "causal-96": {"q_len": 300, "num_heads": 4, "head_dim": 96, "features": 384, "window": (-1, 0)},
     "dense-member": {"q_len": 65, "num_heads": 4, "head_dim": 96, "features": 384, "ranks": (48, None, None, 40)},
 }  # fmt: skip
 
@@ -126,7 +131,7 @@ def test_attention(name, dtype, workspace_bytes):
     how: dict[str, Any] = {"ranks": (48, 40, 33, 56), **ATTENTIONS[name]}
     batch, length = how.pop("batch", 3), how["q_len"]
     padding = None
-    if name not in ("llama", "window-mqa-128"):
+    if name not in ("llama", "window-mqa-128", "causal-96"):
         padding = torch.rand(batch, length) < 0.8
         padding[:, 0] = True  # torch's own kernels disagree about queries that see nothing
     arguments = attention_arguments(batch, key_padding=padding, dtype=dtype, workspace_bytes=workspace_bytes, **how)
@@ -174,10 +179,13 @@ def test_padding_by_item_and_left_padding():
         assert_within_error_rule(ops.attention(*arguments), reference_of(ops.attention), arguments)
 
 
-def test_query_that_sees_no_key_gives_zeros():
-    padding = torch.zeros(2, 100, dtype=torch.bool)
-    arguments = attention_arguments(2, 100, features=128, head_dim=32, out=False, key_padding=padding, dtype=torch.half)
-    assert not ops.attention(*on_gpu(arguments)).any()
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_query_that_sees_no_key_gives_zeros(dtype):
+    padding = torch.tensor([[False], [True]]).expand(2, 100).contiguous()
+    arguments = attention_arguments(2, 100, features=128, head_dim=32, out=False, key_padding=padding, dtype=dtype)
+    nothing, something = ops.attention(*on_gpu(arguments))
+    assert not nothing.any()
+    assert something.all()
 
 
 def test_every_element_is_written():
