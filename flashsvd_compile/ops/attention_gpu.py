@@ -26,7 +26,7 @@ from . import projection as proj
 from .attention_region import UNLIMITED, Attention
 from .projection import Projection
 from .sdpa import is_causal
-from .workspace import Workspace, affine_into, project_rows, rows_that_fit
+from .workspace import Workspace, affine_into, elements_per_row, project_rows, rows_that_fit
 
 MAX_PROJECTED_RANK = 256
 """Above it the library's two products are faster: 102 us against 174 at rank 304, 16384 rows of 768 (H100)."""
@@ -299,9 +299,7 @@ def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: 
 
 def _project_within(elements: int, out: Tensor, x: Tensor, projection: Projection[Tensor]) -> None:
     """As :func:`_project`, through a workspace of its own of that many elements or fewer."""
-    per_row = 0
-    if not _fused(x, projection):
-        per_row = x.shape[1] if projection.down is None else proj.rank(projection)
+    per_row = 0 if _fused(x, projection) else elements_per_row(out, x, projection)
     _project(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x))
 
 

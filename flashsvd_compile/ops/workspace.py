@@ -91,16 +91,23 @@ def rows_that_fit(workspace: int, per_row: int, rows: int) -> int:
 
 def project_rows(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> None:
     """``out[rows, features] = projection(x)`` within what is left of the workspace; ``out`` may be ``x`` itself."""
-    mark = workspace.mark()
-    copied = projection.down is None and out.data_ptr() == x.data_ptr()
-    per_row = x.shape[1] if copied else rank(projection)
-    step = rows_that_fit(workspace.left(), per_row, out.shape[0])
+    mark, copied = workspace.mark(), _is_copied(out, x, projection)
+    step = rows_that_fit(workspace.left(), elements_per_row(out, x, projection), out.shape[0])
     for start in range(0, out.shape[0], step):
         workspace.reset(mark)
         rows = slice(start, min(start + step, out.shape[0]))
         source = workspace.take(*x[rows].shape).copy_(x[rows]) if copied else x[rows]
         project_into(out[rows], source, projection, workspace)
     workspace.reset(mark)
+
+
+def elements_per_row(out: Tensor, x: Tensor, projection: Projection[Tensor]) -> int:
+    """What one row takes of :func:`project_rows`'s workspace."""
+    return x.shape[1] if _is_copied(out, x, projection) else rank(projection)
+
+
+def _is_copied(out: Tensor, x: Tensor, projection: Projection[Tensor]) -> bool:
+    return projection.down is None and out.data_ptr() == x.data_ptr()
 
 
 def validate_execution(strategy: str, workspace_bytes: int) -> None:
