@@ -7,7 +7,8 @@ them, and nothing makes them go in step: while one activates its hidden tile, th
 """
 
 # ruff: noqa: RUF005 - Gluon has no starred expressions
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false - written for Gluon of Triton 3.6
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+# Written for the Gluon of Triton 3.6.
 
 import torch
 import triton
