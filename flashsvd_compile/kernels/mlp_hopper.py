@@ -26,9 +26,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import activate
 
-SIDE = gl.constexpr(64)
+_SIDE = 64
 """Rows and columns of a tile: 128 bytes a row, which is what the memory's swizzle spans."""
-TILE_BYTES = gl.constexpr(2 * 64 * 64)
+_TILE_BYTES = 2 * _SIDE * _SIDE
+_SHARED_MEMORY = 225 * 1024
+"""What a program may take of it, barriers aside."""
+SIDE = gl.constexpr(_SIDE)
+TILE_BYTES = gl.constexpr(_TILE_BYTES)
 
 
 @gluon.jit
@@ -149,18 +153,13 @@ def mlp_hopper_kernel(
     )  # fmt: skip
 
 
-RANKS = range(257, 321)
-"""Where this kernel is faster than :mod:`.mlp`'s (H100); above it accumulators exceed the registers of a thread."""
-_SHARED_MEMORY = 225 * 1024
-_TILE = 64
-
-
 def mlp_core_hopper(
     latent: Tensor, up: Tensor, bias: Tensor | None, down: Tensor, activation: str, out: Tensor, width_per_split: int
 ) -> None:
     """Fill ``out[splits * rows, rank_out]`` with the partial sums of ``act(latent @ up.T + bias) @ down.T``.
 
-    Not called by the operators yet (``benchmarks/NOTES.md``, "In Gluon").
+    No operator calls it yet. It is faster than :mod:`.mlp`'s at ranks from 257 to 320, above which a thread has no
+    registers left for its sums (``benchmarks/NOTES.md``, "In Gluon").
 
     Args:
         latent: ``[rows, rank_in]``, half precision; matrices have contiguous rows of 16-byte aligned addresses.
@@ -172,13 +171,12 @@ def mlp_core_hopper(
         width_per_split: columns of the hidden layer in each partial sum, a multiple of 64.
     """
     (rows, rank_in), (rank_out, width) = latent.shape, down.shape
-    inner, outer = triton.cdiv(rank_in, _TILE), triton.cdiv(rank_out, _TILE)
-    tile_bytes = _TILE * _TILE * latent.element_size()
-    places = min(8, (_SHARED_MEMORY - 2 * inner * tile_bytes) // (max(inner, outer) * tile_bytes))
+    inner, outer = triton.cdiv(rank_in, _SIDE), triton.cdiv(rank_out, _SIDE)
+    places = min(8, (_SHARED_MEMORY // _TILE_BYTES - 2 * inner) // max(inner, outer))
     dtype = gl.bfloat16 if latent.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([_TILE, _TILE], dtype)
-    views = [TensorDescriptor.from_tensor(matrix, [_TILE, _TILE], layout) for matrix in (latent, up, down)]
-    mlp_hopper_kernel[(triton.cdiv(rows, 2 * _TILE), triton.cdiv(width, width_per_split))](
+    layout = gl.NVMMASharedLayout.get_default_for([_SIDE, _SIDE], dtype)
+    views = [TensorDescriptor.from_tensor(matrix, [_SIDE, _SIDE], layout) for matrix in (latent, up, down)]
+    mlp_hopper_kernel[(triton.cdiv(rows, 2 * _SIDE), triton.cdiv(width, width_per_split))](
         views[0], views[1], latent if bias is None else bias, views[2], out,
         rows, width, width_per_split, rank_out, out.stride(0),
         IN=inner, OUT=outer, PLACES=places, HAS_BIAS=bias is not None, ACTIVATION=activation,

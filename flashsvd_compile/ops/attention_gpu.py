@@ -7,13 +7,12 @@ through the library and a rank-space intermediate in the workspace. Short sequen
 space is in the workspace, and the attention kernel lifts it where it uses it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
@@ -25,7 +24,7 @@ from . import norm
 from . import projection as proj
 from .attention_region import UNLIMITED, Attention
 from .projection import Projection
-from .sdpa import is_causal
+from .sdpa import attend_at_once, is_causal
 from .workspace import Workspace, affine_into, elements_per_row, project_rows, rows_that_fit
 
 MAX_PROJECTED_RANK = 256
@@ -76,11 +75,11 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
         x = context = norm.of_rows(x, attn.x_norm)
     for_use = proj.merge_if_dearer if merging else _as_it_is
     result = x.new_empty(*x.shape[:2], attn.out_features)
-    _project_within(elements, _rows(result), _rows(x), for_use(attn.q))
+    _project(_rows(result), _rows(x), for_use(attn.q), elements)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
     _attend_by_chunks(_rotate_(heads, attn), context, attn._replace(k=for_use(attn.k), v=for_use(attn.v)), elements)
     if attn.out is not None:
-        _project_within(elements, _rows(result), _rows(result), for_use(attn.out))
+        _project(_rows(result), _rows(result), for_use(attn.out), elements)
     return result
 
 
@@ -91,19 +90,19 @@ def _as_it_is(projection: Projection[Tensor]) -> Projection[Tensor]:
 def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
     """Attention of ``heads[batch, q_len, heads, head_dim]`` in place, keys and values out of ``context``."""
     batch, q_len = heads.shape[:2]
-    short = _is_short(q_len, context, attn)
-    chunk = _short_chunking(context, attn, elements) if short else _chunking(q_len, context, attn, elements)
-    workspace = Workspace(chunk.elements, like=heads, aligned=2)
-    bounds = None if attn.key_padding is None or short else attention_kernel.key_bounds(attn.key_padding)
-    for first in range(0, batch, chunk.items):
-        items = slice(first, min(first + chunk.items, batch))
-        part = attn.of_items(items)
-        workspace.reset()
-        if short:
+    if _is_short(q_len, context, attn):
+        chunk = _short_chunking(context, attn, elements)
+        workspace = Workspace(chunk.elements, like=heads)
+        for items, part, _ in _parts(attn, batch, chunk.items):
+            workspace.reset()
             _attend_in_rank_space(heads[items], context[items], part, workspace)
-            continue
+        return
+    chunk = _chunking(q_len, context, attn, elements)
+    workspace = Workspace(chunk.elements, like=heads, aligned=2)
+    for items, part, bounds in _parts(attn, batch, chunk.items, _key_bounds(attn, chunk)):
+        workspace.reset()
         lift = _lifter(context[items], part, workspace)
-        _attend_by_groups(heads[items], lift, part, chunk, workspace, None if bounds is None else bounds[items])
+        _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
 
 
 def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
@@ -114,20 +113,33 @@ def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
     result = x.new_empty(*x.shape[:2], attn.out_features)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
     chunk = _chunking(x.shape[1], x, attn, elements)
-    bounds = None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding)
-    for first in range(0, x.shape[0], chunk.items):
-        items = slice(first, min(first + chunk.items, x.shape[0]))
-        part = attn.of_items(items)
+    for items, part, bounds in _parts(attn, x.shape[0], chunk.items, _key_bounds(attn, chunk)):
         room = chunk.elements + chunk.passing
         latents = _queries_and_rank_space(_rows(result[items]), _rows(x[items]), attn, room)
         _rotate_(heads[items], part)
         workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
         lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
-        _attend_by_groups(heads[items], lift, part, chunk, workspace, None if bounds is None else bounds[items])
+        _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
         del latents, lift, workspace
     if attn.out is not None:
-        _project(_rows(result), _rows(result), attn.out, Workspace(chunk.elements, like=x))
+        _project(_rows(result), _rows(result), attn.out, elements)
     return result
+
+
+def _parts(
+    attn: Attention, batch: int, count: int, bounds: Tensor | None = None
+) -> Iterator[tuple[slice, Attention, Tensor | None]]:
+    """``count`` batch items at a time, with the region and the bounds of visible keys restricted to them."""
+    for first in range(0, batch, count):
+        items = slice(first, min(first + count, batch))
+        yield items, attn.of_items(items), None if bounds is None else bounds[items]
+
+
+def _key_bounds(attn: Attention, chunk: "_Chunk") -> Tensor | None:
+    """Where each item's visible keys are, for our own kernel."""
+    if attn.key_padding is None or chunk.passing:
+        return None
+    return attention_kernel.key_bounds(attn.key_padding)
 
 
 def _queries_and_rank_space(queries: Tensor, rows: Tensor, attn: Attention, elements: int) -> list[Tensor]:
@@ -170,11 +182,9 @@ def _attend_by_groups(
 def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor | None) -> None:
     """Attention of lifted heads, ``[items, len, heads, dim]`` each; the outputs replace the queries in ``heads``."""
     if _library_is_faster(heads.shape[1], k, attn):
-        q, k, v = (tensor.transpose(1, 2) for tensor in (heads, k, v))
         mask = None if attn.key_padding is None else attn.key_padding[:, None, None]
         with sdpa_kernel(_SINGLE if k.dtype == torch.float32 else _HALF, set_priority=True):
-            outputs = scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal(attn), scale=attn.scale)
-        outputs = outputs.transpose(1, 2)
+            outputs = attend_at_once(heads, k, v, attn, mask, is_causal(attn))
         if attn.key_padding is None:
             heads.copy_(outputs)
         else:  # the library does not say what a query gives that sees no key
@@ -289,18 +299,13 @@ def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
     return x.dtype != torch.float32 and not high and projection_kernel.supported(ranks, x.dtype, x.device)
 
 
-def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> None:
-    """``out[rows, features] = projection(x)``; ``out`` may be ``x`` itself."""
+def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], elements: int) -> None:
+    """``out[rows, features] = projection(x)`` through that many elements of scratch; ``out`` may be ``x`` itself."""
     if _fused(x, projection):
         projection_kernel.project(x, _map(projection, slice(None), out))
-    else:
-        project_rows(out, x, projection, workspace)
-
-
-def _project_within(elements: int, out: Tensor, x: Tensor, projection: Projection[Tensor]) -> None:
-    """As :func:`_project`, through a workspace of its own of that many elements or fewer."""
-    per_row = 0 if _fused(x, projection) else elements_per_row(out, x, projection)
-    _project(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x))
+        return
+    per_row = elements_per_row(out, x, projection)
+    project_rows(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x))
 
 
 def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projection_kernel.Map:

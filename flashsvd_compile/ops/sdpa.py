@@ -155,7 +155,8 @@ def _by_heads(
         part = mask
         if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
             part = mask[:, some]
-        _sdpa(out[:, :, some], q[:, :, some], k[:, :, of_keys], v[:, :, of_keys], attn, part, is_causal)
+        operands = q[:, :, some], k[:, :, of_keys], v[:, :, of_keys]
+        out[:, :, some].copy_(attend_at_once(*operands, attn, part, is_causal))
 
 
 def is_causal(attn: Attention) -> bool:
@@ -163,9 +164,13 @@ def is_causal(attn: Attention) -> bool:
     return (attn.window_left, attn.window_right) == (UNLIMITED, 0)
 
 
-def _sdpa(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, mask: Tensor | None, is_causal: bool) -> None:
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, attn: Attention, mask: Tensor | None, is_causal: bool) -> Tensor:
+    """One call of the library: outputs of lifted heads, all of them ``[items, len, heads, dim]``.
+
+    ``mask`` is broadcastable to ``[items, heads, q_len, kv_len]``.
+    """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    heads = scaled_dot_product_attention(
+    outputs = scaled_dot_product_attention(
         q, k, v, attn_mask=mask, is_causal=is_causal, scale=attn.scale, enable_gqa=q.shape[1] > k.shape[1]
     )
-    out.copy_(heads.transpose(1, 2))
+    return outputs.transpose(1, 2)
