@@ -1,0 +1,49 @@
+"""The fused MLP core in Gluon on a Hopper GPU: every element written, and right by the error rule."""
+
+import pytest
+import torch
+import triton
+from torch.nn.functional import linear
+
+from flashsvd_compile.ops.activation import activation_of
+from tests.ops.accuracy import assert_within_error_rule
+from tests.ops.regions import random
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="written for the Gluon of Triton 3.6"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+
+def reference(latent, up, bias, down, activation):
+    return linear(activation_of(activation)(linear(latent, up, bias)), down)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ranks", [(304, 304), (320, 264), (96, 192)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (129, 3000), (1000, 1024)])
+@pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("silu", False)])
+def test_core(dtype, ranks, rows, width, activation, bias):
+    from flashsvd_compile.kernels.mlp_hopper import mlp_core_hopper
+
+    rank_in, rank_out = ranks
+    latent, up, down, vector = (
+        random(*shape, dtype=dtype).cuda() for shape in ((rows, rank_in), (width, rank_in), (rank_out, width), (width,))
+    )
+    arguments = latent, up, vector if bias else None, down, activation
+    out = torch.full((rows, rank_out), torch.nan, dtype=dtype, device="cuda")
+    mlp_core_hopper(*arguments, out, width_per_split=-(-width // 64) * 64)
+    assert_within_error_rule(out, reference, arguments)
+
+
+def test_partial_sums_add_up():
+    from flashsvd_compile.kernels.mlp_hopper import mlp_core_hopper
+
+    latent, up, down = (random(*shape, dtype=torch.float16).cuda() for shape in ((200, 304), (1000, 304), (304, 1000)))
+    parts = torch.full((3, 200, 304), torch.nan, dtype=torch.float16, device="cuda")
+    mlp_core_hopper(latent, up, None, down, "relu", parts.view(600, 304), width_per_split=384)
+    whole = parts.float().sum(0).half()
+    assert_within_error_rule(whole, reference, (latent, up, None, down, "relu"))
