@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 Listener = Callable[["Launch", list[Tensor]], None]
 """Called with a launch and its tensors."""
@@ -37,7 +36,7 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any
     compiled = kernel[grid](*arguments, **constants)
     listener = _listener.get()
     if listener is not None:
-        beneath = (a.base if isinstance(a, TensorDescriptor) else a for a in arguments)
+        beneath = (a.base if _is_descriptor(a) else a for a in arguments)
         tensors = [tensor for tensor in beneath if isinstance(tensor, Tensor)]
         listener(Launch(kernel, compiled, grid, arguments, constants), tensors)
 
@@ -61,10 +60,12 @@ class Launch:
     """One launch apart from where its tensors are. It holds no tensor.
 
     Attributes:
+        kernel, compiled: the kernel, and what Triton made of it; ``None`` under its interpreter.
         by_address: whether :meth:`again` takes addresses; Triton's interpreter needs the tensors.
     """
 
     def __init__(self, kernel: Any, compiled: Any, grid: tuple[int, int], arguments: tuple, constants: dict[str, Any]):
+        self.kernel, self.compiled = kernel, compiled
         self.by_address = compiled is not None
         if self.by_address:
             # What a compiled kernel takes: all of the kernel's parameters in their order, no compiler's options.
@@ -85,6 +86,11 @@ class Launch:
         self._start(operands)
 
 
+def _is_descriptor(argument: Any) -> bool:
+    """Whether it is a tensor descriptor: Triton's, or Gluon's, whose module is an experiment and not imported here."""
+    return hasattr(argument, "block_shape")
+
+
 class _Operand:
     """Stands for a tensor among a launch's arguments."""
 
@@ -93,7 +99,7 @@ _OPERAND = _Operand()
 
 
 def _without_tensor(argument: Any) -> Any:
-    if isinstance(argument, TensorDescriptor):
+    if _is_descriptor(argument):
         return _at(argument, _OPERAND)
     return _OPERAND if isinstance(argument, Tensor) else argument
 
@@ -105,7 +111,7 @@ def _filled(template: list, operands: tuple) -> list:
     for argument in template:
         if argument is _OPERAND:
             argument = next(rest)
-        elif isinstance(argument, TensorDescriptor):
+        elif _is_descriptor(argument):
             argument = _at(argument, next(rest))
         filled.append(argument)
     return filled
@@ -121,9 +127,9 @@ class _Address:
         return self._address
 
 
-def _at(descriptor: TensorDescriptor, operand: Any) -> TensorDescriptor:
+def _at(descriptor: Any, operand: Any) -> Any:
     """The same tiles of another tensor or address, without a second check of them."""
-    moved = object.__new__(TensorDescriptor)
+    moved = object.__new__(type(descriptor))
     moved.__dict__.update(descriptor.__dict__)
     moved.base = _Address(operand) if isinstance(operand, int) else operand
     return moved
@@ -152,7 +158,7 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
     """
     launcher = compiled.run
     encode, metadata, raw = None, iter(()), launcher.launch
-    if any(isinstance(argument, TensorDescriptor) for argument in template):
+    if any(map(_is_descriptor, template)):
         from triton.backends.nvidia.driver import make_tensordesc_arg as encode
 
         closure = getclosurevars(launcher.launch).nonlocals
@@ -165,7 +171,7 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
     def arguments(operands: tuple) -> list:
         flat, of_descriptor = [], iter(metadata)
         for argument in _filled(template, operands):
-            if isinstance(argument, TensorDescriptor):
+            if _is_descriptor(argument):
                 flat += encode(argument, next(of_descriptor))  # pyright: ignore[reportOptionalCall]
             else:
                 flat.append(argument)

@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import activate
+from .launch import launch
 
 _SIDE = 64
 """Rows and columns of a tile: 128 bytes a row, which is what the memory's swizzle spans."""
@@ -87,9 +88,10 @@ def _consume(INDEX: gl.constexpr, out, bias, tiles, ring, full, empty, ready, n,
             addend = gl.load(bias + f + columns, mask=f + columns < width, other=0.0)
         hidden = warpgroup_mma_init(gl.zeros([SIDE, SIDE], gl.float32, layout=layout))
         mbarrier.wait(full.index(place), parity)
+        zero = f >> 30  # unknown to the compiler, which else keeps the addresses of all latent tiles in registers
         for i in gl.static_range(IN):
             up_tile = ring.index(place * group + i).permute((1, 0))
-            hidden = warpgroup_mma(tiles.index(INDEX * IN + i), up_tile, hidden, use_acc=i > 0, is_async=True)
+            hidden = warpgroup_mma(tiles.index(INDEX * IN + i + zero), up_tile, hidden, use_acc=i > 0, is_async=True)
         lifted = warpgroup_mma_wait(0, deps=(hidden,))
         gl.thread_barrier()  # all four warps are through with what they read
         mbarrier.arrive(empty.index(place), count=1)
@@ -158,8 +160,8 @@ def mlp_core_hopper(
 ) -> None:
     """Fill ``out[splits * rows, rank_out]`` with the partial sums of ``act(latent @ up.T + bias) @ down.T``.
 
-    No operator calls it yet. It is faster than :mod:`.mlp`'s at ranks from 257 to 320, above which a thread has no
-    registers left for its sums (``benchmarks/NOTES.md``, "In Gluon").
+    Where it is faster than :mod:`.mlp`'s, that calls it (``benchmarks/NOTES.md``, "In Gluon"). A rank may be up to 320:
+    above it a thread has no registers left for its sums.
 
     Args:
         latent: ``[rows, rank_in]``, half precision; matrices have contiguous rows of 16-byte aligned addresses.
@@ -176,9 +178,23 @@ def mlp_core_hopper(
     dtype = gl.bfloat16 if latent.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([_SIDE, _SIDE], dtype)
     views = [TensorDescriptor.from_tensor(matrix, [_SIDE, _SIDE], layout) for matrix in (latent, up, down)]
-    mlp_hopper_kernel[(triton.cdiv(rows, 2 * _SIDE), triton.cdiv(width, width_per_split))](
-        views[0], views[1], latent if bias is None else bias, views[2], out,
-        rows, width, width_per_split, rank_out, out.stride(0),
-        IN=inner, OUT=outer, PLACES=places, HAS_BIAS=bias is not None, ACTIVATION=activation,
-        num_warps=4, maxnreg=168,
-    )  # fmt: skip
+    launch(
+        mlp_hopper_kernel,
+        (triton.cdiv(rows, 2 * _SIDE), triton.cdiv(width, width_per_split)),
+        *views[:2],
+        latent if bias is None else bias.contiguous(),
+        views[2],
+        out,
+        rows,
+        width,
+        width_per_split,
+        rank_out,
+        out.stride(0),
+        IN=inner,
+        OUT=outer,
+        PLACES=places,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        num_warps=4,
+        maxnreg=168,
+    )

@@ -19,9 +19,8 @@ class Device:
         max_fused_rank: largest rank whose accumulators the fused kernels hold on chip; 0 where there are none.
         max_projected_rank: the same of the kernel for keys and values, above which the library is faster.
         full_rate_rank: largest rank whose keys and values come in chunks as fast as whole; ``None``: any.
-        activation_seconds: what an element of the hidden layer costs the fused kernel beside its products: with room
-            for long steps next to the rank-space tiles, and without.
-        long_step_rank: largest rank that leaves this room.
+        activation_seconds: what an element of the hidden layer costs the fused kernel beside its products, by the
+            largest rank up to which it does: steps get shorter, or kernels change.
         full_rows: rows that occupy the device; a fused MLP of fewer splits its hidden layer.
     """
 
@@ -34,8 +33,7 @@ class Device:
     max_fused_rank: int
     max_projected_rank: int
     full_rate_rank: int | None = None
-    activation_seconds: tuple[float, float] = (0.0, 0.0)
-    long_step_rank: int = 0
+    activation_seconds: tuple[tuple[int, float], ...] = ()
     full_rows: int = 0
 
     def head_size(self, features: int) -> int:
@@ -53,7 +51,7 @@ _DEVICES = {
     "H200": Device(
         flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
         least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256, full_rate_rank=192,
-        activation_seconds=(0.43e-12, 1.2e-12), long_step_rank=256, full_rows=132 * 128,
+        activation_seconds=((256, 0.43e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
     ),
 }  # fmt: skip
 

@@ -75,8 +75,7 @@ def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
     narrow = _product(shape, device, shape.rows, shape.in_features, rank_in)
     narrow += _product(shape, device, shape.rows, rank_out, shape.features["out"])
     core = 2 * shape.rows * width * (rank_in + rank_out) / device.flops[shape.itemsize]
-    long_steps, short_steps = device.activation_seconds
-    per_element = long_steps if max(rank_in, rank_out) <= device.long_step_rank else short_steps
+    per_element = next(seconds for rank, seconds in device.activation_seconds if max(rank_in, rank_out) <= rank)
     parts = memory.partial_sums(shape, device)
     adding_up = sympy.Min(1, parts - 1) * device.launch_seconds
     adding_up += 2 * (parts - 1) * shape.itemsize * shape.rows * rank_out / device.bandwidth
@@ -192,8 +191,11 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
         chunks, chunk = _chunks_of_dense_keys(shape, device, workspace_bytes)
     elif low_rank and not memory.lifts_on_chip(shape, device):
         chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
-    tail = CAUSAL_TAIL * shape.kv_len if shape.causal and device.grows else 0
-    return device.launch_seconds * once + chunk * chunks + tail * (chunks - 1)
+    tails = 0
+    if shape.causal and device.grows:
+        whole_chunks = memory.attention_chunks(shape, device, workspace_bytes).number
+        tails = CAUSAL_TAIL * shape.kv_len * (whole_chunks - 1)
+    return device.launch_seconds * once + chunk * chunks + tails
 
 
 def _chunks_of_dense_keys(

@@ -5,7 +5,9 @@ import torch
 import triton
 from torch.nn.functional import linear
 
-from flashsvd_compile.ops.activation import activation_of
+from flashsvd_compile.kernels.launch import Launch, listening
+from flashsvd_compile.kernels.mlp import SPECIALISED_RANKS, mlp_core
+from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import random
 
@@ -47,3 +49,30 @@ def test_partial_sums_add_up():
     mlp_core_hopper(latent, up, None, down, "relu", parts.view(600, 304), width_per_split=384)
     whole = parts.float().sum(0).half()
     assert_within_error_rule(whole, reference, (latent, up, None, down, "relu"))
+
+
+@pytest.mark.parametrize("rank", [SPECIALISED_RANKS.start - 1, *SPECIALISED_RANKS[::21], SPECIALISED_RANKS.stop])
+@pytest.mark.parametrize("rows", [5, 300, 20000])
+def test_taken_where_it_is_faster(rank, rows):
+    latent, up, down, bias = (
+        random(*shape, dtype=torch.bfloat16).cuda() for shape in ((rows, rank), (1000, rank), (rank, 1000), (1000,))
+    )
+    launches: list[Launch] = []
+    with listening(lambda launch, tensors: launches.append(launch)):
+        parts = mlp_core(latent, up, bias, down, "gelu")
+    assert [launch.kernel.__name__ == "mlp_hopper_kernel" for launch in launches] == [rank in SPECIALISED_RANKS]
+    assert_within_error_rule(parts.float().sum(0).bfloat16(), reference, (latent, up, bias, down, "gelu"))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
+def test_nothing_spills(activation, bias):
+    """The test of cross-compilation sees this kernel under Triton 3.6 only."""
+    latent, up, down, vector = (
+        random(*shape, dtype=torch.bfloat16).cuda() for shape in ((128, 320), (1000, 320), (320, 1000), (1000,))
+    )
+    launches: list[Launch] = []
+    with listening(lambda launch, tensors: launches.append(launch)):
+        mlp_core(latent, up, vector if bias else None, down, activation)
+    (launch,) = launches
+    assert launch.compiled.n_spills == 0

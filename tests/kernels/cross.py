@@ -24,6 +24,7 @@ from flashsvd_compile.kernels import (
     gating,
     gemv,
     mlp,
+    mlp_hopper,
     padding,
     partial_sums,
     projection,
@@ -41,6 +42,20 @@ GPUS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 """What Triton calls the chips of ``KNOWN`` that kernels are compiled for."""
+
+LAUNCHING = (
+    attention,
+    gating,
+    gemv,
+    mlp,
+    mlp_hopper,
+    padding,
+    partial_sums,
+    projection,
+    rotary,
+    short_attention,
+)
+"""Modules that launch kernels."""
 
 TENSOR_MEMORY = 512
 """Columns of it that sm_100 has."""
@@ -113,6 +128,6 @@ def compiling_for(chip: str) -> Iterator[list[CompiledKernel]]:
     with ExitStack() as stack:
         stack.enter_context(running_on(KNOWN[chip]))
         stack.enter_context(patch.object(driver, "_active", _Driver(GPUS[chip])))
-        for module in (attention, gating, gemv, mlp, padding, partial_sums, projection, rotary, short_attention):
+        for module in LAUNCHING:
             stack.enter_context(patch.object(module, "launch", compile_only))
         yield kernels
