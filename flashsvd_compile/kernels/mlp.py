@@ -91,13 +91,14 @@ SPECIALISED_RANKS = range(257, 321)
 of the kernel here, and at most 320 columns of float32 fit in the registers of its threads."""
 
 
-def is_specialised(target: Target, rank_in: int, rank_out: int, dtype: torch.dtype) -> bool:
+def is_specialised(target: Target, rank_in: int, rank_out: int, width: int, dtype: torch.dtype) -> bool:
     """Whether the kernel in Gluon takes these ranks. It is written for the experimental language of Triton 3.6.
 
-    A Hopper chip without its tanh is one that the interpreter plays, which has no Gluon.
+    Of a width that 16 does not divide it reads the bias element by element, which spills two registers. A Hopper chip
+    without its tanh is one that the interpreter plays, which has no Gluon.
     """
     known = target.name == "sm_90" and target.hardware_tanh and triton.__version__.split(".")[:2] == ["3", "6"]
-    return known and dtype.itemsize == 2 and max(rank_in, rank_out) in SPECIALISED_RANKS
+    return known and dtype.itemsize == 2 and width % 16 == 0 and max(rank_in, rank_out) in SPECIALISED_RANKS
 
 
 @triton.jit
@@ -209,7 +210,7 @@ def mlp_core(
     target = target_of(latent.device)
     if target.descriptors:
         latent, up, down = with_aligned_rows(latent), with_aligned_rows(up), with_aligned_rows(down)
-    specialised = tile is None and is_specialised(target, rank_in, rank_out, latent.dtype)
+    specialised = tile is None and is_specialised(target, rank_in, rank_out, width, latent.dtype)
     if specialised:
         tile = SPECIALISED
     tile = tile or _chosen_tile(target, latent, up, bias, down, activation, max_splits)

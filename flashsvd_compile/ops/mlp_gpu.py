@@ -8,7 +8,7 @@ The library multiplies slowly where a rank is no multiple of 8: 4096 rows take f
 1496. There a range of a factor at a time is copied, padded with zeros, used and overwritten by the next.
 """
 
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ LEAST_ROWS = 128
 """With fewer rows copying factors costs more than multiplying them slowly."""
 ALIGNED = 8
 """Elements of half precision in 16 bytes."""
+SECTOR = 16
+"""Elements of half precision in 32 bytes, which memory hands out together."""
 
 
 def padded(rank: int) -> int:
@@ -46,9 +48,17 @@ def supported(x: Tensor, mlp: Mlp) -> bool:
 
 
 def _columns_in_result(mlp: Mlp) -> list[slice]:
-    """Where in the result's columns the padded rank spaces of hidden layer and gate wait for their turn."""
-    ends = list(accumulate(padded(proj.rank(projection)) for projection in mlp.into_hidden))
-    return [slice(start, end) for start, end in pairwise([0, *ends])]
+    """Where in the result's columns the padded rank spaces of hidden layer and gate wait for their turn.
+
+    At whole sectors where there is room: half a sector off, a product reads them a third slower.
+    """
+    ranks = [padded(proj.rank(projection)) for projection in mlp.into_hidden]
+    for alignment in (SECTOR, ALIGNED):
+        starts = list(accumulate((-(-rank // alignment) * alignment for rank in ranks), initial=0))
+        columns = [slice(start, start + rank) for start, rank in zip(starts, ranks, strict=False)]
+        if columns[-1].stop <= proj.out_features(mlp.out):
+            break
+    return columns
 
 
 class Tile(NamedTuple):

@@ -55,7 +55,7 @@ def test_partial_sums_add_up():
 @pytest.mark.parametrize("rows", [5, 300, 20000])
 def test_taken_where_it_is_faster(rank, rows):
     latent, up, down, bias = (
-        random(*shape, dtype=torch.bfloat16).cuda() for shape in ((rows, rank), (1000, rank), (rank, 1000), (1000,))
+        random(*shape, dtype=torch.bfloat16).cuda() for shape in ((rows, rank), (1024, rank), (rank, 1024), (1024,))
     )
     launches: list[Launch] = []
     with listening(lambda launch, tensors: launches.append(launch)):
@@ -69,7 +69,7 @@ def test_taken_where_it_is_faster(rank, rows):
 def test_nothing_spills(activation, bias):
     """The test of cross-compilation sees this kernel under Triton 3.6 only."""
     latent, up, down, vector = (
-        random(*shape, dtype=torch.bfloat16).cuda() for shape in ((128, 320), (1000, 320), (320, 1000), (1000,))
+        random(*shape, dtype=torch.bfloat16).cuda() for shape in ((128, 320), (1024, 320), (320, 1024), (1024,))
     )
     launches: list[Launch] = []
     with listening(lambda launch, tensors: launches.append(launch)):
