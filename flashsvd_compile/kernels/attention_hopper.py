@@ -135,9 +135,9 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         row_sum = gl.sum(weights, 1)
         weights = gl.convert_layout(weights.to(dtype), operand)
         acc = gl.zeros([ROWS, DIM], gl.float32, layout=over_dims)
+        mbarrier.wait(full.index(place), parity)
 
         for _ in range(blocks - 1):
-            mbarrier.wait(full.index(place), parity)
             product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             v_place, v_parity = _next(place, parity, PLACES)
             mbarrier.wait(full.index(v_place), v_parity)
@@ -154,17 +154,19 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             decay = gl.exp2(row_max * scale - shift)
             row_sum = row_sum * decay + gl.sum(new_weights, 1)
             row_max = new_max
+            new_weights = new_weights.to(dtype)
+            place, parity = _next(v_place, v_parity, PLACES)
+            # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
+            mbarrier.wait(full.index(place), parity)
             if OVERLAP:
                 acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
                 gl.thread_barrier()
             mbarrier.arrive(empty.index(v_place), count=1)
             acc = acc * gl.convert_layout(decay, over_rows)[:, None]
-            weights = gl.convert_layout(new_weights.to(dtype), operand)
-            place, parity = _next(v_place, v_parity, PLACES)
+            weights = gl.convert_layout(new_weights, operand)
 
         mbarrier.arrive(q_empty.index(q_place), count=1)
         q_place, q_parity = _next(q_place, q_parity, QUERY_PLACES)
-        mbarrier.wait(full.index(place), parity)
         sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
         acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
         gl.thread_barrier()
