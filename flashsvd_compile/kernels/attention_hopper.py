@@ -97,9 +97,9 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
-             heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr, CAUSAL: gl.constexpr,
-             PLACES: gl.constexpr, OVERLAP: gl.constexpr):  # fmt: skip
+def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles,
+             item_heads, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+             PLACES: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
     """Attend from one half of the queries of all tiles of this program."""
     over_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     over_dims: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
@@ -111,6 +111,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
     parity = 0
     q_place = 0
     q_parity = 0
+    turn_parity = HALF ^ 1  # the first half's first turn has come
     for index in range(first, tiles, programs):
         item, head, m, blocks = _tile(index, item_heads, heads, q_len, kv_len, CAUSAL)
         query = queries.index(2 * q_place + HALF)
@@ -138,10 +139,15 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         mbarrier.wait(full.index(place), parity)
 
         for _ in range(blocks - 1):
+            if TURNS:
+                mbarrier.wait(turn.index(HALF), turn_parity)
+                turn_parity ^= 1
             product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             v_place, v_parity = _next(place, parity, PLACES)
             mbarrier.wait(full.index(v_place), v_parity)
             sums = warpgroup_mma(weights, ring.index(v_place), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turn.index(1 - HALF), count=1)
             if OVERLAP:
                 scores = warpgroup_mma_wait(1, deps=(product,))
             else:
@@ -159,7 +165,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
             mbarrier.wait(full.index(place), parity)
             if OVERLAP:
-                acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
+                acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
                 gl.thread_barrier()
             mbarrier.arrive(empty.index(v_place), count=1)
             acc = acc * gl.convert_layout(decay, over_rows)[:, None]
@@ -173,7 +179,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = _next(place, parity, PLACES)
 
-        acc = acc / gl.convert_layout(row_sum, over_rows)[:, None]
+        acc = acc * gl.convert_layout(1.0 / row_sum, over_rows)[:, None]
         rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=over_rows)
         columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, over_dims))
         pointers = out + item.to(gl.int64) * stride_ob + rows[:, None].to(gl.int64) * stride_om
@@ -184,6 +190,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
 def attention_hopper_kernel(
     q, k, v, out, stride_ob, stride_om, tiles, item_heads, heads, q_len, kv_len, scale,
     GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PLACES: gl.constexpr, OVERLAP: gl.constexpr,
+    TURNS: gl.constexpr,
 ):  # fmt: skip
     """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
     queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], q.layout)
@@ -195,6 +202,9 @@ def attention_hopper_kernel(
     for i in gl.static_range(PLACES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(QUERY_PLACES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -202,10 +212,10 @@ def attention_hopper_kernel(
     programs = gl.num_programs(0)
     gl.warp_specialize(
         [
-            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
-                        q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP)),
-            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
-                        q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP)),
+            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles, item_heads,
+                        heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP, TURNS)),
+            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles, item_heads,
+                        heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP, TURNS)),
             (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
                         q_len, kv_len, GROUP, DIM, CAUSAL, PLACES)),
         ],
@@ -215,7 +225,15 @@ def attention_hopper_kernel(
 
 
 def attention_hopper(
-    q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: float, causal: bool, overlap: bool = True
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    overlap: bool = True,
+    turns: bool = False,
 ) -> None:
     """``out = softmax(scale * q @ k.T + mask) @ v``.
 
@@ -227,13 +245,14 @@ def attention_hopper(
         scale: positive factor on the scores.
         causal: key ``j`` is visible to query ``i`` when ``j <= i``; else all are.
         overlap: a warpgroup takes its softmax while its own product with the values runs.
+        turns: the two warpgroups issue their products by turns.
     """
     items, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     views = [
-        TensorDescriptor.from_tensor(_matrix(heads), block, gl.NVMMASharedLayout.get_default_for(block, dtype))
-        for heads, block in ((q, [_ROWS, dim]), (k, [_BLOCK, dim]), (v, [_BLOCK, dim]))
+        TensorDescriptor.from_tensor(_matrix(tensor), block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+        for tensor, block in ((q, [_ROWS, dim]), (k, [_BLOCK, dim]), (v, [_BLOCK, dim]))
     ]
     tiles = triton.cdiv(q_len, _BLOCK) * items * heads
     launch(
@@ -254,6 +273,7 @@ def attention_hopper(
         CAUSAL=causal,
         PLACES=(_SHARED_MEMORY - 2 * _QUERY_PLACES * _ROWS * dim * 2) // (_BLOCK * dim * 2),
         OVERLAP=overlap,
+        TURNS=turns,
         num_warps=4,
         maxnreg=168,
     )
