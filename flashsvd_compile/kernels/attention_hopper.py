@@ -1,0 +1,279 @@
+"""Flash attention on Hopper, in Gluon: :mod:`.attention` without padding and window, its warps specialised.
+
+One warp streams blocks of 128 keys and of their values through a ring in shared memory, from one tile to the next
+without a break. Two warpgroups of 64 queries each consume them, and nothing makes them go in step. Each has the scores
+of a block and the values of the block before multiplied at once, and takes the softmax of the former beside the latter
+(FlashAttention-3, arXiv:2407.08608).
+"""
+
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+# Written for the Gluon of Triton 3.6.
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from .activations import LOG2_E
+from .attention import _matrix
+from .launch import launch
+from .target import target_of
+
+_ROWS = 64
+"""Queries of a warpgroup."""
+_BLOCK = 2 * _ROWS
+"""Queries of a tile and keys of a block: of one size, so that only the last block of a tile needs a mask."""
+_SHARED_MEMORY = 225 * 1024
+"""What a program may take of it, barriers aside."""
+_QUERY_PLACES = 2
+ROWS = gl.constexpr(_ROWS)
+BLOCK = gl.constexpr(_BLOCK)
+QUERY_PLACES = gl.constexpr(_QUERY_PLACES)
+
+
+@gluon.jit
+def _next(place, parity, PLACES: gl.constexpr):
+    """The next place of a ring, and the parity of its use."""
+    wrapped = place == PLACES - 1
+    return gl.where(wrapped, 0, place + 1), gl.where(wrapped, parity ^ 1, parity)
+
+
+@gluon.jit
+def _tile(index, item_heads, heads, q_len, kv_len, CAUSAL: gl.constexpr):
+    """Item, head, first query and number of key blocks of a tile.
+
+    Under causality the longest tiles come first; else those of one item and head, which read the same keys, in a row.
+    """
+    tiles = gl.cdiv(q_len, BLOCK)
+    if CAUSAL:
+        m = (tiles - 1 - index // item_heads) * BLOCK
+        item_head = index % item_heads
+        bound = gl.minimum(kv_len, m + BLOCK)
+    else:
+        m = index % tiles * BLOCK
+        item_head = index // tiles
+        bound = kv_len
+    return item_head // heads, item_head % heads, m, gl.cdiv(bound, BLOCK)
+
+
+@gluon.jit
+def _load(matrix, row, column, ring, full, empty, place, parity, PLACES: gl.constexpr):
+    """Fill a place of the ring, once it is empty, with a block of keys or values."""
+    mbarrier.wait(empty.index(place), parity ^ 1)
+    mbarrier.expect(full.index(place), matrix.block_type.nbytes)
+    tma.async_copy_global_to_shared(matrix, [row, column], full.index(place), ring.index(place))
+    return _next(place, parity, PLACES)
+
+
+@gluon.jit
+def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
+             q_len, kv_len, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+             PLACES: gl.constexpr):  # fmt: skip
+    """Load all tiles of this program, last block first; a block's values come behind the keys of the block after."""
+    place = 0
+    parity = 0
+    q_place = 0
+    q_parity = 0
+    for index in range(first, tiles, programs):
+        item, head, m, blocks = _tile(index, item_heads, heads, q_len, kv_len, CAUSAL)
+        mbarrier.wait(q_empty.index(q_place), q_parity ^ 1)
+        mbarrier.expect(q_full.index(q_place), 2 * q.block_type.nbytes)
+        for i in gl.static_range(2):
+            tma.async_copy_global_to_shared(
+                q, [item * q_len + m + i * ROWS, head * DIM], q_full.index(q_place), queries.index(2 * q_place + i)
+            )
+        q_place, q_parity = _next(q_place, q_parity, QUERY_PLACES)
+        column = head // GROUP * DIM
+        row = item * kv_len + (blocks - 1) * BLOCK
+        place, parity = _load(k, row, column, ring, full, empty, place, parity, PLACES)
+        for _ in range(blocks - 1):
+            place, parity = _load(k, row - BLOCK, column, ring, full, empty, place, parity, PLACES)
+            place, parity = _load(v, row, column, ring, full, empty, place, parity, PLACES)
+            row -= BLOCK
+        place, parity = _load(v, row, column, ring, full, empty, place, parity, PLACES)
+
+
+@gluon.jit
+def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles,
+             item_heads, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+             PLACES: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
+    """Attend from one half of the queries of all tiles of this program."""
+    over_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
+    over_dims: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=over_dims, k_width=2)
+    over_rows: gl.constexpr = gl.SliceLayout(1, over_dims)
+    dtype: gl.constexpr = ring.dtype
+    no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=over_keys)
+    place = 0
+    parity = 0
+    q_place = 0
+    q_parity = 0
+    turn_parity = HALF ^ 1  # the first half's first turn has come
+    for index in range(first, tiles, programs):
+        item, head, m, blocks = _tile(index, item_heads, heads, q_len, kv_len, CAUSAL)
+        query = queries.index(2 * q_place + HALF)
+        mbarrier.wait(q_full.index(q_place), q_parity)
+        mbarrier.wait(full.index(place), parity)
+        product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=(product,))
+        gl.thread_barrier()  # all four warps are through with what they read
+        mbarrier.arrive(empty.index(place), count=1)
+        place, parity = _next(place, parity, PLACES)
+
+        # Each query sees the first key of this block, as m is a multiple of BLOCK: no maximum is -inf.
+        keys = (blocks - 1) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, over_keys))
+        if CAUSAL:
+            rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, over_keys))
+            visible = keys[None, :] < gl.minimum(rows + 1, kv_len)[:, None]
+        else:
+            visible = (keys < kv_len)[None, :]
+        scores = gl.where(visible, scores, float("-inf"))
+        row_max = gl.max(scores, 1)
+        weights = gl.exp2(scores * scale - (row_max * scale)[:, None])
+        row_sum = gl.sum(weights, 1)
+        weights = gl.convert_layout(weights.to(dtype), operand)
+        acc = gl.zeros([ROWS, DIM], gl.float32, layout=over_dims)
+        mbarrier.wait(full.index(place), parity)
+
+        for _ in range(blocks - 1):
+            if TURNS:
+                mbarrier.wait(turn.index(HALF), turn_parity)
+                turn_parity ^= 1
+            product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+            v_place, v_parity = _next(place, parity, PLACES)
+            mbarrier.wait(full.index(v_place), v_parity)
+            sums = warpgroup_mma(weights, ring.index(v_place), acc, is_async=True)
+            if TURNS:
+                mbarrier.arrive(turn.index(1 - HALF), count=1)
+            if OVERLAP:
+                scores = warpgroup_mma_wait(1, deps=(product,))
+            else:
+                scores, acc, weights = warpgroup_mma_wait(0, deps=(product, sums, weights))
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(place), count=1)
+            new_max = gl.maximum(row_max, gl.max(scores, 1))
+            shift = new_max * scale
+            new_weights = gl.exp2(scores * scale - shift[:, None])
+            decay = gl.exp2(row_max * scale - shift)
+            row_sum = row_sum * decay + gl.sum(new_weights, 1)
+            row_max = new_max
+            new_weights = new_weights.to(dtype)
+            place, parity = _next(v_place, v_parity, PLACES)
+            # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
+            mbarrier.wait(full.index(place), parity)
+            if OVERLAP:
+                acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
+                gl.thread_barrier()
+            mbarrier.arrive(empty.index(v_place), count=1)
+            acc = acc * gl.convert_layout(decay, over_rows)[:, None]
+            weights = gl.convert_layout(new_weights, operand)
+
+        mbarrier.arrive(q_empty.index(q_place), count=1)
+        q_place, q_parity = _next(q_place, q_parity, QUERY_PLACES)
+        sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
+        acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(place), count=1)
+        place, parity = _next(place, parity, PLACES)
+
+        acc = acc * gl.convert_layout(1.0 / row_sum, over_rows)[:, None]
+        rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=over_rows)
+        columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, over_dims))
+        pointers = out + item.to(gl.int64) * stride_ob + rows[:, None].to(gl.int64) * stride_om
+        gl.store(pointers + head * DIM + columns[None, :], acc.to(dtype), mask=(rows < q_len)[:, None])
+
+
+@gluon.jit
+def attention_hopper_kernel(
+    q, k, v, out, stride_ob, stride_om, tiles, item_heads, heads, q_len, kv_len, scale,
+    GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PLACES: gl.constexpr, OVERLAP: gl.constexpr,
+    TURNS: gl.constexpr,
+):  # fmt: skip
+    """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
+    queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], q.layout)
+    ring = gl.allocate_shared_memory(k.dtype, [PLACES, BLOCK, DIM], k.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [QUERY_PLACES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [QUERY_PLACES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(PLACES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(turn.index(i), count=1)
+    for i in gl.static_range(QUERY_PLACES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=2)
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    gl.warp_specialize(
+        [
+            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles, item_heads,
+                        heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP, TURNS)),
+            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles, item_heads,
+                        heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP, TURNS)),
+            (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
+                        q_len, kv_len, GROUP, DIM, CAUSAL, PLACES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def attention_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    overlap: bool = True,
+    turns: bool = False,
+) -> None:
+    """``out = softmax(scale * q @ k.T + mask) @ v``.
+
+    Args:
+        q: ``[items, q_len, heads, dim]``, half precision, ``dim`` 64 or 128, items of one size apart, heads adjacent,
+            addresses and rows 16-byte aligned; may be the memory of ``out``.
+        k, v: ``[items, kv_len, kv_heads, dim]``, laid out likewise; at least one key.
+        out: ``[items, q_len, heads, dim]``, laid out likewise.
+        scale: positive factor on the scores.
+        causal: key ``j`` is visible to query ``i`` when ``j <= i``; else all are.
+        overlap: a warpgroup takes its softmax while its own product with the values runs.
+        turns: the two warpgroups issue their products by turns.
+    """
+    items, q_len, heads, dim = q.shape
+    kv_len, kv_heads = k.shape[1:3]
+    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
+    views = [
+        TensorDescriptor.from_tensor(_matrix(tensor), block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+        for tensor, block in ((q, [_ROWS, dim]), (k, [_BLOCK, dim]), (v, [_BLOCK, dim]))
+    ]
+    tiles = triton.cdiv(q_len, _BLOCK) * items * heads
+    launch(
+        attention_hopper_kernel,
+        (min(tiles, target_of(q.device).processors), 1),
+        *views,
+        out,
+        out.stride(0),
+        out.stride(1),
+        tiles,
+        items * heads,
+        heads,
+        q_len,
+        kv_len,
+        scale * LOG2_E.value,
+        GROUP=heads // kv_heads,
+        DIM=dim,
+        CAUSAL=causal,
+        PLACES=(_SHARED_MEMORY - 2 * _QUERY_PLACES * _ROWS * dim * 2) // (_BLOCK * dim * 2),
+        OVERLAP=overlap,
+        TURNS=turns,
+        num_warps=4,
+        maxnreg=168,
+    )

@@ -1,0 +1,114 @@
+"""Attention in Gluon on a Hopper GPU: every query's result written, nothing else, and right by the error rule."""
+
+import pytest
+import torch
+import triton
+
+from flashsvd_compile.kernels.launch import Launch, listening
+from tests.ops.accuracy import assert_within_error_rule
+from tests.ops.regions import random
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="written for the Gluon of Triton 3.6"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
+    ),
+]
+
+
+def reference(q, k, v, scale, causal):
+    group = q.shape[2] // k.shape[2]
+    q, k, v = q.transpose(1, 2), *(x.transpose(1, 2).repeat_interleave(group, dim=1) for x in (k, v))
+    scores = q @ k.mT * scale
+    if causal:
+        hidden = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(hidden, -torch.inf)
+    return (scores.softmax(-1) @ v).transpose(1, 2)
+
+
+def operands(q_len, kv_len, dim, *, items=2, heads=4, kv_heads=4, dtype=torch.bfloat16):
+    shapes = (items, q_len, heads, dim), (items, kv_len, kv_heads, dim), (items, kv_len, kv_heads, dim)
+    return [random(*shape, dtype=dtype).cuda() for shape in shapes]
+
+
+def assert_right(causal, q, k, v, **schedule):
+    """Attend into the first items of a tensor of NaN, of which the rest must stay."""
+    from flashsvd_compile.kernels.attention_hopper import attention_hopper
+
+    items, *shape = q.shape
+    scale = q.shape[-1] ** -0.5
+    poisoned = torch.full((items + 1 + 128 // shape[0], *shape), torch.nan, dtype=q.dtype, device="cuda")
+    out = poisoned[:items]
+    attention_hopper(q, k, v, out, scale=scale, causal=causal, **schedule)
+    assert_within_error_rule(out, reference, (q, k, v, scale, causal))
+    assert poisoned[items:].isnan().all()
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 129, 200, 512, 1000])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_lengths(dtype, dim, causal, length):
+    assert_right(causal, *operands(length, length, dim, dtype=dtype))
+
+
+@pytest.mark.parametrize(("q_len", "kv_len"), [(1, 300), (300, 1), (130, 700), (700, 130), (128, 129), (257, 256)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_other_keys_than_queries(dim, causal, q_len, kv_len):
+    assert_right(causal, *operands(q_len, kv_len, dim))
+
+
+@pytest.mark.parametrize(("items", "heads", "kv_heads"), [(1, 1, 1), (3, 6, 2), (1, 8, 1), (5, 3, 3)])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_grouped_heads(dim, causal, items, heads, kv_heads):
+    assert_right(causal, *operands(200, 200, dim, items=items, heads=heads, kv_heads=kv_heads))
+
+
+@pytest.mark.parametrize("schedule", [{}, {"overlap": False}, {"turns": True}, {"overlap": False, "turns": True}])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_many_tiles_a_program(dim, causal, schedule):
+    assert_right(causal, *operands(1000, 1000, dim, items=8, heads=12, kv_heads=12), **schedule)
+
+
+@pytest.mark.parametrize("length", [65, 200, 1000])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_in_place(dim, causal, length):
+    from flashsvd_compile.kernels.attention_hopper import attention_hopper
+
+    q, k, v = operands(length, length, dim, items=3, heads=8)
+    arguments = q.clone(), k, v, dim**-0.5, causal
+    attention_hopper(q, k, v, q, scale=dim**-0.5, causal=causal)
+    assert_within_error_rule(q, reference, arguments)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_columns_of_one_matrix(dim, causal):
+    """Queries, keys and values side by side; what lies behind the last item is not looked at."""
+    items, length, heads, kv_heads = 2, 200, 4, 2
+    matrix = random(items + 1, length, heads + 2 * kv_heads, dim, dtype=torch.bfloat16).cuda()
+    matrix[items:] = torch.nan
+    assert_right(causal, *matrix[:items].split([heads, kv_heads, kv_heads], dim=2))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_large_scores(dim, causal):
+    q, k, v = operands(300, 300, dim)
+    assert_right(causal, 10 * q, 10 * k, v)
+
+
+@pytest.mark.parametrize("schedule", [{}, {"overlap": False}, {"turns": True}])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_nothing_spills(dim, causal, schedule):
+    launches: list[Launch] = []
+    with listening(lambda launch, tensors: launches.append(launch)):
+        assert_right(causal, *operands(256, 256, dim), **schedule)
+    (launch,) = launches
+    assert launch.compiled.n_spills == 0
