@@ -18,9 +18,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import LOG2_E
-from .attention import _matrix
 from .launch import launch
 from .target import target_of
+from .tiles import as_matrix
 
 _ROWS = 64
 """Queries of a warpgroup."""
@@ -29,6 +29,8 @@ _BLOCK = 2 * _ROWS
 _SHARED_MEMORY = 225 * 1024
 """What a program may take of it, barriers aside."""
 _QUERY_PLACES = 2
+_CACHED = 32 * 2**20
+"""Bytes of keys and values that stay in the cache while all their queries pass."""
 ROWS = gl.constexpr(_ROWS)
 BLOCK = gl.constexpr(_BLOCK)
 QUERY_PLACES = gl.constexpr(_QUERY_PLACES)
@@ -42,15 +44,19 @@ def _next(place, parity, PLACES: gl.constexpr):
 
 
 @gluon.jit
-def _tile(index, item_heads, heads, q_len, kv_len, CAUSAL: gl.constexpr):
+def _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL: gl.constexpr):
     """Item, head, first query and number of key blocks of a tile.
 
-    Under causality the longest tiles come first; else those of one item and head, which read the same keys, in a row.
+    Tiles of one item and head, which read the same keys, come in a row. Under causality the longest come first, of as
+    many heads ``together`` as have keys and values in the cache.
     """
     tiles = gl.cdiv(q_len, BLOCK)
     if CAUSAL:
-        m = (tiles - 1 - index // item_heads) * BLOCK
-        item_head = index % item_heads
+        first_head = index // (tiles * together) * together
+        beside = gl.minimum(together, item_heads - first_head)
+        index -= first_head * tiles
+        m = (tiles - 1 - index // beside) * BLOCK
+        item_head = first_head + index % beside
         bound = gl.minimum(kv_len, m + BLOCK)
     else:
         m = index % tiles * BLOCK
@@ -69,7 +75,7 @@ def _load(matrix, row, column, ring, full, empty, place, parity, PLACES: gl.cons
 
 
 @gluon.jit
-def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
+def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, together, heads,
              q_len, kv_len, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
              PLACES: gl.constexpr):  # fmt: skip
     """Load all tiles of this program, last block first; a block's values come behind the keys of the block after."""
@@ -78,7 +84,7 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
     q_place = 0
     q_parity = 0
     for index in range(first, tiles, programs):
-        item, head, m, blocks = _tile(index, item_heads, heads, q_len, kv_len, CAUSAL)
+        item, head, m, blocks = _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL)
         mbarrier.wait(q_empty.index(q_place), q_parity ^ 1)
         mbarrier.expect(q_full.index(q_place), 2 * q.block_type.nbytes)
         for i in gl.static_range(2):
@@ -97,9 +103,9 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles,
-             item_heads, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr, CAUSAL: gl.constexpr,
-             PLACES: gl.constexpr, OVERLAP: gl.constexpr, TURNS: gl.constexpr):  # fmt: skip
+def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
+             together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+             PLACES: gl.constexpr):  # fmt: skip
     """Attend from one half of the queries of all tiles of this program."""
     over_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     over_dims: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
@@ -111,9 +117,8 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
     parity = 0
     q_place = 0
     q_parity = 0
-    turn_parity = HALF ^ 1  # the first half's first turn has come
     for index in range(first, tiles, programs):
-        item, head, m, blocks = _tile(index, item_heads, heads, q_len, kv_len, CAUSAL)
+        item, head, m, blocks = _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL)
         query = queries.index(2 * q_place + HALF)
         mbarrier.wait(q_full.index(q_place), q_parity)
         mbarrier.wait(full.index(place), parity)
@@ -139,19 +144,11 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         mbarrier.wait(full.index(place), parity)
 
         for _ in range(blocks - 1):
-            if TURNS:
-                mbarrier.wait(turn.index(HALF), turn_parity)
-                turn_parity ^= 1
             product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             v_place, v_parity = _next(place, parity, PLACES)
             mbarrier.wait(full.index(v_place), v_parity)
             sums = warpgroup_mma(weights, ring.index(v_place), acc, is_async=True)
-            if TURNS:
-                mbarrier.arrive(turn.index(1 - HALF), count=1)
-            if OVERLAP:
-                scores = warpgroup_mma_wait(1, deps=(product,))
-            else:
-                scores, acc, weights = warpgroup_mma_wait(0, deps=(product, sums, weights))
+            scores = warpgroup_mma_wait(1, deps=(product,))
             gl.thread_barrier()
             mbarrier.arrive(empty.index(place), count=1)
             new_max = gl.maximum(row_max, gl.max(scores, 1))
@@ -164,9 +161,8 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             place, parity = _next(v_place, v_parity, PLACES)
             # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
             mbarrier.wait(full.index(place), parity)
-            if OVERLAP:
-                acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
-                gl.thread_barrier()
+            acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
+            gl.thread_barrier()
             mbarrier.arrive(empty.index(v_place), count=1)
             acc = acc * gl.convert_layout(decay, over_rows)[:, None]
             weights = gl.convert_layout(new_weights, operand)
@@ -188,9 +184,8 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
 
 @gluon.jit
 def attention_hopper_kernel(
-    q, k, v, out, stride_ob, stride_om, tiles, item_heads, heads, q_len, kv_len, scale,
-    GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PLACES: gl.constexpr, OVERLAP: gl.constexpr,
-    TURNS: gl.constexpr,
+    q, k, v, out, stride_ob, stride_om, tiles, item_heads, together, heads, q_len, kv_len, scale,
+    GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
     queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], q.layout)
@@ -202,9 +197,6 @@ def attention_hopper_kernel(
     for i in gl.static_range(PLACES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(QUERY_PLACES):
         mbarrier.init(q_full.index(i), count=1)
         mbarrier.init(q_empty.index(i), count=2)
@@ -212,29 +204,19 @@ def attention_hopper_kernel(
     programs = gl.num_programs(0)
     gl.warp_specialize(
         [
-            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles, item_heads,
-                        heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP, TURNS)),
-            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, turn, first, programs, tiles, item_heads,
-                        heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES, OVERLAP, TURNS)),
-            (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, heads,
-                        q_len, kv_len, GROUP, DIM, CAUSAL, PLACES)),
+            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
+                        together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES)),
+            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
+                        together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES)),
+            (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
+                        together, heads, q_len, kv_len, GROUP, DIM, CAUSAL, PLACES)),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
 
 
-def attention_hopper(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    overlap: bool = True,
-    turns: bool = False,
-) -> None:
+def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: float, causal: bool) -> None:
     """``out = softmax(scale * q @ k.T + mask) @ v``.
 
     Args:
@@ -244,17 +226,16 @@ def attention_hopper(
         out: ``[items, q_len, heads, dim]``, laid out likewise.
         scale: positive factor on the scores.
         causal: key ``j`` is visible to query ``i`` when ``j <= i``; else all are.
-        overlap: a warpgroup takes its softmax while its own product with the values runs.
-        turns: the two warpgroups issue their products by turns.
     """
     items, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
     views = [
-        TensorDescriptor.from_tensor(_matrix(tensor), block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+        TensorDescriptor.from_tensor(as_matrix(tensor), block, gl.NVMMASharedLayout.get_default_for(block, dtype))
         for tensor, block in ((q, [_ROWS, dim]), (k, [_BLOCK, dim]), (v, [_BLOCK, dim]))
     ]
     tiles = triton.cdiv(q_len, _BLOCK) * items * heads
+    block_bytes = _BLOCK * dim * q.element_size()
     launch(
         attention_hopper_kernel,
         (min(tiles, target_of(q.device).processors), 1),
@@ -264,6 +245,7 @@ def attention_hopper(
         out.stride(1),
         tiles,
         items * heads,
+        max(1, _CACHED * heads // kv_heads // (2 * kv_len * dim * q.element_size())),
         heads,
         q_len,
         kv_len,
@@ -271,9 +253,7 @@ def attention_hopper(
         GROUP=heads // kv_heads,
         DIM=dim,
         CAUSAL=causal,
-        PLACES=(_SHARED_MEMORY - 2 * _QUERY_PLACES * _ROWS * dim * 2) // (_BLOCK * dim * 2),
-        OVERLAP=overlap,
-        TURNS=turns,
+        PLACES=(_SHARED_MEMORY - _QUERY_PLACES * block_bytes) // block_bytes,
         num_warps=4,
         maxnreg=168,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 from .activations import activate
 from .autotune import about, tuned
 from .launch import launch
-from .target import Target, precision_of, target_of
+from .target import Target, precision_of, speaks_gluon, target_of
 from .tiles import (
     MAX_RANK,
     PIECE,
@@ -92,13 +92,12 @@ of the kernel here, and at most 320 columns of float32 fit in the registers of i
 
 
 def is_specialised(target: Target, rank_in: int, rank_out: int, width: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel in Gluon takes these ranks. It is written for the experimental language of Triton 3.6.
+    """Whether the kernel in Gluon takes these ranks.
 
-    Of a width that 16 does not divide it reads the bias element by element, which spills two registers. A Hopper chip
-    without its tanh is one that the interpreter plays, which has no Gluon.
+    Of a width that 16 does not divide it reads the bias element by element, which spills two registers.
     """
-    known = target.name == "sm_90" and target.hardware_tanh and triton.__version__.split(".")[:2] == ["3", "6"]
-    return known and dtype.itemsize == 2 and width % 16 == 0 and max(rank_in, rank_out) in SPECIALISED_RANKS
+    known = speaks_gluon(target) and dtype.itemsize == 2
+    return known and width % 16 == 0 and max(rank_in, rank_out) in SPECIALISED_RANKS
 
 
 @triton.jit

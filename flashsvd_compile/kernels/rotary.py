@@ -44,13 +44,14 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
 
     Args:
         heads: ``[items, len, heads, dim]``, features adjacent, any strides before.
-        cos, sin: ``[items or 1, len, rotary_dim]``, features adjacent.
+        cos, sin: ``[items or 1, len, rotary_dim]``, any strides; tables whose features are not adjacent are copied.
         interleaved: rotate neighbours (2i, 2i + 1) instead of halves (i, i + rotary_dim / 2).
     """
     items, length, count, _ = heads.shape
     half = cos.shape[-1] // 2
     block_half = triton.next_power_of_2(half)
     block_l = max(1, BLOCK_ELEMENTS // block_half)
+    cos, sin = (table if table.stride(2) == 1 else table.contiguous() for table in (cos, sin))
     cos_item, sin_item = (0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
     launch(
         rotary_kernel,

@@ -4,6 +4,7 @@ from functools import cache
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 
@@ -41,6 +42,14 @@ KNOWN = {
     "interpreter": Target("interpreter", 227 * _KIB, 4, False, False),
 }
 _SMALLEST = Target("unknown", 48 * _KIB, 32, False, False)
+
+
+def speaks_gluon(target: Target) -> bool:
+    """Whether kernels in Gluon run: on Hopper, under the Triton whose experimental language they are written in.
+
+    A Hopper chip without its tanh is one that the interpreter plays, which has no Gluon.
+    """
+    return target.name == "sm_90" and target.hardware_tanh and triton.__version__.split(".")[:2] == ["3", "6"]
 
 
 @cache

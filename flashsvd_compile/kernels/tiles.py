@@ -86,3 +86,9 @@ def empty_with_aligned_rows(rows: int, columns: int, like: Tensor) -> Tensor:
 def aligned_columns(columns: int) -> int:
     """Distance in elements of rows that tensor descriptors can address."""
     return -(-columns // 16) * 16
+
+
+def as_matrix(heads: Tensor) -> Tensor:
+    """``[items, len, heads, dim]`` as a strided ``[items * len, heads * dim]``."""
+    items, length, count, dim = heads.shape
+    return heads.as_strided((items * length, count * dim), (heads.stride(1), 1))

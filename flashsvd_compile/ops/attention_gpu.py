@@ -18,7 +18,7 @@ from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
-from ..kernels.target import target_of
+from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
 from . import norm
 from . import projection as proj
@@ -212,7 +212,8 @@ def _library_is_faster(q_len: int, context: Tensor, attn: Attention) -> bool:
     """Whether the library attends, whose kernels need room for their outputs beside keys and values.
 
     Plain causal attention of wide heads: cuDNN is 33 % ahead of our kernel at 16384 keys (sm_90), and 14 % at 4096
-    with all heads at once, but not with as few as pass through the workspace. float32: the memory-efficient kernel uses
+    with all heads at once, but not with as few as pass through the workspace; not of the kernel in Gluon, which takes
+    them where it can. float32: the memory-efficient kernel uses
     tensor cores, three products for one, and takes 0.9 ms where ours takes 4.6 (32x512 of 12 heads, H100); a window,
     or padding of causal attention, it would want as a dense mask.
     """
@@ -222,8 +223,8 @@ def _library_is_faster(q_len: int, context: Tensor, attn: Attention) -> bool:
     if context.dtype == torch.float32:
         unlimited = (attn.window_left, attn.window_right) == (UNLIMITED, UNLIMITED)
         return attn.head_dim % 4 == 0 and (unlimited or (causal and not padded)) and not torch.version.hip
-    wide = attn.head_dim == 128 and context.shape[1] >= 8192
-    return causal and not padded and wide and target_of(context.device).name == "sm_90"
+    wide, target = attn.head_dim == 128 and context.shape[1] >= 8192, target_of(context.device)
+    return causal and not padded and wide and target.name == "sm_90" and not speaks_gluon(target)
 
 
 class _Chunk(NamedTuple):

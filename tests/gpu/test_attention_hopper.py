@@ -4,6 +4,7 @@ import pytest
 import torch
 import triton
 
+from flashsvd_compile.kernels import attention
 from flashsvd_compile.kernels.launch import Launch, listening
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import random
@@ -32,7 +33,7 @@ def operands(q_len, kv_len, dim, *, items=2, heads=4, kv_heads=4, dtype=torch.bf
     return [random(*shape, dtype=dtype).cuda() for shape in shapes]
 
 
-def assert_right(causal, q, k, v, **schedule):
+def assert_right(causal, q, k, v):
     """Attend into the first items of a tensor of NaN, of which the rest must stay."""
     from flashsvd_compile.kernels.attention_hopper import attention_hopper
 
@@ -40,7 +41,7 @@ def assert_right(causal, q, k, v, **schedule):
     scale = q.shape[-1] ** -0.5
     poisoned = torch.full((items + 1 + 128 // shape[0], *shape), torch.nan, dtype=q.dtype, device="cuda")
     out = poisoned[:items]
-    attention_hopper(q, k, v, out, scale=scale, causal=causal, **schedule)
+    attention_hopper(q, k, v, out, scale=scale, causal=causal)
     assert_within_error_rule(out, reference, (q, k, v, scale, causal))
     assert poisoned[items:].isnan().all()
 
@@ -67,11 +68,12 @@ def test_grouped_heads(dim, causal, items, heads, kv_heads):
     assert_right(causal, *operands(200, 200, dim, items=items, heads=heads, kv_heads=kv_heads))
 
 
-@pytest.mark.parametrize("schedule", [{}, {"overlap": False}, {"turns": True}, {"overlap": False, "turns": True}])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_many_tiles_a_program(dim, causal, schedule):
-    assert_right(causal, *operands(1000, 1000, dim, items=8, heads=12, kv_heads=12), **schedule)
+@pytest.mark.parametrize("kv_heads", [12, 4])
+def test_many_tiles_a_program(dim, causal, kv_heads):
+    """More keys and values than stay in the cache at once."""
+    assert_right(causal, *operands(1000, 1000, dim, items=24, heads=12, kv_heads=kv_heads))
 
 
 @pytest.mark.parametrize("length", [65, 200, 1000])
@@ -103,12 +105,23 @@ def test_large_scores(dim, causal):
     assert_right(causal, 10 * q, 10 * k, v)
 
 
-@pytest.mark.parametrize("schedule", [{}, {"overlap": False}, {"turns": True}])
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_nothing_spills(dim, causal, schedule):
+def test_nothing_spills(dim, causal):
     launches: list[Launch] = []
     with listening(lambda launch, tensors: launches.append(launch)):
-        assert_right(causal, *operands(256, 256, dim), **schedule)
+        assert_right(causal, *operands(256, 256, dim))
     (launch,) = launches
     assert launch.compiled.n_spills == 0
+
+
+@pytest.mark.parametrize(("window", "taken"), [((-1, -1), True), ((-1, 0), True), ((64, 0), False)])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_taken_where_it_is_faster(dim, window, taken):
+    q, k, v = operands(300, 300, dim)
+    launches: list[Launch] = []
+    how = {"key_padding": None, "bounds": None, "scale": dim**-0.5}
+    with listening(lambda launch, tensors: launches.append(launch)):
+        attention.attention(q, k, v, torch.empty_like(q), window_left=window[0], window_right=window[1], **how)
+    (launch,) = launches
+    assert (launch.kernel.__name__ == "attention_hopper_kernel") == (taken and dim == attention.SPECIALISED_DIM)

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from unittest.mock import patch
 
-from flashsvd_compile.kernels import attention, gating, gemv, mlp, projection, short_attention
+from flashsvd_compile.kernels import attention, attention_hopper, gating, gemv, mlp, projection, short_attention
 from flashsvd_compile.kernels.target import KNOWN, Target
 from flashsvd_compile.ops import attention_gpu
 
@@ -20,6 +20,6 @@ INTERPRETED = {
 def running_on(target: Target) -> Iterator[None]:
     """Let every kernel believe that its tensors are on this chip."""
     with ExitStack() as stack:
-        for module in (attention, attention_gpu, gating, gemv, mlp, projection, short_attention):
+        for module in (attention, attention_gpu, attention_hopper, gating, gemv, mlp, projection, short_attention):
             stack.enter_context(patch.object(module, "target_of", lambda device: target))
         yield

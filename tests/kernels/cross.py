@@ -21,6 +21,7 @@ from triton.runtime.driver import driver
 
 from flashsvd_compile.kernels import (
     attention,
+    attention_hopper,
     gating,
     gemv,
     mlp,
@@ -45,6 +46,7 @@ GPUS = {
 
 LAUNCHING = (
     attention,
+    attention_hopper,
     gating,
     gemv,
     mlp,
