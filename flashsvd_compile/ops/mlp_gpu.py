@@ -159,9 +159,8 @@ def _into_rank_space(latents: list[Tensor], x: Tensor, projections: list[Project
     for latent, projection in zip(latents, projections, strict=True):
         down = projection.down
         assert down is not None
-        padding = latent.shape[1] - down.shape[0]
-        if padding:
-            down = pad(down, (0, 0, 0, padding))
+        if latent.shape[1] > down.shape[0]:
+            down = padded_copy(down, down.new_empty(latent.shape[1], down.shape[1]))
         affine_into(latent, x, down, _padded_bias(projection.down_bias, latent.shape[1]))
 
 
