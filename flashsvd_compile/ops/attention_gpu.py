@@ -223,8 +223,10 @@ def _library_is_faster(q_len: int, context: Tensor, attn: Attention) -> bool:
     if context.dtype == torch.float32:
         unlimited = (attn.window_left, attn.window_right) == (UNLIMITED, UNLIMITED)
         return attn.head_dim % 4 == 0 and (unlimited or (causal and not padded)) and not torch.version.hip
-    wide, target = attn.head_dim == 128 and context.shape[1] >= 8192, target_of(context.device)
-    return causal and not padded and wide and target.name == "sm_90" and not speaks_gluon(target)
+    if not causal or padded or attn.head_dim != 128 or context.shape[1] < 8192:
+        return False
+    target = target_of(context.device)
+    return target.name == "sm_90" and not speaks_gluon(target)
 
 
 class _Chunk(NamedTuple):

@@ -49,14 +49,14 @@ _DEVICES = {
         least_workspace=4 * 2**20, grows=False, max_fused_rank=0, max_projected_rank=0,
     ),
     "H200": Device(
-        flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=16.5e-6, launch_seconds=1.75e-6,
+        flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
         least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256, full_rate_rank=192,
         activation_seconds=((256, 0.43e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
     ),
 }  # fmt: skip
 
 
-_DEVICES["H100"] = replace(_DEVICES["H200"], bandwidth=3.85e12)
+_DEVICES["H100"] = replace(_DEVICES["H200"], bandwidth=3.75e12)
 _ANY_GPU = _DEVICES["H200"]
 
 
