@@ -61,7 +61,9 @@ class Launch:
 
     Attributes:
         kernel, compiled: the kernel, and what Triton made of it; ``None`` under its interpreter.
-        by_address: whether :meth:`again` takes addresses; Triton's interpreter needs the tensors.
+        by_address: whether ``again`` takes addresses; Triton's interpreter needs the tensors.
+        again: launches for other tensors of the same shapes, strides, dtypes and alignment, in the same order; a tuple
+            of their addresses or of themselves.
     """
 
     def __init__(self, kernel: Any, compiled: Any, grid: tuple[int, int], arguments: tuple, constants: dict[str, Any]):
@@ -72,18 +74,12 @@ class Launch:
             rest = kernel.arg_names[len(arguments) :]
             arguments = (*arguments, *(constants[name] for name in rest))
             starter = _beneath_descriptors if _is_known(triton.__version__) else _as_published
-            self._start = starter(compiled, (*grid, 1), [_without_tensor(argument) for argument in arguments])
+            self.again: Callable[[tuple], None] = starter(
+                compiled, (*grid, 1), [_without_tensor(argument) for argument in arguments]
+            )
         else:
             template = [_without_tensor(argument) for argument in arguments]
-            self._start = lambda operands: kernel[grid](*_filled(template, operands), **constants)
-
-    def again(self, operands: tuple) -> None:
-        """Launch for other tensors of the same shapes, strides, dtypes and alignment, in the same order.
-
-        Args:
-            operands: their addresses where ``by_address``, else the tensors.
-        """
-        self._start(operands)
+            self.again = lambda operands: kernel[grid](*_filled(template, operands), **constants)
 
 
 def _is_descriptor(argument: Any) -> bool:

@@ -80,26 +80,8 @@ def _key(arguments: tuple) -> tuple:
     return tuple(parts)
 
 
-class Tensors:
-    """The tensors of one call: the operator's arguments, then what its operations return, in their order."""
-
-    def __init__(self, arguments: tuple):
-        self._tensors: list[Any] = list(arguments)
-        self.addresses = [a.data_ptr() if isinstance(a, Tensor) else 0 for a in arguments]
-
-    def add(self, tensor: Tensor) -> None:
-        self._tensors.append(tensor)
-        self.addresses.append(tensor.data_ptr())
-
-    def drop(self, base: int) -> None:
-        self._tensors[base] = None
-
-    def __getitem__(self, base: int) -> Any:
-        return self._tensors[base]
-
-
 class Reference(NamedTuple):
-    """A view of one of a call's :class:`Tensors`.
+    """A view of one of a call's tensors: its arguments, then what its operations return, in their order.
 
     Attributes:
         base: which.
@@ -111,13 +93,13 @@ class Reference(NamedTuple):
     layout: tuple[Sequence[int], Sequence[int], int] | None
     offset_bytes: int
 
-    def of(self, tensors: Tensors) -> Tensor:
+    def of(self, tensors: list) -> Tensor:
         """The view in this call's tensors."""
-        base = tensors[self.base]
+        tensor = tensors[self.base]
         if self.layout is None:
-            return base
+            return tensor
         shape, strides, offset = self.layout
-        return base.as_strided(shape, strides, base.storage_offset() + offset)
+        return tensor.as_strided(shape, strides, tensor.storage_offset() + offset)
 
 
 class OtherLayoutError(Exception):
@@ -127,48 +109,24 @@ class OtherLayoutError(Exception):
     """
 
 
-class Operation(NamedTuple):
-    """A library operation whose tensors are :class:`Reference`.
+class Step(NamedTuple):
+    """A library operation, or a launch of one of our kernels.
 
     Attributes:
-        produced: strides of each fresh tensor that it returns.
+        function: of the library's operands; or a launch's ``again``, of a tuple of a kernel's.
+        operands: those by position, then those by keyword; tensors are :class:`Reference`.
+        keywords: the names of the latter.
+        launch: the launch; ``None`` for an operation.
+        produced: strides of each fresh tensor that an operation returns.
         finished: bases that nothing needs after it.
     """
 
     function: Callable
-    arguments: tuple
-    keywords: dict[str, Any]
-    produced: list[tuple[int, ...]]
-    finished: list[int]
-
-    def again(self, tensors: Tensors) -> None:
-        """Run it on this call's tensors, and add what it returns to them."""
-        arguments = [a.of(tensors) if isinstance(a, Reference) else a for a in self.arguments]
-        keywords = {name: a.of(tensors) if isinstance(a, Reference) else a for name, a in self.keywords.items()}
-        result = self.function(*arguments, **keywords)
-        if self.produced:
-            results = result if isinstance(result, tuple | list) else [result]
-            fresh = [tensor for tensor in results if isinstance(tensor, Tensor)]
-            if [tensor.stride() for tensor in fresh] != self.produced:
-                raise OtherLayoutError
-            for tensor in fresh:
-                tensors.add(tensor)
-
-
-class KernelLaunch(NamedTuple):
-    """A launch of one of our kernels; ``finished`` as in :class:`Operation`."""
-
-    launch: Launch
-    operands: list[Reference]
-    finished: list[int]
-
-    def again(self, tensors: Tensors) -> None:
-        """Launch it for this call's tensors."""
-        if self.launch.by_address:
-            addresses = tensors.addresses
-            self.launch.again(tuple([addresses[base] + offset for base, _, offset in self.operands]))
-        else:
-            self.launch.again(tuple([operand.of(tensors) for operand in self.operands]))
+    operands: tuple
+    keywords: tuple[str, ...] = ()
+    launch: Launch | None = None
+    produced: tuple[tuple[int, ...], ...] = ()
+    finished: tuple[int, ...] = ()
 
 
 @dataclass
@@ -180,16 +138,46 @@ class Recording:
         result: the operator's result; ``None`` until there is a recording.
     """
 
-    steps: list[Operation | KernelLaunch] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     result: Reference | None = None
 
     def replay(self, arguments: tuple) -> Tensor:
-        """The operator's result for other tensors of the same metadata."""
-        tensors = Tensors(arguments)
+        """The operator's result for other tensors of the same metadata.
+
+        Calls no Python function but launches. CPython's stack grows by mapped chunks of 16 KiB; where a loop's calls
+        cross the end of one, it is mapped, faulted in and unmapped each time, which took 8 % of a BERT on a CPU.
+        """
+        tensors: list[Any] = list(arguments)
         for step in self.steps:
-            step.again(tensors)
+            by_address = step.launch is not None and step.launch.by_address
+            operands = []
+            for operand in step.operands:
+                if type(operand) is Reference:  # as Reference.of
+                    base, layout, offset_bytes = operand
+                    operand = tensors[base]
+                    if by_address:
+                        operand = operand.data_ptr() + offset_bytes
+                    elif layout is not None:
+                        shape, strides, offset = layout
+                        operand = operand.as_strided(shape, strides, operand.storage_offset() + offset)
+                operands.append(operand)
+            result = tensor = None
+            if step.launch is not None:
+                step.function(tuple(operands))
+            else:
+                positional = len(operands) - len(step.keywords)
+                keywords = dict(zip(step.keywords, operands[positional:], strict=True))
+                result = step.function(*operands[:positional], **keywords)
+            if step.produced:
+                known = len(tensors)
+                for tensor in result if isinstance(result, tuple | list) else (result,):
+                    if isinstance(tensor, Tensor):
+                        if tensor.stride() != step.produced[len(tensors) - known]:
+                            raise OtherLayoutError
+                        tensors.append(tensor)
             for base in step.finished:
-                tensors.drop(base)
+                tensors[base] = None
+            operands = operand = keywords = result = tensor = None  # let go of what is finished
         assert self.result is not None
         return self.result.of(tensors)
 
@@ -221,24 +209,19 @@ def record(recording: Recording, implementation: Implementation, arguments: tupl
     return result
 
 
-def _without_leftovers(steps: list, result: int, count: int) -> list:
+def _without_leftovers(steps: list[Step], result: int, count: int) -> list[Step]:
     """The steps, each with the allocations that no later step reads."""
     last: dict[int, int] = {}
     produced = count
     for index, step in enumerate(steps):
-        if isinstance(step, Operation):
-            references = [a for a in (*step.arguments, *step.keywords.values()) if isinstance(a, Reference)]
-            for base in range(produced, produced + len(step.produced)):
-                last[base] = index
-            produced += len(step.produced)
-        else:
-            references = step.operands
-        last |= {reference.base: index for reference in references}
+        last |= dict.fromkeys(range(produced, produced + len(step.produced)), index)
+        produced += len(step.produced)
+        last |= {operand.base: index for operand in step.operands if isinstance(operand, Reference)}
     finished: list[list[int]] = [[] for _ in steps]
     for base, index in last.items():
         if base >= count and base != result:
             finished[index].append(base)
-    return [step._replace(finished=bases) for step, bases in zip(steps, finished, strict=True)]
+    return [step._replace(finished=tuple(bases)) for step, bases in zip(steps, finished, strict=True)]
 
 
 class _Recorder(TorchDispatchMode):
@@ -246,7 +229,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, arguments: tuple):
         super().__init__()
-        self.steps: list[Operation | KernelLaunch] = []
+        self.steps: list[Step] = []
         self.possible = True
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._offsets: list[int] = []  # of each base in its storage, in elements
@@ -262,7 +245,7 @@ class _Recorder(TorchDispatchMode):
         references = [self.reference(tensor) for tensor in tensors]
         if None in references:
             self.possible = False
-        self.steps.append(KernelLaunch(launch, references, []))  # pyright: ignore[reportArgumentType]
+        self.steps.append(Step(launch.again, tuple(references), launch=launch))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -277,7 +260,7 @@ class _Recorder(TorchDispatchMode):
         self.possible &= len(top_level) == len(inputs) and all(t in self._known for t in inputs) and _repeatable(func)
         if not self.possible:
             return
-        arguments, keywords = self._referring(args), dict(zip(kwargs, self._referring(kwargs.values()), strict=True))
+        operands = self._referring((*args, *kwargs.values()))
         fresh = []
         for output in outputs:
             if output in self._known:
@@ -294,7 +277,8 @@ class _Recorder(TorchDispatchMode):
         for output in fresh:
             self._enter(output)
         if fresh or func._schema.is_mutable:
-            self.steps.append(Operation(func, arguments, keywords, [tensor.stride() for tensor in fresh], []))
+            produced = tuple(tensor.stride() for tensor in fresh)
+            self.steps.append(Step(func._op, operands, tuple(kwargs), produced=produced))  # func itself is Python
 
     def _referring(self, values: Iterable) -> tuple:
         return tuple(self._known[value] if isinstance(value, Tensor) else value for value in values)

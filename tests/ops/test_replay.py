@@ -1,5 +1,6 @@
 """Recordings of an operator's launches: they must be what the operator does, for every tensor of the same metadata."""
 
+import sys
 from collections.abc import Callable
 from inspect import getclosurevars
 from typing import Any
@@ -109,7 +110,25 @@ def test_intermediates_are_released_when_nothing_reads_them_any_more():
         call(torch.randn(4))
     (recording,) = recordings(call).values()
     assert recording is not None
-    assert [step.finished for step in recording.steps] == [[], [1], [2]]
+    assert [step.finished for step in recording.steps] == [(), (1,), (2,)]
+
+
+def test_a_replay_calls_no_python_function_for_a_step():
+    """Python's stack may have to grow at any depth, and takes long to each time."""
+    call = replayed(lambda x: torch.add((x.exp() + 1)[1:].sin(), 2.0, alpha=3))
+    for _ in range(2):
+        call(torch.randn(4))
+    (recording,) = recordings(call).values()
+    assert recording is not None
+    x = torch.randn(4)
+    called: list[str] = []
+    sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
+    try:
+        result = recording.replay((x,))
+    finally:
+        sys.setprofile(None)
+    assert called == ["replay", "of"]
+    assert torch.equal(result, torch.add((x.exp() + 1)[1:].sin(), 2.0, alpha=3))
 
 
 ELSEWHERE = torch.ones(3)
