@@ -1,5 +1,6 @@
 """Recordings of an operator's launches: they must be what the operator does, for every tensor of the same metadata."""
 
+import ctypes
 import sys
 from collections.abc import Callable
 from inspect import getclosurevars
@@ -12,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashsvd_compile import ops
+from flashsvd_compile.kernels import launch as launching
 from flashsvd_compile.kernels.autotune import Tuner, tuner_at_work, tuning
 from flashsvd_compile.kernels.launch import is_listened_to
 from flashsvd_compile.ops.attention import _cpu as attention_cpu
@@ -129,6 +131,42 @@ def test_a_replay_calls_no_python_function_for_a_step():
         sys.setprofile(None)
     assert called == ["replay", "of"]
     assert torch.equal(result, torch.add((x.exp() + 1)[1:].sin(), 2.0, alpha=3))
+
+
+class AddOne:
+    """A kernel's launch as it is on a GPU: it takes the address of a tensor of four."""
+
+    by_address = True
+
+    def again(self, operands: tuple) -> None:
+        (address,) = operands
+        numbers = (ctypes.c_float * 4).from_address(address)
+        for i in range(4):
+            numbers[i] += 1
+
+
+def add_one(tensor: Tensor) -> None:
+    AddOne().again((tensor.data_ptr(),))
+    listener = launching._listener.get()
+    if listener is not None:
+        listener(AddOne(), [tensor])  # pyright: ignore[reportArgumentType]
+
+
+def test_launches_take_addresses_of_this_calls_tensors():
+    def implementation(x: Tensor) -> Tensor:
+        memory = x.new_empty(20)
+        doubled = torch.mul(x, 2, out=memory[3:7])
+        add_one(doubled)
+        out = memory[9:13].copy_(doubled)
+        add_one(out)
+        return out.clone()
+
+    call = replayed(implementation)
+    inputs = [torch.randn(4) for _ in range(5)]
+    results = [call(x) for x in inputs]
+    assert all(recording is not None and len(recording.steps) == 6 for recording in recordings(call).values())
+    for x, result in zip(inputs, results, strict=True):
+        assert torch.equal(result, 2 * x + 1 + 1)
 
 
 ELSEWHERE = torch.ones(3)
