@@ -19,6 +19,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import LOG2_E
 from .launch import launch
+from .ring import SHARED_MEMORY, next_place
 from .target import target_of
 from .tiles import as_matrix
 
@@ -26,21 +27,12 @@ _ROWS = 64
 """Queries of a warpgroup."""
 _BLOCK = 2 * _ROWS
 """Queries of a tile and keys of a block: of one size, so that only the last block of a tile needs a mask."""
-_SHARED_MEMORY = 225 * 1024
-"""What a program may take of it, barriers aside."""
 _QUERY_PLACES = 2
 _CACHED = 32 * 2**20
 """Bytes of keys and values that stay in the cache while all their queries pass."""
 ROWS = gl.constexpr(_ROWS)
 BLOCK = gl.constexpr(_BLOCK)
 QUERY_PLACES = gl.constexpr(_QUERY_PLACES)
-
-
-@gluon.jit
-def _next(place, parity, PLACES: gl.constexpr):
-    """The next place of a ring, and the parity of its use."""
-    wrapped = place == PLACES - 1
-    return gl.where(wrapped, 0, place + 1), gl.where(wrapped, parity ^ 1, parity)
 
 
 @gluon.jit
@@ -71,7 +63,7 @@ def _load(matrix, row, column, ring, full, empty, place, parity, PLACES: gl.cons
     mbarrier.wait(empty.index(place), parity ^ 1)
     mbarrier.expect(full.index(place), matrix.block_type.nbytes)
     tma.async_copy_global_to_shared(matrix, [row, column], full.index(place), ring.index(place))
-    return _next(place, parity, PLACES)
+    return next_place(place, parity, PLACES)
 
 
 @gluon.jit
@@ -91,7 +83,7 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
             tma.async_copy_global_to_shared(
                 q, [item * q_len + m + i * ROWS, head * DIM], q_full.index(q_place), queries.index(2 * q_place + i)
             )
-        q_place, q_parity = _next(q_place, q_parity, QUERY_PLACES)
+        q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
         column = head // GROUP * DIM
         row = item * kv_len + (blocks - 1) * BLOCK
         place, parity = _load(k, row, column, ring, full, empty, place, parity, PLACES)
@@ -126,7 +118,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         scores = warpgroup_mma_wait(0, deps=(product,))
         gl.thread_barrier()  # all four warps are through with what they read
         mbarrier.arrive(empty.index(place), count=1)
-        place, parity = _next(place, parity, PLACES)
+        place, parity = next_place(place, parity, PLACES)
 
         # Each query sees the first key of this block, as m is a multiple of BLOCK: no maximum is -inf.
         keys = (blocks - 1) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, over_keys))
@@ -145,7 +137,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
 
         for _ in range(blocks - 1):
             product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            v_place, v_parity = _next(place, parity, PLACES)
+            v_place, v_parity = next_place(place, parity, PLACES)
             mbarrier.wait(full.index(v_place), v_parity)
             sums = warpgroup_mma(weights, ring.index(v_place), acc, is_async=True)
             scores = warpgroup_mma_wait(1, deps=(product,))
@@ -158,7 +150,7 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             row_sum = row_sum * decay + gl.sum(new_weights, 1)
             row_max = new_max
             new_weights = new_weights.to(dtype)
-            place, parity = _next(v_place, v_parity, PLACES)
+            place, parity = next_place(v_place, v_parity, PLACES)
             # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
             mbarrier.wait(full.index(place), parity)
             acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
@@ -168,12 +160,12 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             weights = gl.convert_layout(new_weights, operand)
 
         mbarrier.arrive(q_empty.index(q_place), count=1)
-        q_place, q_parity = _next(q_place, q_parity, QUERY_PLACES)
+        q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
         sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
         acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(place), count=1)
-        place, parity = _next(place, parity, PLACES)
+        place, parity = next_place(place, parity, PLACES)
 
         acc = acc * gl.convert_layout(1.0 / row_sum, over_rows)[:, None]
         rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=over_rows)
@@ -253,7 +245,7 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
         GROUP=heads // kv_heads,
         DIM=dim,
         CAUSAL=causal,
-        PLACES=(_SHARED_MEMORY - _QUERY_PLACES * block_bytes) // block_bytes,
+        PLACES=(SHARED_MEMORY - _QUERY_PLACES * block_bytes) // block_bytes,
         num_warps=4,
         maxnreg=168,
     )

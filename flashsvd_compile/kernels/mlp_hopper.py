@@ -26,21 +26,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import activate
 from .launch import launch
+from .ring import SHARED_MEMORY, next_place
 
 _SIDE = 64
 """Rows and columns of a tile: 128 bytes a row, which is what the memory's swizzle spans."""
 _TILE_BYTES = 2 * _SIDE * _SIDE
-_SHARED_MEMORY = 225 * 1024
-"""What a program may take of it, barriers aside."""
 SIDE = gl.constexpr(_SIDE)
 TILE_BYTES = gl.constexpr(_TILE_BYTES)
-
-
-@gluon.jit
-def _next(place, parity, PLACES: gl.constexpr):
-    """The next place of the ring, and the parity of its use."""
-    wrapped = place == PLACES - 1
-    return gl.where(wrapped, 0, place + 1), gl.where(wrapped, parity ^ 1, parity)
 
 
 @gluon.jit
@@ -58,12 +50,12 @@ def _produce(latent, up, down, tiles, ring, full, empty, ready, n, f_first, f_st
         mbarrier.expect(full.index(place), IN * TILE_BYTES)
         for i in gl.static_range(IN):
             tma.async_copy_global_to_shared(up, [f, i * SIDE], full.index(place), ring.index(place * group + i))
-        place, parity = _next(place, parity, PLACES)
+        place, parity = next_place(place, parity, PLACES)
         mbarrier.wait(empty.index(place), parity ^ 1)
         mbarrier.expect(full.index(place), OUT * TILE_BYTES)
         for i in gl.static_range(OUT):
             tma.async_copy_global_to_shared(down, [i * SIDE, f], full.index(place), ring.index(place * group + i))
-        place, parity = _next(place, parity, PLACES)
+        place, parity = next_place(place, parity, PLACES)
         f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
 
 
@@ -95,7 +87,7 @@ def _consume(INDEX: gl.constexpr, out, bias, tiles, ring, full, empty, ready, n,
         lifted = warpgroup_mma_wait(0, deps=(hidden,))
         gl.thread_barrier()  # all four warps are through with what they read
         mbarrier.arrive(empty.index(place), count=1)
-        place, parity = _next(place, parity, PLACES)
+        place, parity = next_place(place, parity, PLACES)
         if HAS_BIAS:
             lifted = lifted + addend.to(gl.float32)[None, :]
         active = gl.convert_layout(activate(lifted, ACTIVATION, True, True).to(dtype), operand)
@@ -108,7 +100,7 @@ def _consume(INDEX: gl.constexpr, out, bias, tiles, ring, full, empty, ready, n,
         sums = waited[1:]
         gl.thread_barrier()
         mbarrier.arrive(empty.index(place), count=1)
-        place, parity = _next(place, parity, PLACES)
+        place, parity = next_place(place, parity, PLACES)
         f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
     r = n + INDEX * SIDE + gl.arange(0, SIDE, layout=gl.SliceLayout(1, layout))
     for i in gl.static_range(OUT):
@@ -174,7 +166,7 @@ def mlp_core_hopper(
     """
     (rows, rank_in), (rank_out, width) = latent.shape, down.shape
     inner, outer = triton.cdiv(rank_in, _SIDE), triton.cdiv(rank_out, _SIDE)
-    places = min(8, (_SHARED_MEMORY // _TILE_BYTES - 2 * inner) // max(inner, outer))
+    places = min(8, (SHARED_MEMORY // _TILE_BYTES - 2 * inner) // max(inner, outer))
     dtype = gl.bfloat16 if latent.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for([_SIDE, _SIDE], dtype)
     views = [TensorDescriptor.from_tensor(matrix, [_SIDE, _SIDE], layout) for matrix in (latent, up, down)]

@@ -19,22 +19,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 
-from flashsvd_compile.kernels import (
-    attention,
-    attention_hopper,
-    gating,
-    gemv,
-    mlp,
-    mlp_hopper,
-    padding,
-    partial_sums,
-    projection,
-    rotary,
-    short_attention,
-)
+from flashsvd_compile.kernels.launch import launch
 from flashsvd_compile.kernels.target import KNOWN
 
-from .chips import running_on
+from .chips import modules_with, running_on
 
 GPUS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -44,20 +32,7 @@ GPUS = {
 }
 """What Triton calls the chips of ``KNOWN`` that kernels are compiled for."""
 
-LAUNCHING = (
-    attention,
-    attention_hopper,
-    gating,
-    gemv,
-    mlp,
-    mlp_hopper,
-    padding,
-    partial_sums,
-    projection,
-    rotary,
-    short_attention,
-)
-"""Modules that launch kernels."""
+LAUNCHING = modules_with(launch)
 
 TENSOR_MEMORY = 512
 """Columns of it that sm_100 has."""
