@@ -116,12 +116,15 @@ def test_nothing_spills(dim, causal):
 
 
 @pytest.mark.parametrize(("window", "taken"), [((-1, -1), True), ((-1, 0), True), ((64, 0), False)])
+@pytest.mark.parametrize("keys", [attention.SPECIALISED_KEYS - 1, attention.SPECIALISED_KEYS])
 @pytest.mark.parametrize("dim", [64, 128])
-def test_taken_where_it_is_faster(dim, window, taken):
-    q, k, v = operands(300, 300, dim)
+def test_taken_where_it_is_faster(dim, keys, window, taken):
+    q, k, v = operands(300, keys, dim)
     launches: list[Launch] = []
     how = {"key_padding": None, "bounds": None, "scale": dim**-0.5}
     with listening(lambda launch, tensors: launches.append(launch)):
         attention.attention(q, k, v, torch.empty_like(q), window_left=window[0], window_right=window[1], **how)
     (launch,) = launches
-    assert (launch.kernel.__name__ == "attention_hopper_kernel") == (taken and dim == attention.SPECIALISED_DIM)
+    assert (launch.kernel.__name__ == "attention_hopper_kernel") == (
+        taken and dim == attention.SPECIALISED_DIM and keys == attention.SPECIALISED_KEYS
+    )

@@ -60,10 +60,10 @@ def projections(*ranks: int, rows: int = 16384, dtype: torch.dtype = HALF) -> No
         projection.project(matrix(rows, 768, dtype), *maps)
 
 
-def attend(dim: int, window: str = "plain", padded: bool = False, dtype: torch.dtype = HALF) -> None:
+def attend(dim: int, window: str = "plain", padded: bool = False, dtype: torch.dtype = HALF, length: int = 512) -> None:
     if attention.supported(dim, dim, dtype, DEVICE):
-        q, k, v, out = (torch.empty(2, 512, 4, dim, dtype=dtype) for _ in range(4))
-        mask = torch.ones(2, 512, dtype=torch.bool) if padded else None
+        q, k, v, out = (torch.empty(2, length, 4, dim, dtype=dtype) for _ in range(4))
+        mask = torch.ones(2, length, dtype=torch.bool) if padded else None
         bounds = None if mask is None else attention.key_bounds(mask)
         left, right = WINDOWS[window]
         how: dict[str, Any] = {"scale": 0.1, "window_left": left, "window_right": right}
@@ -117,6 +117,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     for window in WINDOWS:
         yield f"attention {window} padded", lambda window=window: attend(64, window, padded=True)
     yield "attention 128 causal", lambda: attend(128, "causal")
+    for window in ("plain", "causal"):  # on sm_90 in Gluon, under Triton 3.6
+        yield f"attention 128 {window} of many keys", lambda window=window: attend(128, window, length=4096)
     for rows in (1, 8, 16):
         for depth in (1024, 1493, 4096):
             yield f"gemv {rows}x{depth}", lambda rows=rows, depth=depth: multiply_few(rows, depth, depth, depth)
