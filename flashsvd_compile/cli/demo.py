@@ -55,7 +55,7 @@ def _table(rows: list[Measured], samples: int) -> Table:
     )
     table.add_column("", no_wrap=True)
     for column in ("peak MiB", "time ms", "error", "cosine to factored", "to dense"):
-        table.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right")
     for row in rows:
         table.add_row(
             row.name,
