@@ -9,17 +9,15 @@ of a block and the values of the block before multiplied at once, and takes the 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 # Written for the Gluon of Triton 3.6.
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import LOG2_E
 from .launch import launch
-from .ring import SHARED_MEMORY, next_place
+from .ring import SHARED_MEMORY, next_place, tiles_of
 from .target import target_of
 from .tiles import as_matrix
 
@@ -221,11 +219,7 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
     """
     items, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
-    dtype = gl.bfloat16 if q.dtype == torch.bfloat16 else gl.float16
-    views = [
-        TensorDescriptor.from_tensor(as_matrix(tensor), block, gl.NVMMASharedLayout.get_default_for(block, dtype))
-        for tensor, block in ((q, [_ROWS, dim]), (k, [_BLOCK, dim]), (v, [_BLOCK, dim]))
-    ]
+    views = [tiles_of(as_matrix(tensor), [rows, dim]) for tensor, rows in ((q, _ROWS), (k, _BLOCK), (v, _BLOCK))]
     tiles = triton.cdiv(q_len, _BLOCK) * items * heads
     block_bytes = _BLOCK * dim * q.element_size()
     launch(

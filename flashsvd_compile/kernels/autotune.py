@@ -123,7 +123,7 @@ class _Attempt:
         """The kernel alone: the Python around it takes longer than a short kernel."""
         for _ in range(LAUNCHES):
             for launch, tensors in self._launches:
-                launch.again(tuple([t.data_ptr() for t in tensors] if launch.by_address else tensors))
+                launch.again(*([t.data_ptr() for t in tensors] if launch.by_address else tensors))
 
 
 def _attempt(run: Callable[[T], list[Tensor]], tile: T) -> _Attempt | None:

@@ -62,8 +62,8 @@ class Launch:
     Attributes:
         kernel, compiled: the kernel, and what Triton made of it; ``None`` under its interpreter.
         by_address: whether ``again`` takes addresses; Triton's interpreter needs the tensors.
-        again: launches for other tensors of the same shapes, strides, dtypes and alignment, in the same order; a tuple
-            of their addresses or of themselves.
+        again: launches for other tensors of the same shapes, strides, dtypes and alignment, in the same order: takes
+            their addresses, or themselves.
     """
 
     def __init__(self, kernel: Any, compiled: Any, grid: tuple[int, int], arguments: tuple, constants: dict[str, Any]):
@@ -74,12 +74,12 @@ class Launch:
             rest = kernel.arg_names[len(arguments) :]
             arguments = (*arguments, *(constants[name] for name in rest))
             starter = _beneath_descriptors if _is_known(triton.__version__) else _as_published
-            self.again: Callable[[tuple], None] = starter(
+            self.again: Callable[..., None] = starter(
                 compiled, (*grid, 1), [_without_tensor(argument) for argument in arguments]
             )
         else:
             template = [_without_tensor(argument) for argument in arguments]
-            self.again = lambda operands: kernel[grid](*_filled(template, operands), **constants)
+            self.again = lambda *operands: kernel[grid](*_filled(template, operands), **constants)
 
 
 def _is_descriptor(argument: Any) -> bool:
@@ -131,7 +131,7 @@ def _at(descriptor: Any, operand: Any) -> Any:
     return moved
 
 
-def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[[tuple], None]:
+def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., None]:
     """By a compiled kernel's own interface, which encodes descriptors each time."""
     start = compiled[grid]
 
@@ -139,7 +139,7 @@ def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> 
     def arguments(operands: tuple) -> list:
         return _filled(template, operands)
 
-    return lambda operands: start(*arguments(operands))
+    return lambda *operands: start(*arguments(operands))
 
 
 def _is_known(version: str) -> bool:
@@ -147,7 +147,7 @@ def _is_known(version: str) -> bool:
     return version.split(".")[:2] == ["3", "6"] and torch.version.hip is None
 
 
-def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[[tuple], None]:
+def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., None]:
     """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once an address.
 
     ``CudaLauncher.launch`` is that function, or a closure that encodes descriptors before it calls it.
@@ -173,7 +173,7 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
                 flat.append(argument)
         return flat
 
-    def start(operands: tuple) -> None:
+    def start(*operands: int) -> None:
         stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
         compiled_once = (stream, compiled.function, *once, compiled.packed_metadata, None, None, None)
         raw(*grid, *compiled_once, *arguments(operands))

@@ -10,7 +10,6 @@ them, and nothing makes them go in step: while one activates its hidden tile, th
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 # Written for the Gluon of Triton 3.6.
 
-import torch
 import triton
 from torch import Tensor
 from triton.experimental import gluon
@@ -22,11 +21,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from .activations import activate
 from .launch import launch
-from .ring import SHARED_MEMORY, next_place
+from .ring import SHARED_MEMORY, next_place, tiles_of
 
 _SIDE = 64
 """Rows and columns of a tile: 128 bytes a row, which is what the memory's swizzle spans."""
@@ -167,9 +165,7 @@ def mlp_core_hopper(
     (rows, rank_in), (rank_out, width) = latent.shape, down.shape
     inner, outer = triton.cdiv(rank_in, _SIDE), triton.cdiv(rank_out, _SIDE)
     places = min(8, (SHARED_MEMORY // _TILE_BYTES - 2 * inner) // max(inner, outer))
-    dtype = gl.bfloat16 if latent.dtype == torch.bfloat16 else gl.float16
-    layout = gl.NVMMASharedLayout.get_default_for([_SIDE, _SIDE], dtype)
-    views = [TensorDescriptor.from_tensor(matrix, [_SIDE, _SIDE], layout) for matrix in (latent, up, down)]
+    views = [tiles_of(matrix, [_SIDE, _SIDE]) for matrix in (latent, up, down)]
     launch(
         mlp_hopper_kernel,
         (triton.cdiv(rows, 2 * _SIDE), triton.cdiv(width, width_per_split)),

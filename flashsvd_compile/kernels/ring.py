@@ -4,8 +4,11 @@ Each place has a barrier that says it is full and one that says it is empty agai
 changes each time around.
 """
 
+import torch
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 SHARED_MEMORY = 225 * 1024
 """Bytes of it that a program on Hopper may take for its tiles; the rest is for barriers."""
@@ -16,3 +19,9 @@ def next_place(place, parity, PLACES: gl.constexpr):
     """The next place of a ring, and the parity of its use."""
     wrapped = place == PLACES - 1
     return gl.where(wrapped, 0, place + 1), gl.where(wrapped, parity ^ 1, parity)
+
+
+def tiles_of(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    """Tiles ``block`` of a matrix of half precision with contiguous, 16-byte aligned rows, as products read them."""
+    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

@@ -39,6 +39,11 @@ def rotary_kernel(
     tl.store(x + second[None, :], (x2 * cos2 + x1 * sin2).to(x.dtype.element_ty), mask=mask)
 
 
+def with_adjacent_features(table: Tensor) -> Tensor:
+    """A table ``[items, len, rotary_dim]`` itself, or a copy as the kernel reads it."""
+    return table if table.stride(2) == 1 else table.contiguous()
+
+
 def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
     """Rotate the first ``rotary_dim`` features of each head, in place.
 
@@ -51,7 +56,7 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     half = cos.shape[-1] // 2
     block_half = triton.next_power_of_2(half)
     block_l = max(1, BLOCK_ELEMENTS // block_half)
-    cos, sin = (table if table.stride(2) == 1 else table.contiguous() for table in (cos, sin))
+    cos, sin = with_adjacent_features(cos), with_adjacent_features(sin)
     cos_item, sin_item = (0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
     launch(
         rotary_kernel,

@@ -47,7 +47,8 @@ _SMALLEST = Target("unknown", 48 * _KIB, 32, False, False)
 def speaks_gluon(target: Target) -> bool:
     """Whether kernels in Gluon run: on Hopper, under the Triton whose experimental language they are written in.
 
-    A Hopper chip without its tanh is one that the interpreter plays, which has no Gluon.
+    Their modules are imported only where they run, as that language is an experiment. A Hopper chip without its tanh
+    is one that the interpreter plays, which has no Gluon.
     """
     return target.name == "sm_90" and target.hardware_tanh and triton.__version__.split(".")[:2] == ["3", "6"]
 

@@ -68,7 +68,9 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
     that cost more than their product are multiplied when they are used, and the product is forgotten after that.
     """
     elements = workspace_bytes // x.element_size()
-    attn = _with_adjacent_features(attn)
+    if attn.cos is not None and attn.sin is not None:  # copied once, not for each chunk
+        adjacent = rotary_kernel.with_adjacent_features
+        attn = attn._replace(cos=adjacent(attn.cos), sin=adjacent(attn.sin))
     if attn.x_norm is not None:
         low_rank = all(p.down is not None for p in (attn.q, attn.k, attn.v))
         if low_rank and not merging and not _fused(x, attn.k, attn.v):
@@ -371,12 +373,6 @@ def _latent(rows: Tensor, projection: Projection[Tensor], workspace: Workspace) 
         return rows
     latent = workspace.take(len(rows), proj.rank(projection))
     return affine_into(latent, rows, projection.down, projection.down_bias)
-
-
-def _with_adjacent_features(attn: Attention) -> Attention:
-    """The region with tables of the rotation as the kernel reads them, copied once and not for each chunk."""
-    cos, sin = (t if t is None or t.stride(2) == 1 else t.contiguous() for t in (attn.cos, attn.sin))
-    return attn._replace(cos=cos, sin=sin)
 
 
 def _rotate_(heads: Tensor, attn: Attention) -> Tensor:

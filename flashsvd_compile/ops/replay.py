@@ -113,10 +113,10 @@ class Step(NamedTuple):
     """A library operation, or a launch of one of our kernels.
 
     Attributes:
-        function: of the library's operands; or a launch's ``again``, of a tuple of a kernel's.
+        function: the library's, or a launch's ``again``.
         operands: those by position, then those by keyword; tensors are :class:`Reference`.
         keywords: the names of the latter.
-        launch: the launch; ``None`` for an operation.
+        by_address: a launch of a kernel that takes addresses in place of tensors.
         produced: strides of each fresh tensor that an operation returns.
         finished: bases that nothing needs after it.
     """
@@ -124,7 +124,7 @@ class Step(NamedTuple):
     function: Callable
     operands: tuple
     keywords: tuple[str, ...] = ()
-    launch: Launch | None = None
+    by_address: bool = False
     produced: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()
 
@@ -149,25 +149,21 @@ class Recording:
         """
         tensors: list[Any] = list(arguments)
         for step in self.steps:
-            by_address = step.launch is not None and step.launch.by_address
             operands = []
             for operand in step.operands:
                 if type(operand) is Reference:  # as Reference.of
                     base, layout, offset_bytes = operand
                     operand = tensors[base]
-                    if by_address:
+                    if step.by_address:
                         operand = operand.data_ptr() + offset_bytes
                     elif layout is not None:
                         shape, strides, offset = layout
                         operand = operand.as_strided(shape, strides, operand.storage_offset() + offset)
                 operands.append(operand)
-            result = tensor = None
-            if step.launch is not None:
-                step.function(tuple(operands))
-            else:
-                positional = len(operands) - len(step.keywords)
-                keywords = dict(zip(step.keywords, operands[positional:], strict=True))
-                result = step.function(*operands[:positional], **keywords)
+            positional = len(operands) - len(step.keywords)
+            keywords = dict(zip(step.keywords, operands[positional:], strict=True))
+            result = step.function(*operands[:positional], **keywords)
+            tensor = None
             if step.produced:
                 known = len(tensors)
                 for tensor in result if isinstance(result, tuple | list) else (result,):
@@ -245,7 +241,7 @@ class _Recorder(TorchDispatchMode):
         references = [self.reference(tensor) for tensor in tensors]
         if None in references:
             self.possible = False
-        self.steps.append(Step(launch.again, tuple(references), launch=launch))
+        self.steps.append(Step(launch.again, tuple(references), by_address=launch.by_address))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}

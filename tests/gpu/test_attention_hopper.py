@@ -2,20 +2,15 @@
 
 import pytest
 import torch
-import triton
 
 from flashsvd_compile.kernels import attention
-from flashsvd_compile.kernels.launch import Launch, listening
+from flashsvd_compile.kernels.attention_hopper import attention_hopper
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import random
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="written for the Gluon of Triton 3.6"),
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+from .hopper import NEEDS_HOPPER, one_launch
+
+pytestmark = NEEDS_HOPPER
 
 
 def reference(q, k, v, scale, causal):
@@ -35,8 +30,6 @@ def operands(q_len, kv_len, dim, *, items=2, heads=4, kv_heads=4, dtype=torch.bf
 
 def assert_right(causal, q, k, v):
     """Attend into the first items of a tensor of NaN, of which the rest must stay."""
-    from flashsvd_compile.kernels.attention_hopper import attention_hopper
-
     items, *shape = q.shape
     scale = q.shape[-1] ** -0.5
     poisoned = torch.full((items + 1 + 128 // shape[0], *shape), torch.nan, dtype=q.dtype, device="cuda")
@@ -80,8 +73,6 @@ def test_many_tiles_a_program(dim, causal, kv_heads):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_in_place(dim, causal, length):
-    from flashsvd_compile.kernels.attention_hopper import attention_hopper
-
     q, k, v = operands(length, length, dim, items=3, heads=8)
     arguments = q.clone(), k, v, dim**-0.5, causal
     attention_hopper(q, k, v, q, scale=dim**-0.5, causal=causal)
@@ -108,11 +99,9 @@ def test_large_scores(dim, causal):
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_nothing_spills(dim, causal):
-    launches: list[Launch] = []
-    with listening(lambda launch, tensors: launches.append(launch)):
+    with one_launch() as launches:
         assert_right(causal, *operands(256, 256, dim))
-    (launch,) = launches
-    assert launch.compiled.n_spills == 0
+    assert launches[0].compiled.n_spills == 0
 
 
 @pytest.mark.parametrize(("window", "taken"), [((-1, -1), True), ((-1, 0), True), ((64, 0), False)])
@@ -120,11 +109,9 @@ def test_nothing_spills(dim, causal):
 @pytest.mark.parametrize("dim", [64, 128])
 def test_taken_where_it_is_faster(dim, keys, window, taken):
     q, k, v = operands(300, keys, dim)
-    launches: list[Launch] = []
     how = {"key_padding": None, "bounds": None, "scale": dim**-0.5}
-    with listening(lambda launch, tensors: launches.append(launch)):
+    with one_launch() as launches:
         attention.attention(q, k, v, torch.empty_like(q), window_left=window[0], window_right=window[1], **how)
-    (launch,) = launches
-    assert (launch.kernel.__name__ == "attention_hopper_kernel") == (
+    assert (launches[0].kernel.__name__ == "attention_hopper_kernel") == (
         taken and dim == attention.SPECIALISED_DIM and keys == attention.SPECIALISED_KEYS
     )

@@ -2,22 +2,17 @@
 
 import pytest
 import torch
-import triton
 from torch.nn.functional import linear
 
-from flashsvd_compile.kernels.launch import Launch, listening
 from flashsvd_compile.kernels.mlp import SPECIALISED_RANKS, mlp_core
+from flashsvd_compile.kernels.mlp_hopper import mlp_core_hopper
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import random
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not triton.__version__.startswith("3.6"), reason="written for the Gluon of Triton 3.6"),
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs a Hopper GPU"
-    ),
-]
+from .hopper import NEEDS_HOPPER, one_launch
+
+pytestmark = NEEDS_HOPPER
 
 
 def reference(latent, up, bias, down, activation):
@@ -29,8 +24,6 @@ def reference(latent, up, bias, down, activation):
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (129, 3000), (1000, 1024)])
 @pytest.mark.parametrize(("activation", "bias"), [("gelu", True), ("silu", False)])
 def test_core(dtype, ranks, rows, width, activation, bias):
-    from flashsvd_compile.kernels.mlp_hopper import mlp_core_hopper
-
     rank_in, rank_out = ranks
     latent, up, down, vector = (
         random(*shape, dtype=dtype).cuda() for shape in ((rows, rank_in), (width, rank_in), (rank_out, width), (width,))
@@ -42,8 +35,6 @@ def test_core(dtype, ranks, rows, width, activation, bias):
 
 
 def test_partial_sums_add_up():
-    from flashsvd_compile.kernels.mlp_hopper import mlp_core_hopper
-
     latent, up, down = (random(*shape, dtype=torch.float16).cuda() for shape in ((200, 304), (1000, 304), (304, 1000)))
     parts = torch.full((3, 200, 304), torch.nan, dtype=torch.float16, device="cuda")
     mlp_core_hopper(latent, up, None, down, "relu", parts.view(600, 304), width_per_split=384)
@@ -57,10 +48,9 @@ def test_taken_where_it_is_faster(rank, rows):
     latent, up, down, bias = (
         random(*shape, dtype=torch.bfloat16).cuda() for shape in ((rows, rank), (1024, rank), (rank, 1024), (1024,))
     )
-    launches: list[Launch] = []
-    with listening(lambda launch, tensors: launches.append(launch)):
+    with one_launch() as launches:
         parts = mlp_core(latent, up, bias, down, "gelu")
-    assert [launch.kernel.__name__ == "mlp_hopper_kernel" for launch in launches] == [rank in SPECIALISED_RANKS]
+    assert (launches[0].kernel.__name__ == "mlp_hopper_kernel") == (rank in SPECIALISED_RANKS)
     assert_within_error_rule(parts.float().sum(0).bfloat16(), reference, (latent, up, bias, down, "gelu"))
 
 
@@ -71,8 +61,6 @@ def test_nothing_spills(activation, bias):
     latent, up, down, vector = (
         random(*shape, dtype=torch.bfloat16).cuda() for shape in ((128, 320), (1024, 320), (320, 1024), (1024,))
     )
-    launches: list[Launch] = []
-    with listening(lambda launch, tensors: launches.append(launch)):
+    with one_launch() as launches:
         mlp_core(latent, up, vector if bias else None, down, activation)
-    (launch,) = launches
-    assert launch.compiled.n_spills == 0
+    assert launches[0].compiled.n_spills == 0

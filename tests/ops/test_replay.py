@@ -138,15 +138,14 @@ class AddOne:
 
     by_address = True
 
-    def again(self, operands: tuple) -> None:
-        (address,) = operands
+    def again(self, address: int) -> None:
         numbers = (ctypes.c_float * 4).from_address(address)
         for i in range(4):
             numbers[i] += 1
 
 
 def add_one(tensor: Tensor) -> None:
-    AddOne().again((tensor.data_ptr(),))
+    AddOne().again(tensor.data_ptr())
     listener = launching._listener.get()
     if listener is not None:
         listener(AddOne(), [tensor])  # pyright: ignore[reportArgumentType]
