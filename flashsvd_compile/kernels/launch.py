@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache
 from inspect import getclosurevars
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
 Listener = Callable[["Launch", list[Tensor]], None]
-"""Called with a launch and its tensors."""
+"""Called with a launch and its tensors, each once."""
 
 REMEMBERED = 256
 """Sets of addresses that one launch keeps its arguments for: a few calls in each of the layers that share it."""
@@ -36,9 +36,9 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any
     compiled = kernel[grid](*arguments, **constants)
     listener = _listener.get()
     if listener is not None:
-        beneath = (a.base if _is_descriptor(a) else a for a in arguments)
-        tensors = [tensor for tensor in beneath if isinstance(tensor, Tensor)]
-        listener(Launch(kernel, compiled, grid, arguments, constants), tensors)
+        beneath = (_beneath(argument) for argument in arguments)
+        tensors = {id(tensor): tensor for tensor in beneath if isinstance(tensor, Tensor)}
+        listener(Launch(kernel, compiled, grid, arguments, constants), list(tensors.values()))
 
 
 @contextmanager
@@ -62,8 +62,8 @@ class Launch:
     Attributes:
         kernel, compiled: the kernel, and what Triton made of it; ``None`` under its interpreter.
         by_address: whether ``again`` takes addresses; Triton's interpreter needs the tensors.
-        again: launches for other tensors of the same shapes, strides, dtypes and alignment, in the same order: takes
-            their addresses, or themselves.
+        again: launches for other tensors of the same shapes, strides, dtypes and alignment, each given once and in the
+            same order: takes their addresses, or themselves.
     """
 
     def __init__(self, kernel: Any, compiled: Any, grid: tuple[int, int], arguments: tuple, constants: dict[str, Any]):
@@ -74,11 +74,9 @@ class Launch:
             rest = kernel.arg_names[len(arguments) :]
             arguments = (*arguments, *(constants[name] for name in rest))
             starter = _beneath_descriptors if _is_known(triton.__version__) else _as_published
-            self.again: Callable[..., None] = starter(
-                compiled, (*grid, 1), [_without_tensor(argument) for argument in arguments]
-            )
+            self.again: Callable[..., None] = starter(compiled, (*grid, 1), _without_tensors(arguments))
         else:
-            template = [_without_tensor(argument) for argument in arguments]
+            template = _without_tensors(arguments)
             self.again = lambda *operands: kernel[grid](*_filled(template, operands), **constants)
 
 
@@ -87,28 +85,38 @@ def _is_descriptor(argument: Any) -> bool:
     return hasattr(argument, "block_shape")
 
 
-class _Operand:
-    """Stands for a tensor among a launch's arguments."""
+def _beneath(argument: Any) -> Any:
+    """A descriptor's tensor; anything else itself."""
+    return argument.base if _is_descriptor(argument) else argument
 
 
-_OPERAND = _Operand()
+class _Operand(NamedTuple):
+    """Stands for a tensor among a launch's arguments: which of the tensors."""
+
+    place: int
 
 
-def _without_tensor(argument: Any) -> Any:
-    if _is_descriptor(argument):
-        return _at(argument, _OPERAND)
-    return _OPERAND if isinstance(argument, Tensor) else argument
+def _without_tensors(arguments: tuple) -> list:
+    """The arguments with an operand in the place of each tensor and beneath each descriptor."""
+    places: dict[int, _Operand] = {}
+    template = []
+    for argument in arguments:
+        tensor = _beneath(argument)
+        if isinstance(tensor, Tensor):
+            operand = places.setdefault(id(tensor), _Operand(len(places)))
+            argument = operand if argument is tensor else _at(argument, operand)
+        template.append(argument)
+    return template
 
 
 def _filled(template: list, operands: tuple) -> list:
-    """The arguments with operands where tensors were."""
-    rest = iter(operands)
+    """The arguments with tensors or addresses where operands stand for them."""
     filled = []
     for argument in template:
-        if argument is _OPERAND:
-            argument = next(rest)
+        if isinstance(argument, _Operand):
+            argument = operands[argument.place]
         elif _is_descriptor(argument):
-            argument = _at(argument, next(rest))
+            argument = _at(argument, operands[argument.base.place])
         filled.append(argument)
     return filled
 

@@ -41,42 +41,39 @@ def replayed(implementation: Implementation) -> Implementation:
         implementation: a function of tensors, numbers, strings and ``None``; it changes none of them, its result is a
             fresh tensor, and what it does depends on its tensors' metadata only.
     """
-    recordings: dict[tuple, Recording | None] = {}
+    recordings: dict[tuple, Recording] = {}
 
     @wraps(implementation)
     def call(*arguments: Any) -> Tensor:
         key = _key(arguments)
-        if key not in recordings:
+        recording = recordings.get(key)
+        if recording is None:
             if len(recordings) >= MAX_RECORDINGS:
                 del recordings[next(iter(recordings))]
             recordings[key] = Recording()
             return implementation(*arguments)
-        recording = recordings[key]
-        if recording is None:
+        if not recording.possible:
             return implementation(*arguments)
         if recording.result is not None:
             try:
                 return recording.replay(arguments)
             except OtherLayoutError:
                 recording.result, recording.steps = None, []
-        result = record(recording, implementation, arguments)
-        if recording.result is None:
-            recordings[key] = None
-        return result
+        return record(recording, implementation, arguments)
 
     return call
 
 
 def _key(arguments: tuple) -> tuple:
     """All that an implementation may look at, and which arguments are one and the same tensor."""
-    positions: dict[int, int] = {}
+    seen: dict[int, int] = {}
     parts: list[Any] = [torch.get_float32_matmul_precision(), tuner_at_work(), arguments[0].device]
-    for position, argument in enumerate(arguments):
+    for argument in arguments:
         if isinstance(argument, Tensor):
-            first = positions.setdefault(id(argument), position)
-            alignment = argument.data_ptr() % ALIGNMENT
-            argument = (first, argument.dtype, argument.shape, argument.stride(), alignment)
-        parts.append(argument)
+            which, alignment = seen.setdefault(id(argument), len(seen)), argument.data_ptr() % ALIGNMENT
+            parts += which, argument.dtype, argument.shape, argument.stride(), alignment
+        else:
+            parts.append(argument)
     return tuple(parts)
 
 
@@ -136,10 +133,12 @@ class Recording:
     Attributes:
         steps: in their order.
         result: the operator's result; ``None`` until there is a recording.
+        possible: whether there can be one, as far as is known.
     """
 
     steps: list[Step] = field(default_factory=list)
     result: Reference | None = None
+    possible: bool = True
 
     def replay(self, arguments: tuple) -> Tensor:
         """The operator's result for other tensors of the same metadata.
@@ -189,7 +188,7 @@ def reads_values() -> None:
 
 
 def record(recording: Recording, implementation: Implementation, arguments: tuple) -> Tensor:
-    """Call the implementation and fill the recording, whose ``result`` stays ``None`` where that is impossible."""
+    """Call the implementation and fill the recording where that is possible."""
     recorder = _Recorder(arguments)
     token = _recorder.set(recorder)
     try:
@@ -197,11 +196,12 @@ def record(recording: Recording, implementation: Implementation, arguments: tupl
             result = implementation(*arguments)
     finally:
         _recorder.reset(token)
-    if recorder.possible:
-        reference = recorder.reference(result)
-        if reference is not None and reference.base >= len(arguments):
-            recording.steps = _without_leftovers(recorder.steps, reference.base, len(arguments))
-            recording.result = reference
+    reference = recorder.reference(result) if recorder.possible else None
+    if reference is None or reference.base < len(arguments):
+        recording.possible = False
+    else:
+        recording.steps = _without_leftovers(recorder.steps, reference.base, len(arguments))
+        recording.result = reference
     return result
 
 

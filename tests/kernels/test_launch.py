@@ -1,0 +1,50 @@
+"""Launches made again for other tensors."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flashsvd_compile.kernels.launch import Launch, launch, listening
+
+
+class Descriptor:
+    """What a launch looks at in a tensor descriptor."""
+
+    def __init__(self, base: Tensor, block_shape: list[int]):
+        self.base, self.block_shape = base, block_shape
+
+
+class Call(NamedTuple):
+    grid: tuple[int, int]
+    arguments: tuple
+    constants: dict[str, Any]
+
+
+class Kernel:
+    """Writes down its launches; compiles to nothing, as under the interpreter."""
+
+    def __init__(self):
+        self.calls: list[Call] = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.calls.append(Call(grid, arguments, constants))
+
+
+def test_a_launch_is_made_again_for_other_tensors_each_given_once():
+    kernel, launches = Kernel(), []
+    x, y = torch.zeros(4, 4), torch.ones(4)
+    with listening(lambda launch, tensors: launches.append((launch, tensors))):
+        launch(kernel, (2, 1), Descriptor(x, [2, 2]), 7, y, Descriptor(x, [4, 4]), x, None, BLOCK=2)
+    (again, tensors), *others = launches
+    assert isinstance(again, Launch) and not again.by_address and not others
+    assert [id(tensor) for tensor in tensors] == [id(x), id(y)]
+
+    other_x, other_y = torch.ones(4, 4), torch.zeros(4)
+    again.again(other_x, other_y)
+    first, second = kernel.calls
+    assert (second.grid, second.constants) == (first.grid, first.constants) == ((2, 1), {"BLOCK": 2})
+    small, seven, vector, large, matrix, nothing = second.arguments
+    assert (small.base, small.block_shape, large.base, large.block_shape) == (other_x, [2, 2], other_x, [4, 4])
+    assert vector is other_y and matrix is other_x and (seven, nothing) == (7, None)
+    assert first.arguments[0].base is x, "what the first launch was given is untouched"
