@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..options import Strategy
-from . import attention_gpu, capped, norm
+from . import attention_folded, attention_gpu, capped, norm
 from . import projection as proj
 from .attention_region import Attention, full_mask, parse, rotate, rotate_
 from .backward import Chunked, differentiable, items_of_a_chunk
@@ -96,7 +96,15 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
     attn = attn.merged() if strategy == Strategy.MERGED else attn
     if scratch_as_a_whole(x, context, attn) <= workspace_bytes:
         return _as_a_whole(x, context, attn)
+    if attention_folded.supported(x, context, attn) and not _items_fit(x, context, attn, workspace_bytes):
+        return attention_folded.streamed(x, context, attn, workspace_bytes, core=cpu_core)
     return streamed(x, context, attn, workspace_bytes, core=cpu_core)
+
+
+def _items_fit(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> bool:
+    """Whether :func:`streamed` lifts all heads of an item at a time."""
+    chunk = chunking(attn, *x.shape[:2], context.shape[1], workspace_bytes // x.element_size())
+    return chunk.kv_heads == attn.num_kv_heads
 
 
 def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
