@@ -4,8 +4,8 @@
 
 One warp streams 64 columns of ``x`` with those of ``down``, then 64 rows of ``up`` at a time, through a ring in shared
 memory, from one tile to the next without a break. Two warpgroups consume them, and nothing makes them go in step: each
-keeps its rows' share of rank space in registers, where the second product reads it. Results leave through shared memory,
-as whole lines.
+keeps its rows of rank space in registers, where the second product reads them. Results leave through shared memory, as
+whole lines.
 
 What bounds it beside the matrix units are bytes, of shared memory and of the L2: so rank space is cut into products as
 wide as can be, and where there are rows enough a warpgroup takes 128 of them, which halves what is read of the weights.
@@ -34,12 +34,12 @@ from .target import target_of
 from .tiles import pieces
 
 _SIDE = 64
-"""Rows and columns of a tile of ``x`` or of a result, and depth of a step: 128 bytes, which the memory's swizzle spans."""
+"""Rows and columns of a tile of ``x`` or of a result: 128 bytes a row, which is what the memory's swizzle spans."""
 _UNIT = 16
 """The ring's unit is 16 rows of 64 numbers, the size of the smallest tile; larger ones are several of them."""
 _MAX_SPLITS = 4
-_WIDE = 192
-"""Columns of rank space up to which the registers of a warpgroup hold it for 128 rows."""
+_WIDE = {1: 192, 2: 160}
+"""Columns of rank space up to which the registers of a warpgroup hold it for 128 rows, by the number of maps."""
 SIDE = gl.constexpr(_SIDE)
 UNIT = gl.constexpr(_UNIT)
 
@@ -136,10 +136,7 @@ def _rows_of_x(ring, unit, HEIGHT: gl.constexpr, IN_REGISTERS: gl.constexpr):
     tiles = ()
     for h in gl.static_range(HEIGHT):
         tile = _view(ring, unit + h * (SIDE // UNIT), SIDE, SIDE)
-        if IN_REGISTERS:
-            tiles = tiles + (tile.load(operand),)
-        else:
-            tiles = tiles + (tile,)
+        tiles = tiles + ((tile.load(operand) if IN_REGISTERS else tile),)
     return tiles
 
 
@@ -240,7 +237,7 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
         down_bias = gl.where(which == 0, down_bias_a, down_bias_b)
         biased_rank = gl.where(which == 0, biased_rank_a, biased_rank_b)
         sums = ()
-        for h in gl.static_range(HEIGHT):
+        for _ in gl.static_range(HEIGHT):
             for p in gl.static_range(count):
                 sums = sums + (_initial(down_bias, biased_rank, starts[p], cut[p], HAS_DOWN_BIAS),)
 
@@ -391,12 +388,12 @@ def project_hopper(x: Tensor, *maps: Map, in_place: bool) -> None:
 
 
 def _height(rows: int, maps: int, width: int, processors: int) -> int:
-    """Tiles of 64 rows that a warpgroup takes at once: two where the chip is no longer busy for it."""
+    """Tiles of 64 rows that a warpgroup takes at once: two where the chip is not busy for longer then."""
 
     def rounds(height: int) -> int:
         return triton.cdiv(triton.cdiv(rows, 2 * height * _SIDE) * maps, processors) * height
 
-    return 2 if width <= _WIDE and rounds(2) <= rounds(1) else 1
+    return 2 if width <= _WIDE[maps] and rounds(2) <= rounds(1) else 1
 
 
 def _splits(most: int, widths: list[int]) -> int:
