@@ -38,7 +38,7 @@ _SIDE = 64
 _UNIT = 16
 """The ring's unit is 16 rows of 64 numbers, the size of the smallest tile; larger ones are several of them."""
 _MAX_SPLITS = 4
-_WIDE = {1: 192, 2: 160}
+_WIDE = {1: 192, 2: 144}
 """Columns of rank space up to which the registers of a warpgroup hold it for 128 rows, by the number of maps."""
 SIDE = gl.constexpr(_SIDE)
 UNIT = gl.constexpr(_UNIT)
