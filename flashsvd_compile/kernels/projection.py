@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .autotune import about, tuned
 from .launch import launch
-from .target import Target, precision_of, target_of
+from .target import Target, describable, precision_of, speaks_gluon, target_of
 from .tiles import MAX_RANK, PIECE, load_tile, pieces, store_tile, tile_views, with_aligned_rows
 
 
@@ -102,6 +102,16 @@ def _float32_candidates(target: Target, width: int) -> list[Tile]:
     if target.descriptors and width > 64:
         return [Tile(16, 16, 16, 8, 1)]
     return [Tile(32, 32, 32, 8, 1)]
+
+
+SPECIALISED_RANKS = range(1, 257)
+"""Of the kernel in Gluon: as many columns of rank space as fit in the registers of its threads."""
+
+
+def is_specialised(target: Target, x: Tensor, maps: tuple[Map, ...]) -> bool:
+    """Whether the kernel in Gluon takes these maps. It writes results through descriptors, too."""
+    known = speaks_gluon(target) and x.dtype.itemsize == 2
+    return known and max(m.down.shape[0] for m in maps) in SPECIALISED_RANKS and all(describable(m.out) for m in maps)
 
 
 @triton.jit
@@ -219,6 +229,11 @@ def project(x: Tensor, *maps: Map, tile: Tile | None = None) -> None:
         maps = tuple(m._replace(down=with_aligned_rows(m.down), up=with_aligned_rows(m.up)) for m in maps)
     elif x.stride(1) != 1:
         x = x.contiguous()
+    if tile is None and is_specialised(target, x, maps):
+        from .projection_hopper import project_hopper
+
+        project_hopper(x, *maps, in_place=in_place)
+        return
     _launch(target, x, maps, in_place, tile or _chosen_tile(target, x, maps, in_place))
 
 

@@ -1,0 +1,423 @@
+"""One or two low-rank projections of the same rows on Hopper, in Gluon: :mod:`.projection` with its warps specialised.
+
+    out_j = (x @ down_j.T + down_bias_j) @ up_j.T + up_bias_j        for j = 0 or 0, 1
+
+One warp streams 64 columns of ``x`` with those of ``down``, then 64 rows of ``up`` at a time, through a ring in shared
+memory, from one tile to the next without a break. Two warpgroups consume them, and nothing makes them go in step: each
+keeps its rows of rank space in registers, where the second product reads them. Results leave through shared memory, as
+whole lines.
+
+What bounds it beside the matrix units are bytes, of shared memory and of the L2: so rank space is cut into products as
+wide as can be, and where there are rows enough a warpgroup takes 128 of them, which halves what is read of the weights.
+"""
+
+# ruff: noqa: RUF005 - Gluon has no starred expressions
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+# Written for the Gluon of Triton 3.6.
+
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from .launch import launch
+from .projection import Map
+from .ring import SHARED_MEMORY, next_place, tiles_of
+from .target import target_of
+from .tiles import pieces
+
+_SIDE = 64
+"""Rows and columns of a tile of ``x`` or of a result: 128 bytes a row, which is what the memory's swizzle spans."""
+_UNIT = 16
+"""The ring's unit is 16 rows of 64 numbers, the size of the smallest tile; larger ones are several of them."""
+_MAX_SPLITS = 4
+_WIDE = {1: 192, 2: 144}
+"""Columns of rank space up to which the registers of a warpgroup hold it for 128 rows, by the number of maps."""
+SIDE = gl.constexpr(_SIDE)
+UNIT = gl.constexpr(_UNIT)
+
+
+@gluon.jit
+def _tile(index, splits, width_a, width_b, ROWS: gl.constexpr, MAPS: gl.constexpr):
+    """First row, map and columns of a tile; those of one block of rows come in a row and read it from the cache."""
+    which = index // splits % MAPS
+    width = gl.where(which == 0, width_a, width_b)
+    share = gl.cdiv(gl.cdiv(width, SIDE), splits) * SIDE
+    f_start = index % splits * share
+    return index // (MAPS * splits) * ROWS, which, f_start, gl.minimum(f_start + share, width)
+
+
+@gluon.jit
+def _view(ring, unit, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
+    """A tile that begins at a unit of the ring."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], ring.dtype)
+    return ring.index(unit)._reinterpret(ring.dtype, [ROWS, COLUMNS], layout)
+
+
+@gluon.jit
+def _load(a, b, which, row, column, barrier, tile, MAPS: gl.constexpr):
+    """Load a tile of the first map's matrix or of the second's."""
+    if MAPS == 1:
+        tma.async_copy_global_to_shared(a, [row, column], barrier, tile)
+    else:
+        if which == 0:
+            tma.async_copy_global_to_shared(a, [row, column], barrier, tile)
+        else:
+            tma.async_copy_global_to_shared(b, [row, column], barrier, tile)
+
+
+@gluon.jit
+def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, tiles, splits, depth, width_a, width_b,
+             R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
+             PLACES: gl.constexpr):  # fmt: skip
+    """Load all tiles of this program.
+
+    Programs start at different columns: in step they would all wait for the same lines of the cache.
+    """
+    cut: gl.constexpr = (R0, R1, R2)
+    starts: gl.constexpr = (0, R0, R0 + R1)
+    count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
+    behind_x: gl.constexpr = 2 * HEIGHT * SIDE // UNIT
+    units: gl.constexpr = behind_x + (R0 + R1 + R2) // UNIT
+    place = 0
+    parity = 0
+    steps = gl.cdiv(depth, SIDE)
+    for index in range(first, tiles, programs):
+        n, which, f_start, f_stop = _tile(index, splits, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
+        d = index % steps * SIDE
+        for _ in range(steps):
+            mbarrier.wait(empty.index(place), parity ^ 1)
+            barrier = full.index(place)
+            mbarrier.expect(barrier, units * UNIT * SIDE * 2)
+            for i in gl.static_range(2 * HEIGHT):
+                tile = _view(ring, place * units + i * (SIDE // UNIT), SIDE, SIDE)
+                tma.async_copy_global_to_shared(x, [n + i * SIDE, d], barrier, tile)
+            for p in gl.static_range(count):
+                tile = _view(ring, place * units + behind_x + starts[p] // UNIT, cut[p], SIDE)
+                _load(down_a[p], down_b[p], which, starts[p], d, barrier, tile, MAPS)
+            place, parity = next_place(place, parity, PLACES)
+            d = gl.where(d + SIDE < depth, d + SIDE, 0)
+        columns = gl.cdiv(f_stop - f_start, SIDE)
+        f = f_start + index % columns * SIDE
+        for _ in range(columns):
+            mbarrier.wait(empty.index(place), parity ^ 1)
+            barrier = full.index(place)
+            mbarrier.expect(barrier, (R0 + R1 + R2) * SIDE * 2)
+            for p in gl.static_range(count):
+                tile = _view(ring, place * units + behind_x + starts[p] // UNIT, SIDE, cut[p])
+                _load(up_a[p], up_b[p], which, f, starts[p], barrier, tile, MAPS)
+            place, parity = next_place(place, parity, PLACES)
+            f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
+
+
+@gluon.jit
+def _initial(bias, length, START: gl.constexpr, WIDTH: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """What 64 rows of a piece of rank space are added to."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    sums = gl.zeros([SIDE, WIDTH], gl.float32, layout=layout)
+    if HAS_BIAS:
+        r = START + gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
+        sums += gl.load(bias + r, mask=r < length, other=0.0).to(gl.float32)[None, :]
+    return sums
+
+
+@gluon.jit
+def _rows_of_x(ring, unit, HEIGHT: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """This warpgroup's tiles of ``x``, as the first operand of a product."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    tiles = ()
+    for h in gl.static_range(HEIGHT):
+        tile = _view(ring, unit + h * (SIDE // UNIT), SIDE, SIDE)
+        tiles = tiles + ((tile.load(operand) if IN_REGISTERS else tile),)
+    return tiles
+
+
+@gluon.jit
+def _to_rank_space(tiles, ring, unit, sums, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr,
+                   HEIGHT: gl.constexpr):  # fmt: skip
+    """Begin to add the products of tiles of ``x`` with the step's columns of ``down``."""
+    cut: gl.constexpr = (R0, R1, R2)
+    starts: gl.constexpr = (0, R0, R0 + R1)
+    count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
+    products = ()
+    for h in gl.static_range(HEIGHT):
+        for p in gl.static_range(count):
+            down = _view(ring, unit + starts[p] // UNIT, cut[p], SIDE).permute((1, 0))
+            products = products + (warpgroup_mma(tiles[h], down, sums[h * count + p], is_async=True),)
+    return products
+
+
+@gluon.jit
+def _out_of_rank_space(latents, h: gl.constexpr, ring, unit, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr):
+    """Begin to multiply 64 rows of rank space with the step's rows of ``up``."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
+    cut: gl.constexpr = (R0, R1, R2)
+    starts: gl.constexpr = (0, R0, R0 + R1)
+    count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
+    zeros = gl.zeros([SIDE, SIDE], gl.float32, layout=layout)
+    up = _view(ring, unit, SIDE, R0).permute((1, 0))
+    result = warpgroup_mma(latents[h * count], up, zeros, use_acc=False, is_async=True)
+    for p in gl.static_range(1, count):
+        up = _view(ring, unit + starts[p] // UNIT, SIDE, cut[p]).permute((1, 0))
+        result = warpgroup_mma(latents[h * count + p], up, result, is_async=True)
+    return result
+
+
+@gluon.jit
+def _bias_of(bias, start, length, HAS_BIAS: gl.constexpr):
+    """The addends of 64 columns of a result."""
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
+    columns = start + gl.arange(0, SIDE, layout=gl.SliceLayout(0, layout))
+    if HAS_BIAS:
+        return gl.load(bias + columns, mask=columns < length, other=0.0)
+    else:
+        return columns
+
+
+@gluon.jit
+def _rounded(result, addend, dtype: gl.constexpr, HAS_BIAS: gl.constexpr):
+    """A result with its bias, in the dtype of the matrices."""
+    if HAS_BIAS:
+        result += addend.to(gl.float32)[None, :]
+    return result.to(dtype)
+
+
+@gluon.jit
+def _store(result, out_a, out_b, which, row, column, staging, MAPS: gl.constexpr):
+    """Write a tile of a result, once the one before has left the staging memory; what is outside is clipped."""
+    tma.store_wait(0)
+    gl.thread_barrier()
+    staging.store(result)
+    fence_async_shared()
+    gl.thread_barrier()
+    if MAPS == 1:
+        tma.async_copy_shared_to_global(out_a, [row, column], staging)
+    else:
+        if which == 0:
+            tma.async_copy_shared_to_global(out_a, [row, column], staging)
+        else:
+            tma.async_copy_shared_to_global(out_b, [row, column], staging)
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty,
+             stagings, first, programs, tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
+             biased_width_b, width_b, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr,
+             MAPS: gl.constexpr, HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr,
+             PLACES: gl.constexpr):  # fmt: skip
+    """Project the ``INDEX``-th half of the rows of all tiles of this program.
+
+    The result may replace ``x``: a warpgroup writes its own rows only, all columns of which have arrived in the ring
+    before it ends the first product; what is loaded ahead meanwhile are rows of other tiles.
+    """
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
+    in_registers: gl.constexpr = HEIGHT == 1
+    cut: gl.constexpr = (R0, R1, R2)
+    starts: gl.constexpr = (0, R0, R0 + R1)
+    count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
+    behind_x: gl.constexpr = 2 * HEIGHT * SIDE // UNIT
+    own_x: gl.constexpr = INDEX * HEIGHT * SIDE // UNIT
+    units: gl.constexpr = behind_x + (R0 + R1 + R2) // UNIT
+    staging = stagings.index(INDEX)
+    steps = gl.cdiv(depth, SIDE)
+    place = 0
+    parity = 0
+    for index in range(first, tiles, programs):
+        n, which, f_start, f_stop = _tile(index, splits, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
+        n += INDEX * HEIGHT * SIDE
+        down_bias = gl.where(which == 0, down_bias_a, down_bias_b)
+        biased_rank = gl.where(which == 0, biased_rank_a, biased_rank_b)
+        sums = ()
+        for _ in gl.static_range(HEIGHT):
+            for p in gl.static_range(count):
+                sums = sums + (_initial(down_bias, biased_rank, starts[p], cut[p], HAS_DOWN_BIAS),)
+
+        mbarrier.wait(full.index(place), parity)
+        rows = _rows_of_x(ring, place * units + own_x, HEIGHT, in_registers)
+        for _ in range(steps - 1):
+            products = _to_rank_space(rows, ring, place * units + behind_x, sums, R0, R1, R2, HEIGHT)
+            after, after_parity = next_place(place, parity, PLACES)
+            mbarrier.wait(full.index(after), after_parity)
+            rows_after = _rows_of_x(ring, after * units + own_x, HEIGHT, in_registers)
+            if in_registers:
+                sums = warpgroup_mma_wait(0, deps=products + rows)[: HEIGHT * count]
+            else:
+                sums = warpgroup_mma_wait(0, deps=products)
+            gl.thread_barrier()  # all four warps are through with what they read
+            mbarrier.arrive(empty.index(place), count=1)
+            place, parity, rows = after, after_parity, rows_after
+        products = _to_rank_space(rows, ring, place * units + behind_x, sums, R0, R1, R2, HEIGHT)
+        if in_registers:
+            sums = warpgroup_mma_wait(0, deps=products + rows)[: HEIGHT * count]
+        else:
+            sums = warpgroup_mma_wait(0, deps=products)
+        gl.thread_barrier()
+        mbarrier.arrive(empty.index(place), count=1)
+        place, parity = next_place(place, parity, PLACES)
+
+        latents = ()
+        for i in gl.static_range(HEIGHT * count):
+            latents = latents + (gl.convert_layout(sums[i].to(ring.dtype), operand),)
+        up_bias = gl.where(which == 0, up_bias_a, up_bias_b)
+        biased_width = gl.where(which == 0, biased_width_a, biased_width_b)
+        steps_out = gl.cdiv(f_stop - f_start, SIDE)
+        f = f_start + index % steps_out * SIDE
+        mbarrier.wait(full.index(place), parity)
+        product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
+        for _ in range(steps_out - 1):
+            addend = _bias_of(up_bias, f, biased_width, HAS_UP_BIAS)
+            for h in gl.static_range(HEIGHT):
+                result = _rounded(warpgroup_mma_wait(0, deps=(product,)), addend, ring.dtype, HAS_UP_BIAS)
+                # The next product begins before this one's result is stored.
+                if h + 1 < HEIGHT:
+                    product = _out_of_rank_space(latents, h + 1, ring, place * units + behind_x, R0, R1, R2)
+                else:
+                    gl.thread_barrier()
+                    mbarrier.arrive(empty.index(place), count=1)
+                    place, parity = next_place(place, parity, PLACES)
+                    mbarrier.wait(full.index(place), parity)
+                    product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
+                _store(result, out_a, out_b, which, n + h * SIDE, f, staging, MAPS)
+            f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
+        addend = _bias_of(up_bias, f, biased_width, HAS_UP_BIAS)
+        for h in gl.static_range(HEIGHT):
+            if h + 1 < HEIGHT:
+                result = _rounded(warpgroup_mma_wait(0, deps=(product,)), addend, ring.dtype, HAS_UP_BIAS)
+                product = _out_of_rank_space(latents, h + 1, ring, place * units + behind_x, R0, R1, R2)
+            else:
+                last = warpgroup_mma_wait(0, deps=(product,) + latents)[0]
+                gl.thread_barrier()
+                mbarrier.arrive(empty.index(place), count=1)
+                place, parity = next_place(place, parity, PLACES)
+                result = _rounded(last, addend, ring.dtype, HAS_UP_BIAS)
+            _store(result, out_a, out_b, which, n + h * SIDE, f, staging, MAPS)
+    tma.store_wait(0)
+
+
+@gluon.jit
+def projection_hopper_kernel(
+    x,
+    down_a0, down_a1, down_a2, down_bias_a, up_a0, up_a1, up_a2, up_bias_a, out_a,
+    down_b0, down_b1, down_b2, down_bias_b, up_b0, up_b1, up_b2, up_bias_b, out_b,
+    tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b, biased_width_b, width_b,
+    R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
+    HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr, PLACES: gl.constexpr,
+):  # fmt: skip
+    """As :func:`~.projection.projection_kernel`, every ``num_programs``-th tile; both maps' ranks are cut alike.
+
+    A tile is ``128 * HEIGHT`` rows and one of ``splits`` shares of a map's columns. Biases end at ``biased_rank`` and
+    ``biased_width``, which are 0 where only the other map has one.
+    """
+    units: gl.constexpr = PLACES * (2 * HEIGHT * SIDE + R0 + R1 + R2) // UNIT
+    unit_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([UNIT, SIDE], x.dtype)
+    ring = gl.allocate_shared_memory(x.dtype, [units, UNIT, SIDE], unit_layout)
+    stagings = gl.allocate_shared_memory(out_a.dtype, [2, SIDE, SIDE], out_a.layout)
+    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(PLACES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    first = gl.program_id(0)
+    programs = gl.num_programs(0)
+    gl.warp_specialize(
+        [
+            (_consume, (0, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty, stagings,
+                        first, programs, tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
+                        biased_width_b, width_b, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS, PLACES)),
+            (_consume, (1, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty, stagings,
+                        first, programs, tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
+                        biased_width_b, width_b, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS, PLACES)),
+            (_produce, (x, (down_a0, down_a1, down_a2), (up_a0, up_a1, up_a2), (down_b0, down_b1, down_b2),
+                        (up_b0, up_b1, up_b2), ring, full, empty, first, programs, tiles, splits, depth, width_a,
+                        width_b, R0, R1, R2, HEIGHT, MAPS, PLACES)),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def project_hopper(x: Tensor, *maps: Map, in_place: bool) -> None:
+    """Fill each map's ``out`` with its projection of ``x[rows, in_features]``, half precision.
+
+    Matrices have contiguous rows of 16-byte aligned addresses. Ranks may be up to 256; of two maps the smaller one
+    costs as much as the larger.
+
+    Args:
+        x: ``[rows, in_features]``.
+        maps: one or two.
+        in_place: whether the one map's ``out`` is the memory of ``x``.
+    """
+    rows, depth = x.shape
+    processors = target_of(x.device).processors
+    cut = pieces(max(m.down.shape[0] for m in maps))
+    height = _height(rows, len(maps), sum(cut), processors)
+    block = 2 * height * _SIDE
+    blocks = triton.cdiv(rows, block)
+    splits = 1 if in_place else _splits(processors // (blocks * len(maps)), [m.up.shape[0] for m in maps])
+    tiles = blocks * len(maps) * splits
+    pair = maps[0], maps[-1]
+    place_bytes = 2 * _SIDE * (block + sum(cut))
+    staging_bytes = 2 * 2 * _SIDE * _SIDE
+    launch(
+        projection_hopper_kernel,
+        (min(tiles, processors), 1),
+        tiles_of(x, [_SIDE, _SIDE]),
+        *(argument for m in pair for argument in _operands(m, cut)),
+        tiles,
+        splits,
+        depth,
+        *(size for m in pair for size in _sizes(m)),
+        *cut,
+        HEIGHT=height,
+        MAPS=len(maps),
+        HAS_DOWN_BIAS=any(m.down_bias is not None for m in maps),
+        HAS_UP_BIAS=any(m.up_bias is not None for m in maps),
+        PLACES=min(8, (SHARED_MEMORY - staging_bytes) // place_bytes),
+        num_warps=4,
+        maxnreg=168,
+    )
+
+
+def _height(rows: int, maps: int, width: int, processors: int) -> int:
+    """Tiles of 64 rows that a warpgroup takes at once: two where the chip is not busy for longer then."""
+
+    def rounds(height: int) -> int:
+        return triton.cdiv(triton.cdiv(rows, 2 * height * _SIDE) * maps, processors) * height
+
+    return 2 if width <= _WIDE[maps] and rounds(2) <= rounds(1) else 1
+
+
+def _splits(most: int, widths: list[int]) -> int:
+    """Shares of the columns that occupy the chip, none of them empty."""
+
+    def filled(splits: int) -> bool:
+        counts = [triton.cdiv(width, _SIDE) for width in widths]
+        return all((splits - 1) * triton.cdiv(count, splits) < count for count in counts)
+
+    return max(filter(filled, range(1, max(1, min(_MAX_SPLITS, most)) + 1)))
+
+
+def _operands(m: Map, cut: tuple[int, int, int]) -> list:
+    """The kernel's arguments for one map's tensors; the factors themselves stand for absent pieces of them."""
+    return [
+        *(tiles_of(m.down, [piece, _SIDE]) if piece else m.down for piece in cut),
+        m.down if m.down_bias is None else m.down_bias.contiguous(),
+        *(tiles_of(m.up, [_SIDE, piece]) if piece else m.up for piece in cut),
+        m.up if m.up_bias is None else m.up_bias.contiguous(),
+        tiles_of(m.out, [_SIDE, _SIDE]),
+    ]
+
+
+def _sizes(m: Map) -> tuple[int, int, int]:
+    """Where a map's biases end, and how many columns it has."""
+    (width, rank) = m.up.shape
+    return 0 if m.down_bias is None else rank, 0 if m.up_bias is None else width, width
