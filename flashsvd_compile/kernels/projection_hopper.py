@@ -37,7 +37,6 @@ _SIDE = 64
 """Rows and columns of a tile of ``x`` or of a result: 128 bytes a row, which is what the memory's swizzle spans."""
 _UNIT = 16
 """The ring's unit is 16 rows of 64 numbers, the size of the smallest tile; larger ones are several of them."""
-_MAX_SPLITS = 4
 _WIDE = {1: 192, 2: 144}
 """Columns of rank space up to which the registers of a warpgroup hold it for 128 rows, by the number of maps."""
 SIDE = gl.constexpr(_SIDE)
@@ -45,13 +44,10 @@ UNIT = gl.constexpr(_UNIT)
 
 
 @gluon.jit
-def _tile(index, splits, width_a, width_b, ROWS: gl.constexpr, MAPS: gl.constexpr):
-    """First row, map and columns of a tile; those of one block of rows come in a row and read it from the cache."""
-    which = index // splits % MAPS
-    width = gl.where(which == 0, width_a, width_b)
-    share = gl.cdiv(gl.cdiv(width, SIDE), splits) * SIDE
-    f_start = index % splits * share
-    return index // (MAPS * splits) * ROWS, which, f_start, gl.minimum(f_start + share, width)
+def _tile(index, width_a, width_b, ROWS: gl.constexpr, MAPS: gl.constexpr):
+    """First row, map and its width of a tile; the maps of one block of rows come in a row and share it in the cache."""
+    which = index % MAPS
+    return index // MAPS * ROWS, which, gl.where(which == 0, width_a, width_b)
 
 
 @gluon.jit
@@ -74,7 +70,7 @@ def _load(a, b, which, row, column, barrier, tile, MAPS: gl.constexpr):
 
 
 @gluon.jit
-def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, tiles, splits, depth, width_a, width_b,
+def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, tiles, depth, width_a, width_b,
              R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
              PLACES: gl.constexpr):  # fmt: skip
     """Load all tiles of this program.
@@ -90,7 +86,7 @@ def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, 
     parity = 0
     steps = gl.cdiv(depth, SIDE)
     for index in range(first, tiles, programs):
-        n, which, f_start, f_stop = _tile(index, splits, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
+        n, which, width = _tile(index, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
         d = index % steps * SIDE
         for _ in range(steps):
             mbarrier.wait(empty.index(place), parity ^ 1)
@@ -104,8 +100,8 @@ def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, 
                 _load(down_a[p], down_b[p], which, starts[p], d, barrier, tile, MAPS)
             place, parity = next_place(place, parity, PLACES)
             d = gl.where(d + SIDE < depth, d + SIDE, 0)
-        columns = gl.cdiv(f_stop - f_start, SIDE)
-        f = f_start + index % columns * SIDE
+        columns = gl.cdiv(width, SIDE)
+        f = index % columns * SIDE
         for _ in range(columns):
             mbarrier.wait(empty.index(place), parity ^ 1)
             barrier = full.index(place)
@@ -114,7 +110,7 @@ def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, 
                 tile = _view(ring, place * units + behind_x + starts[p] // UNIT, SIDE, cut[p])
                 _load(up_a[p], up_b[p], which, f, starts[p], barrier, tile, MAPS)
             place, parity = next_place(place, parity, PLACES)
-            f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
+            f = gl.where(f + SIDE < width, f + SIDE, 0)
 
 
 @gluon.jit
@@ -209,7 +205,7 @@ def _store(result, out_a, out_b, which, row, column, staging, MAPS: gl.constexpr
 
 @gluon.jit
 def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty,
-             stagings, first, programs, tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
+             stagings, first, programs, tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
              biased_width_b, width_b, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr,
              MAPS: gl.constexpr, HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr,
              PLACES: gl.constexpr):  # fmt: skip
@@ -232,7 +228,7 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
     place = 0
     parity = 0
     for index in range(first, tiles, programs):
-        n, which, f_start, f_stop = _tile(index, splits, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
+        n, which, width = _tile(index, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
         n += INDEX * HEIGHT * SIDE
         down_bias = gl.where(which == 0, down_bias_a, down_bias_b)
         biased_rank = gl.where(which == 0, biased_rank_a, biased_rank_b)
@@ -269,8 +265,8 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
             latents = latents + (gl.convert_layout(sums[i].to(ring.dtype), operand),)
         up_bias = gl.where(which == 0, up_bias_a, up_bias_b)
         biased_width = gl.where(which == 0, biased_width_a, biased_width_b)
-        steps_out = gl.cdiv(f_stop - f_start, SIDE)
-        f = f_start + index % steps_out * SIDE
+        steps_out = gl.cdiv(width, SIDE)
+        f = index % steps_out * SIDE
         mbarrier.wait(full.index(place), parity)
         product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
         for _ in range(steps_out - 1):
@@ -287,7 +283,7 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
                     mbarrier.wait(full.index(place), parity)
                     product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
                 _store(result, out_a, out_b, which, n + h * SIDE, f, staging, MAPS)
-            f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
+            f = gl.where(f + SIDE < width, f + SIDE, 0)
         addend = _bias_of(up_bias, f, biased_width, HAS_UP_BIAS)
         for h in gl.static_range(HEIGHT):
             if h + 1 < HEIGHT:
@@ -308,13 +304,13 @@ def projection_hopper_kernel(
     x,
     down_a0, down_a1, down_a2, down_bias_a, up_a0, up_a1, up_a2, up_bias_a, out_a,
     down_b0, down_b1, down_b2, down_bias_b, up_b0, up_b1, up_b2, up_bias_b, out_b,
-    tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b, biased_width_b, width_b,
+    tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b, biased_width_b, width_b,
     R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
     HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """As :func:`~.projection.projection_kernel`, every ``num_programs``-th tile; both maps' ranks are cut alike.
 
-    A tile is ``128 * HEIGHT`` rows and one of ``splits`` shares of a map's columns. Biases end at ``biased_rank`` and
+    A tile is ``128 * HEIGHT`` rows of a map's result. Biases end at ``biased_rank`` and
     ``biased_width``, which are 0 where only the other map has one.
     """
     units: gl.constexpr = PLACES * (2 * HEIGHT * SIDE + R0 + R1 + R2) // UNIT
@@ -331,13 +327,13 @@ def projection_hopper_kernel(
     gl.warp_specialize(
         [
             (_consume, (0, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty, stagings,
-                        first, programs, tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
+                        first, programs, tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
                         biased_width_b, width_b, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS, PLACES)),
             (_consume, (1, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty, stagings,
-                        first, programs, tiles, splits, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
+                        first, programs, tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
                         biased_width_b, width_b, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS, PLACES)),
             (_produce, (x, (down_a0, down_a1, down_a2), (up_a0, up_a1, up_a2), (down_b0, down_b1, down_b2),
-                        (up_b0, up_b1, up_b2), ring, full, empty, first, programs, tiles, splits, depth, width_a,
+                        (up_b0, up_b1, up_b2), ring, full, empty, first, programs, tiles, depth, width_a,
                         width_b, R0, R1, R2, HEIGHT, MAPS, PLACES)),
         ],
         [4, 1],
@@ -345,7 +341,7 @@ def projection_hopper_kernel(
     )  # fmt: skip
 
 
-def project_hopper(x: Tensor, *maps: Map, in_place: bool) -> None:
+def project_hopper(x: Tensor, *maps: Map) -> None:
     """Fill each map's ``out`` with its projection of ``x[rows, in_features]``, half precision.
 
     Matrices have contiguous rows of 16-byte aligned addresses. Ranks may be up to 256; of two maps the smaller one
@@ -353,17 +349,14 @@ def project_hopper(x: Tensor, *maps: Map, in_place: bool) -> None:
 
     Args:
         x: ``[rows, in_features]``.
-        maps: one or two.
-        in_place: whether the one map's ``out`` is the memory of ``x``.
+        maps: one or two; the ``out`` of one alone may be the memory of ``x``.
     """
     rows, depth = x.shape
     processors = target_of(x.device).processors
     cut = pieces(max(m.down.shape[0] for m in maps))
     height = _height(rows, len(maps), sum(cut), processors)
     block = 2 * height * _SIDE
-    blocks = triton.cdiv(rows, block)
-    splits = 1 if in_place else _splits(processors // (blocks * len(maps)), [m.up.shape[0] for m in maps])
-    tiles = blocks * len(maps) * splits
+    tiles = triton.cdiv(rows, block) * len(maps)
     pair = maps[0], maps[-1]
     place_bytes = 2 * _SIDE * (block + sum(cut))
     staging_bytes = 2 * 2 * _SIDE * _SIDE
@@ -373,7 +366,6 @@ def project_hopper(x: Tensor, *maps: Map, in_place: bool) -> None:
         tiles_of(x, [_SIDE, _SIDE]),
         *(argument for m in pair for argument in _operands(m, cut)),
         tiles,
-        splits,
         depth,
         *(size for m in pair for size in _sizes(m)),
         *cut,
@@ -394,16 +386,6 @@ def _height(rows: int, maps: int, width: int, processors: int) -> int:
         return triton.cdiv(triton.cdiv(rows, 2 * height * _SIDE) * maps, processors) * height
 
     return 2 if width <= _WIDE[maps] and rounds(2) <= rounds(1) else 1
-
-
-def _splits(most: int, widths: list[int]) -> int:
-    """Shares of the columns that occupy the chip, none of them empty."""
-
-    def filled(splits: int) -> bool:
-        counts = [triton.cdiv(width, _SIDE) for width in widths]
-        return all((splits - 1) * triton.cdiv(count, splits) < count for count in counts)
-
-    return max(filter(filled, range(1, max(1, min(_MAX_SPLITS, most)) + 1)))
 
 
 def _operands(m: Map, cut: tuple[int, int, int]) -> list:

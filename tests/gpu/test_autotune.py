@@ -11,7 +11,6 @@ import flashsvd_compile as fsvd
 from flashsvd_compile import ops
 from flashsvd_compile.kernels import attention, mlp, projection, short_attention
 from flashsvd_compile.kernels.autotune import Clock, Tuner, tuning
-from flashsvd_compile.kernels.target import speaks_gluon, target_of
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.mlp import reference as mlp_reference
 from tests.kernels.clocks import Unused
@@ -43,11 +42,6 @@ class CannotTime(Clock):
         raise AssertionError("timed")
 
 
-def is_in_gluon(rank: int) -> bool:
-    """Whether projections of this rank have a kernel here that is not tuned."""
-    return speaks_gluon(target_of(torch.device("cuda"))) and rank in projection.SPECIALISED_RANKS
-
-
 def operator_of(name: str) -> tuple[Any, Any, tuple, set[str]]:
     """Operator, reference, arguments and kernels."""
     how: dict[str, Any] = {"features": 768, "num_heads": 12, "head_dim": 64, "ranks": (96,) * 4}
@@ -64,8 +58,6 @@ def operator_of(name: str) -> tuple[Any, Any, tuple, set[str]]:
         padding = torch.arange(512)[None] < torch.tensor([512, 300, 512, 77])[:, None]
         given = attention_arguments(4, 512, key_padding=padding, **how)
         kernels = {"projection", "attention"}
-    if is_in_gluon(96):
-        kernels.discard("projection")
     arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in given)
     operator, reference = (ops.mlp, mlp_reference) if "mlp_core" in kernels else (ops.attention, attention_reference)
     return operator, reference, arguments, kernels
@@ -107,8 +99,7 @@ def test_tuned_once_and_right(name, tmp_path):
 
 def test_a_replacement_of_the_input_is_tuned_in_memory_of_its_own(tmp_path):
     x = torch.randn(8192, 768, device="cuda", dtype=torch.bfloat16)
-    rank = 304 if is_in_gluon(96) else 96
-    down, up = (torch.randn(s, device="cuda", dtype=x.dtype) / s[1] ** 0.5 for s in ((rank, 768), (768, rank)))
+    down, up = (torch.randn(shape, device="cuda", dtype=x.dtype) / shape[1] ** 0.5 for shape in ((96, 768), (768, 96)))
     expected = torch.empty_like(x)
     projection.project(x, projection.Map(down, None, up, None, expected))
     clock = Counting()

@@ -45,7 +45,7 @@ def assert_right(x: Tensor, *projections: proj.Projection) -> None:
         wide.append(torch.full((len(x) + 300, columns), torch.nan, dtype=x.dtype, device="cuda"))
     outs = [w[: len(x), BORDER : BORDER + proj.out_features(p)] for p, w in zip(projections, wide, strict=True)]
     maps = [as_map(p, out) for p, out in zip(projections, outs, strict=True)]
-    project_hopper(x, *maps, in_place=False)
+    project_hopper(x, *maps)
     for p, out, around in zip(projections, outs, wide, strict=True):
         assert_within_error_rule(out.contiguous(), reference, (x, *p))
         out.fill_(torch.nan)
@@ -71,7 +71,7 @@ def test_pieces_of_a_rank(rank, rows):
     assert_right(rows_of(rows, 256), factors_of(256, 320, rank))
 
 
-@pytest.mark.parametrize("width", [64, 8, 100, 520, 776, 1001])
+@pytest.mark.parametrize("width", [64, 8, 104, 520, 776, 1000])
 @pytest.mark.parametrize("depth", [64, 8, 100, 520, 776])
 @pytest.mark.parametrize(("rows", "ranks"), [(130, (96,)), (300, (192, 40)), (17000, (192,)), (16000, (100, 128))])
 def test_widths_and_depths(rows, ranks, width, depth):
@@ -95,7 +95,7 @@ def test_in_place(rank, rows):
         x = wide[:rows, BORDER:-BORDER]
         given = rows_of(rows, features)
         x.copy_(given)
-        project(x, as_map(p, x))
+        project_hopper(x, as_map(p, x))
         assert_within_error_rule(x.contiguous(), reference, (given, *p))
         x.fill_(torch.nan)
         assert wide.isnan().all()
@@ -110,40 +110,51 @@ def test_columns_of_a_wider_matrix(rows):
     assert_right(x, factors_of(520, 768, 192), factors_of(520, 768, 192))
 
 
-@pytest.mark.parametrize(("rows", "maps", "width", "height", "splits"), [
-    (1, 1, 768, 1, 4), (1, 1, 64, 1, 1), (3584, 1, 768, 1, 4), (3584, 1, 320, 1, 3), (8192, 1, 768, 1, 2),
-    (4096, 2, 768, 1, 2), (16384, 1, 768, 1, 1), (32768, 1, 768, 2, 1), (34000, 1, 768, 1, 1), (8192, 2, 768, 1, 1),
-    (16384, 2, 768, 2, 1),
+@pytest.mark.parametrize(("rows", "maps", "height"), [
+    (3584, 1, 1), (16384, 1, 1), (32768, 1, 2), (34000, 1, 1), (8192, 2, 1), (16384, 2, 2),
 ])  # fmt: skip
-def test_shares_of_the_work(rows, maps, width, height, splits, monkeypatch):
-    """Long blocks where they end at the same time, shares of the columns where there are few rows."""
+def test_long_blocks_where_they_end_at_the_same_time(rows, maps, height, monkeypatch):
     seen = {}
 
     def recorded(kernel, grid, *arguments, **constants):
-        seen.update(zip(kernel.arg_names, arguments, strict=False), **constants)
+        seen.update(constants)
         launch(kernel, grid, *arguments, **constants)
 
     monkeypatch.setattr(projection_hopper, "launch", recorded)
     monkeypatch.setattr(projection_hopper, "target_of", lambda device: KNOWN["sm_90"])
-    assert_right(rows_of(rows, 256), *(factors_of(256, width, 128) for _ in range(maps)))
-    assert (seen["HEIGHT"], seen["splits"]) == (height, splits)
+    assert_right(rows_of(rows, 256), *(factors_of(256, 768, 128) for _ in range(maps)))
+    assert seen["HEIGHT"] == height
+
+
+def launched(x: Tensor, *maps: Map) -> str:
+    """The kernel that takes the maps."""
+    with one_launch() as launches:
+        project(x, *maps)
+    return launches[0].kernel.__name__
 
 
 @pytest.mark.parametrize("rank", [SPECIALISED_RANKS.start, 48, 192, SPECIALISED_RANKS.stop - 1, 304])
-@pytest.mark.parametrize("stride", [784, 771])
-def test_taken_where_it_can_write(rank, stride):
-    x, p = rows_of(3000, 768), factors_of(768, 768, rank)
-    out = torch.full((3000, stride), torch.nan, dtype=x.dtype, device="cuda")[:, :768]
-    with one_launch() as launches:
-        project(x, as_map(p, out))
-    taken = launches[0].kernel.__name__ == "projection_hopper_kernel"
-    assert taken == (stride % 8 == 0 and rank in SPECIALISED_RANKS)
+@pytest.mark.parametrize(("width", "stride"), [(768, 784), (768, 771), (764, 784)])
+def test_taken_where_it_can_write(rank, width, stride):
+    x, p = rows_of(16384, 768), factors_of(768, width, rank)
+    around = torch.full((len(x), stride), torch.nan, dtype=x.dtype, device="cuda")
+    out = around[:, :width]
+    taken = launched(x, as_map(p, out)) == "projection_hopper_kernel"
+    assert taken == (width % 8 == 0 and stride % 8 == 0 and rank in SPECIALISED_RANKS)
     assert_within_error_rule(out.contiguous(), reference, (x, *p))
+    assert around[:, width:].isnan().all()
+
+
+@pytest.mark.parametrize(("rows", "maps"), [(4096, 1), (4096, 2), (8192, 1), (8192, 2), (16384, 1)])
+def test_taken_where_it_occupies_the_chip(rows, maps):
+    x, factors = rows_of(rows, 768), [factors_of(768, 768, 192) for _ in range(maps)]
+    taken = launched(x, *(as_map(p, torch.empty_like(x)) for p in factors)) == "projection_hopper_kernel"
+    assert taken == (rows * maps >= 16384)
 
 
 @pytest.mark.parametrize("maps", [1, 2])
 def test_launched_again_for_other_tensors(maps):
-    first, second = ([rows_of(5000, 768), *(rows_of(5000, 768) for _ in range(maps))] for _ in range(2))
+    first, second = ([rows_of(20000, 768), *(rows_of(20000, 768) for _ in range(maps))] for _ in range(2))
     projections = [factors_of(768, 768, 192) for _ in range(maps)]
     recorded = []
     with listening(lambda launch, tensors: recorded.append((launch, tensors))):
