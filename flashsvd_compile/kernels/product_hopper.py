@@ -110,9 +110,10 @@ def _consume(INDEX: gl.constexpr, bias, out, ring_x, ring_weight, stagings, adde
         mbarrier.wait(full.index(place), parity)
         weight_tile = ring_weight.index(place).permute((1, 0))
         sums = warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, no_sums, use_acc=False, is_async=True)
+        gl.thread_barrier()  # or the assembler moves the wait before the products
+        tma.store_wait(0)  # the tile before has left
+        gl.thread_barrier()
         if GATED:
-            tma.store_wait(0)  # the tile before has left
-            gl.thread_barrier()
             barrier = arrived.index(INDEX)
             mbarrier.expect(barrier, PIECES * out.block_type.nbytes)
             for i in gl.static_range(PIECES):
@@ -141,22 +142,24 @@ def _consume(INDEX: gl.constexpr, bias, out, ring_x, ring_weight, stagings, adde
         left, right = _halves(sums)
         pieces = _halves(left) + _halves(right)
         for i in gl.static_range(PIECES):
-            result = pieces[i]
-            staging = stagings.index(INDEX * STAGED + i % STAGED)
-            if HAS_BIAS:
-                here = addend_memory.slice(i * SIDE, SIDE).load(gl.SliceLayout(0, narrow))
-                result += here.to(gl.float32)[None, :]
-            if ACTIVATION is not None:
-                result = activate(result, ACTIVATION, True, True)
-            if GATED:
-                result *= staging.load(narrow).to(gl.float32)
-            else:
-                tma.store_wait(STAGED - 1)
+            # Without a branch the assembler activates all pieces before it stores one, and has no registers for that.
+            if column + i * SIDE < columns:
+                result = pieces[i]
+                staging = stagings.index(INDEX * STAGED + i % STAGED)
+                if HAS_BIAS:
+                    here = addend_memory.slice(i * SIDE, SIDE).load(gl.SliceLayout(0, narrow))
+                    result += here.to(gl.float32)[None, :]
+                if ACTIVATION is not None:
+                    result = activate(result, ACTIVATION, True, True)
+                if GATED:
+                    result *= staging.load(narrow).to(gl.float32)
+                elif i >= STAGED:
+                    tma.store_wait(STAGED - 1)
+                    gl.thread_barrier()
+                staging.store(result.to(dtype))
+                fence_async_shared()
                 gl.thread_barrier()
-            staging.store(result.to(dtype))
-            fence_async_shared()
-            gl.thread_barrier()
-            tma.async_copy_shared_to_global(out, [row, column + i * SIDE], staging)
+                tma.async_copy_shared_to_global(out, [row, column + i * SIDE], staging)
     tma.store_wait(0)
 
 
