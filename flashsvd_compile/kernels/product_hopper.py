@@ -3,9 +3,9 @@
     out = act(x @ weight.T + bias)        or        out = act(x @ weight.T + bias) * out
 
 One warp streams tiles of both operands through a ring in shared memory, from one tile of the result to the next without
-a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each keeps a step's
-products under way while it releases the step before, so that the matrix units have work across steps. Bias, activation
-and gate are applied to the float32 sums, which are rounded once.
+a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each has a step's
+products under way while it releases the step before, so that the matrix units never wait between steps. Bias,
+activation and gate are applied to the float32 sums, which are rounded once.
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
