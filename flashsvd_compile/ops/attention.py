@@ -103,7 +103,7 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 
 def _items_fit(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> bool:
     """Whether :func:`streamed` lifts all heads of an item at a time."""
-    chunk = chunking(attn, *x.shape[:2], context.shape[1], workspace_bytes // x.element_size())
+    chunk = chunking(attn, x.shape[0], x.shape[1], context.shape[1], workspace_bytes // x.element_size())
     return chunk.kv_heads == attn.num_kv_heads
 
 

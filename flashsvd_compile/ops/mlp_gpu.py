@@ -5,7 +5,11 @@ through ranges of the hidden layer, whose contributions are summed in float32. R
 library's tiles leave few processors idle.
 
 The library multiplies slowly where a rank is no multiple of 8: 4096 rows take five times as long at rank 1493 as at
-1496. There a range of a factor at a time is copied, padded with zeros, used and overwritten by the next.
+1496; and a third longer than need be where rows begin at half sectors of memory. There a range of a factor at a time is
+copied, padded with zeros, used and overwritten by the next.
+
+Where a kernel activates what it multiplies, a gate is multiplied last and over the hidden layer, which leaves room for
+a longer range.
 """
 
 from itertools import accumulate
@@ -16,7 +20,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels.padding import padded_copy
-from ..kernels.target import target_of
+from ..kernels.product import SECTOR, activated_product, activates, reads_fast
+from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
 from .activation import activate_, gate_
@@ -27,38 +32,26 @@ from .workspace import affine_into, rows_that_fit
 
 LEAST_ROWS = 128
 """With fewer rows copying factors costs more than multiplying them slowly."""
-ALIGNED = 8
-"""Elements of half precision in 16 bytes."""
-SECTOR = 16
-"""Elements of half precision in 32 bytes, which memory hands out together."""
 
 
 def padded(rank: int) -> int:
     """The next rank that is multiplied fast."""
-    return -(-rank // ALIGNED) * ALIGNED
+    return -(-rank // SECTOR) * SECTOR
 
 
 def supported(x: Tensor, mlp: Mlp) -> bool:
     """Half precision, low-rank members, rows enough, and a result that has room for the rank space of its rows."""
     features = proj.out_features(mlp.out)
     low_rank = all(projection.down is not None for projection in (*mlp.into_hidden, mlp.out))
-    if not low_rank or x.element_size() != 2 or x.numel() < LEAST_ROWS * x.shape[-1] or features % ALIGNED:
+    if not low_rank or x.element_size() != 2 or x.numel() < LEAST_ROWS * x.shape[-1] or features % SECTOR:
         return False
     return _columns_in_result(mlp)[-1].stop <= features
 
 
 def _columns_in_result(mlp: Mlp) -> list[slice]:
-    """Where in the result's columns the padded rank spaces of hidden layer and gate wait for their turn.
-
-    At whole sectors where there is room: half a sector off, a product reads them a third slower.
-    """
+    """Where in the result's columns the padded rank spaces of hidden layer and gate wait for their turn."""
     ranks = [padded(proj.rank(projection)) for projection in mlp.into_hidden]
-    for alignment in (SECTOR, ALIGNED):
-        starts = list(accumulate((-(-rank // alignment) * alignment for rank in ranks), initial=0))
-        columns = [slice(start, start + rank) for start, rank in zip(starts, ranks, strict=False)]
-        if columns[-1].stop <= proj.out_features(mlp.out):
-            break
-    return columns
+    return [slice(stop - rank, stop) for rank, stop in zip(ranks, accumulate(ranks), strict=True)]
 
 
 class Tile(NamedTuple):
@@ -68,6 +61,7 @@ class Tile(NamedTuple):
         beside: columns of the second tensor of these rows: the hidden layer beside its gate, the rank space of ``out``.
         copied: elements of a range of a factor where it is copied.
         summed: columns of the float32 sums, if there are several ranges.
+        activated: whether products are activated as they are computed.
     """
 
     rows: int
@@ -75,6 +69,7 @@ class Tile(NamedTuple):
     beside: int
     copied: int
     summed: int
+    activated: bool
 
     @property
     def elements(self) -> int:
@@ -91,19 +86,37 @@ float32 sum, the time between two products. The last is the share of the time th
 """
 
 
-def tile_of(mlp: Mlp, rows: int, elements: int, processors: int) -> Tile:
+def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
     """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
+    if _may_be_activated(mlp):
+        tile = _tile_of(mlp, rows, elements, target.processors, activated=True)
+        if activates(target, tile.rows, tile.columns):
+            return tile
+    return _tile_of(mlp, rows, elements, target.processors, activated=False)
+
+
+def _may_be_activated(mlp: Mlp) -> bool:
+    """Whether the kernel that activates products can read the factors, or their copies, and write the hidden layer."""
+    read = all(proj.rank(p) % SECTOR or reads_fast(p.up) for p in mlp.into_hidden)
+    return read and mlp.width % 8 == 0
+
+
+def _tile_of(mlp: Mlp, rows: int, elements: int, processors: int, activated: bool) -> Tile:
     rank, ranks = padded(proj.rank(mlp.out)), [padded(proj.rank(projection)) for projection in mlp.into_hidden]
-    odd = any(proj.rank(projection) % ALIGNED for projection in (*mlp.into_hidden, mlp.out))
+    odd = any(proj.rank(projection) % SECTOR for projection in (*mlp.into_hidden, mlp.out))
 
     def tile(ranges: int) -> Tile:
         columns = -(-mlp.width // (ranges * 128)) * 128
         one = Tile(
             rows=1,
             columns=columns,
-            beside=max(rank, columns if len(ranks) > 1 else 0),
+            beside=max(
+                columns if len(ranks) > 1 and not activated else 0,
+                0 if ranges > 1 and columns >= rank else rank,  # sums are rounded to where the last range was
+            ),
             copied=columns * max(rank, *ranks) if odd else 0,
             summed=rank if ranges > 1 else 0,
+            activated=activated,
         )
         per_row = one.elements - one.copied
         chunk = rows_that_fit(max(0, elements - one.copied - 128 * per_row), per_row, rows)
@@ -146,8 +159,7 @@ def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, x_norm:
     per_row = 0 if x_norm is None else x.shape[-1]
     for rows in _ranges(rows_in.shape[0], rows_that_fit(elements, per_row, rows_in.shape[0])):
         _into_rank_space([latent[rows] for latent in latents], norm.of_rows(rows_in[rows], x_norm), mlp.into_hidden)
-    processors = target_of(x.device).processors
-    tile = tile_of(mlp, rows_in.shape[0], elements, processors)
+    tile = tile_of(mlp, rows_in.shape[0], elements, target_of(x.device))
     chunks = _Chunks(mlp, activation, tile, like=x)
     for rows in _ranges(rows_in.shape[0], tile.rows):
         chunks.finish(rows_out[rows], [latent[rows] for latent in latents])
@@ -174,6 +186,7 @@ class _Chunks:
 
     def __init__(self, mlp: Mlp, activation: str, tile: Tile, like: Tensor):
         self._mlp, self._activation, self._columns = mlp, activation, tile.columns
+        self._activated_at_once = tile.activated
         self._rank = padded(proj.rank(mlp.out))
         self._bias = _padded_bias(mlp.out.down_bias, self._rank)
         self._hidden = like.new_empty(tile.rows * tile.columns)
@@ -183,7 +196,7 @@ class _Chunks:
 
     def finish(self, out: Tensor, latents: list[Tensor]) -> None:
         """``out[rows, features]``; its memory may be where the latents are."""
-        width, odd = out.shape[1], proj.rank(self._mlp.out) % ALIGNED
+        width, odd = out.shape[1], proj.rank(self._mlp.out) % SECTOR
         latent = self._rank_space_of_out(latents)
         for features in _ranges(width, self._columns if odd else width):
             self._lift(out[:, features], latent, self._mlp.out, features)
@@ -191,7 +204,8 @@ class _Chunks:
     def _rank_space_of_out(self, latents: list[Tensor]) -> Tensor:
         rows, down = latents[0].shape[0], self._mlp.out.down
         assert down is not None
-        sums, total = self._sums[:rows], _view(self._beside, rows, self._rank)
+        sums, beside = self._sums[:rows], self._beside.numel() >= rows * self._rank
+        total = _view(self._beside if beside else self._hidden, rows, self._rank)
         for features in _ranges(self._mlp.width, self._columns):
             hidden = self._activated(latents, features)
             factor = self._padded(down[:, features], self._rank, hidden.shape[1])
@@ -203,22 +217,28 @@ class _Chunks:
     def _activated(self, latents: list[Tensor], features: slice) -> Tensor:
         """``[rows, features]``: some of the hidden layer."""
         rows, columns = latents[0].shape[0], features.stop - features.start
-        into = self._mlp.into_hidden
-        memories = [self._hidden] if len(into) == 1 else [self._beside, self._hidden]
-        lifted = [
-            self._lift(_view(memory, rows, columns), latent, projection, features)
-            for memory, latent, projection in zip(memories, latents, into, strict=True)
-        ]
-        if len(lifted) == 1:
-            return activate_(self._activation, lifted[0])
-        hidden, gate = lifted
-        return gate_(self._activation, gate, hidden)
+        into, hidden = self._mlp.into_hidden, _view(self._hidden, rows, columns)
+        if self._activated_at_once:
+            gated = len(into) > 1
+            if gated:
+                self._lift(hidden, latents[0], into[0], features)
+            return activated_product(*self._lifting(latents[-1], into[-1], features), self._activation, hidden, gated)
+        if len(into) == 1:
+            return activate_(self._activation, self._lift(hidden, latents[0], into[0], features))
+        beside = self._lift(_view(self._beside, rows, columns), latents[0], into[0], features)
+        return gate_(self._activation, self._lift(hidden, latents[1], into[1], features), beside)
 
     def _lift(self, out: Tensor, latent: Tensor, projection: Projection[Tensor], features: slice) -> Tensor:
         """Some features out of rank space."""
+        return affine_into(out, *self._lifting(latent, projection, features))
+
+    def _lifting(
+        self, latent: Tensor, projection: Projection[Tensor], features: slice
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is multiplied for some features, and their bias; a factor that is copied is there until the next."""
         bias = None if projection.up_bias is None else projection.up_bias[features]
         factor = projection.up[features]
-        return affine_into(out, latent, self._padded(factor, factor.shape[0], latent.shape[1]), bias)
+        return latent, self._padded(factor, factor.shape[0], latent.shape[1]), bias
 
     def _padded(self, factor: Tensor, rows: int, columns: int) -> Tensor:
         """``[rows, columns]``: the factor itself, or a copy with zeros behind its rows or columns."""

@@ -53,14 +53,21 @@ def linear_merged(shape: LinearShape, device: Device) -> sympy.Expr:
 
 def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
     """Products and one elementwise pass over the hidden layer, an operation each."""
-    operations = 1 + _operations(shape)
-    work = _mlp_products(shape, device, _projection) + _activation_pass(shape, device)
-    return work + operations * device.launch_seconds
+    return _mlp_as_a_whole(shape, device) + _activation_pass(shape, device)
 
 
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The same in chunks."""
-    return mlp_kept(shape, device) + _further_chunks(shape, device, workspace_bytes)
+    """The same in chunks; where products are activated as they are computed, a gate still reads the hidden layer."""
+    low_rank = all(rank is not None for rank in shape.ranks.values())
+    at_once = device.activates_products and low_rank and shape.itemsize == 2
+    activation = _pass(shape, device, len(shape.into_hidden) - 1) if at_once else _activation_pass(shape, device)
+    return _mlp_as_a_whole(shape, device) + activation + _further_chunks(shape, device, workspace_bytes)
+
+
+def _mlp_as_a_whole(shape: MlpShape, device: Device) -> sympy.Expr:
+    """Products, and that operations are launched."""
+    operations = 1 + _operations(shape)
+    return _mlp_products(shape, device, _projection) + operations * device.launch_seconds
 
 
 def mlp_merged(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -153,7 +160,11 @@ def _mlp_products(shape: MlpShape, device: Device, projection) -> sympy.Expr:
 
 def _activation_pass(shape: MlpShape, device: Device) -> sympy.Expr:
     """Reads the hidden layer, and the gate if there is one, and writes their activation."""
-    tensors = 1 + len(shape.into_hidden)
+    return _pass(shape, device, 1 + len(shape.into_hidden))
+
+
+def _pass(shape: MlpShape, device: Device, tensors: int) -> sympy.Expr:
+    """Over tensors of the size of the hidden layer."""
     return shape.itemsize * tensors * shape.rows * shape.features["hidden"] / device.bandwidth
 
 

@@ -5,10 +5,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from flashsvd_compile import ops
+from flashsvd_compile.kernels.launch import listening
 from flashsvd_compile.kernels.product_hopper import product_hopper
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
+from flashsvd_compile.ops.mlp import reference as mlp_reference
 from tests.ops.accuracy import assert_within_error_rule
-from tests.ops.regions import random
+from tests.ops.regions import mlp_arguments, random
 
 from .hopper import NEEDS_HOPPER, one_launch
 
@@ -89,6 +92,22 @@ def test_what_lies_beside_is_neither_read_nor_written(columns, gated):
     assert_within_error_rule(out.contiguous(), reference, (x, weight, bias, "gelu", hidden))
     out.fill_(torch.nan)
     assert around.isnan().all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("ranks", [(512, 256, 384), (501, 260, 397)])
+@pytest.mark.parametrize(("rows", "taken"), [(6000, True), (300, False)])
+@pytest.mark.parametrize("workspace_bytes", [40 << 20, 24 << 20])
+def test_streamed_mlp(gated, ranks, rows, taken, workspace_bytes):
+    """Taken where its tiles occupy the chip, also for ranks whose factors are copied."""
+    shape = {"width": 2816, "out_features": 1024, "gated": gated, "activation": "silu", "strategy": "streamed"}
+    given = mlp_arguments(1, rows, 1024, ranks=ranks, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape)
+    arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in given)
+    kernels = []
+    with listening(lambda launch, tensors: kernels.append(launch.kernel.__name__)):
+        result = ops.mlp(*arguments)
+    assert ("product_hopper_kernel" in kernels) == taken
+    assert_within_error_rule(result, mlp_reference, arguments)
 
 
 @pytest.mark.parametrize("gated", [False, True])

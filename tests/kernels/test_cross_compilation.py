@@ -18,6 +18,7 @@ from flashsvd_compile.kernels import (
     mlp,
     padding,
     partial_sums,
+    product,
     projection,
     rotary,
     short_attention,
@@ -96,6 +97,12 @@ def rotate(dtype: torch.dtype, interleaved: bool) -> None:
     rotary.rotate_(torch.empty(2, 512, 4, 64, dtype=dtype), cos, sin, interleaved)
 
 
+def activate_products(gated: bool) -> None:
+    if product.activates(gating.target_of(DEVICE), 4096, 4096):
+        operands = matrix(4096, 1024), matrix(4096, 1024), torch.empty(4096, dtype=HALF)
+        product.activated_product(*operands, "silu", matrix(4096, 4096), gated)
+
+
 def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     """Names and calls; each compiles what the chip at hand has a configuration for."""
     for rank in RANKS:
@@ -130,6 +137,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         "partial sums",
         lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),
     )
+    for gated in (False, True):  # on sm_90 in Gluon, under Triton 3.6
+        yield f"activated product gated={gated}", lambda gated=gated: activate_products(gated)
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)
     yield "interleaved rotation float32", lambda: rotate(SINGLE, True)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.ops import mlp_gpu
+from flashsvd_compile.ops.activation import activation_of
 from flashsvd_compile.ops.mlp_region import Mlp
 from flashsvd_compile.ops.projection import group
 
@@ -25,9 +26,9 @@ def mlp_of(arguments: tuple) -> Mlp:
     return Mlp(hidden, gate, out)
 
 
-@pytest.fixture
-def on_cpu(monkeypatch):
-    """What a CPU lacks: a product of half precision with a float32 result, and a chip to cut tiles for."""
+@pytest.fixture(params=[False, True], ids=["activated apart", "activated at once"])
+def on_cpu(request, monkeypatch):
+    """What a CPU lacks: a product of half precision with a float32 result, kernels, and a chip to cut tiles for."""
 
     def add_product(total: Tensor, x: Tensor, weight: Tensor, first: bool) -> None:
         product = x.float() @ weight.t().float()
@@ -37,6 +38,12 @@ def on_cpu(monkeypatch):
         padding = [size for dim in (1, 0) for size in (0, out.shape[dim] - source.shape[dim])]
         return out.copy_(torch.nn.functional.pad(source, padding))
 
+    def activated_product(x, weight, bias, activation, out: Tensor, gated: bool) -> Tensor:
+        product = activation_of(activation)(torch.nn.functional.linear(x, weight, bias))
+        return out.copy_(product * out if gated else product)
+
+    monkeypatch.setattr(mlp_gpu, "activates", lambda *size: request.param)
+    monkeypatch.setattr(mlp_gpu, "activated_product", activated_product)
     monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
     monkeypatch.setattr(mlp_gpu, "padded_copy", padded_copy)
     monkeypatch.setattr(mlp_gpu, "target_of", lambda device: KNOWN["sm_90"]._replace(processors=4))
@@ -47,7 +54,7 @@ def on_cpu(monkeypatch):
 @pytest.mark.parametrize("workspace_bytes", [1 << 14, 1 << 18, 1 << 24])
 @pytest.mark.parametrize("down_bias", [False, True])
 def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
-    shape: dict[str, Any] = {"width": 600, "out_features": 136, "gated": gated, "down_bias": down_bias}
+    shape: dict[str, Any] = {"width": 600, "out_features": 144, "gated": gated, "down_bias": down_bias}
     arguments = mlp_arguments(2, 301, 96, ranks=ranks, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape)
     x, mlp = arguments[0], mlp_of(arguments)
     assert mlp_gpu.supported(x, mlp)
@@ -59,7 +66,7 @@ def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
 @pytest.mark.parametrize("mebibytes", [48, 64, 128])
 def test_tile_stays_within_the_workspace(rank, rows, mebibytes):
     arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
-    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, processors=132)
+    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, KNOWN["sm_90"])
     assert tile.elements <= mebibytes * 2**19
     assert 0 < tile.rows <= rows
     assert 0 < tile.columns <= 11008 + 128
@@ -71,5 +78,5 @@ def test_tile_stays_within_the_workspace(rank, rows, mebibytes):
 def test_small_tile_stays_within_the_workspace(rank, rows, mebibytes):
     """Where the fastest tile of all would need more."""
     arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
-    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, processors=132)
+    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, KNOWN["sm_90"])
     assert tile.elements <= mebibytes * 2**19

@@ -1,0 +1,40 @@
+"""Products with their activation in one launch, where there is a kernel for that: :mod:`.product_hopper`."""
+
+import triton
+from torch import Tensor
+
+from .target import Target, describable, speaks_gluon
+
+SECTOR = 16
+"""Elements of half precision in 32 bytes, which memory hands out together. Rows that begin half a sector off take a
+third longer (H100)."""
+LEAST_SHARE = 0.75
+"""Of the processors that the kernel's tiles must occupy: the library has smaller ones for less."""
+
+
+def activates(target: Target, rows: int, columns: int) -> bool:
+    """Whether the kernel runs on the chip, and a result of half precision this large occupies it."""
+    tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 256)
+    return speaks_gluon(target) and columns % 8 == 0 and tiles >= LEAST_SHARE * target.processors
+
+
+def reads_fast(matrix: Tensor) -> bool:
+    """Whether each row of an operand begins at a whole sector, or at a fixed distance from one."""
+    return describable(matrix) and matrix.stride(0) % SECTOR == 0
+
+
+def activated_product(
+    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor, gated: bool = False
+) -> Tensor:
+    """Fill and return ``out[rows, columns]``: ``act(x @ weight.T + bias)``, if ``gated`` times what it holds before.
+
+    Args:
+        x, weight: ``[rows, depth]`` and ``[columns, depth]``, half precision, what :func:`reads_fast`.
+        bias: ``[columns]`` or ``None``.
+        activation: a name of ``ops.activation.ACTIVATIONS``.
+        out: rows 16-byte aligned, of a multiple of 8 columns.
+    """
+    from .product_hopper import product_hopper
+
+    product_hopper(x, weight, bias, activation, out, gated)
+    return out
