@@ -96,15 +96,17 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
     attn = attn.merged() if strategy == Strategy.MERGED else attn
     if scratch_as_a_whole(x, context, attn) <= workspace_bytes:
         return _as_a_whole(x, context, attn)
-    if attention_folded.supported(x, context, attn) and not _items_fit(x, context, attn, workspace_bytes):
+    if attention_folded.supported(x, context, attn) and _is_smaller_folded(x, attn, workspace_bytes):
         return attention_folded.streamed(x, context, attn, workspace_bytes, core=cpu_core)
     return streamed(x, context, attn, workspace_bytes, core=cpu_core)
 
 
-def _items_fit(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int) -> bool:
-    """Whether :func:`streamed` lifts all heads of an item at a time."""
-    chunk = chunking(attn, x.shape[0], x.shape[1], context.shape[1], workspace_bytes // x.element_size())
-    return chunk.kv_heads == attn.num_kv_heads
+def _is_smaller_folded(x: Tensor, attn: Attention, workspace_bytes: int) -> bool:
+    """Whether :func:`streamed`, which has an item's rank space in the workspace, needs more than that allows."""
+    (batch, length, _), elements = x.shape, workspace_bytes // x.element_size()
+    passing = passing_elements(1, length, attn.num_heads, attn.value_dim, is_causal(attn))
+    needed = chunking(attn, batch, length, length, elements).elements
+    return needed + passing > elements and attention_folded.needed(attn, length, elements) < needed
 
 
 def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:

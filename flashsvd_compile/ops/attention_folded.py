@@ -47,7 +47,7 @@ def _one_item(out: Tensor, x: Tensor, context: Tensor, attn: Attention, elements
     *latents, sums = _columns(out, [proj.rank(p) for p in (attn.q, attn.k, attn.v, attn.out)])
     _into_rank_space(latents, x, context, attn, elements)
     kv_heads = _heads_that_fit(attn, len(x), elements)
-    workspace = Workspace(max(kv_heads * _elements_of_a_head(attn, len(x)), sums.numel()), like=x, aligned=3)
+    workspace = Workspace(needed(attn, len(x), elements), like=x, aligned=3)
     for first in range(0, attn.num_kv_heads, kv_heads):
         workspace.reset()
         of_keys = slice(first, min(first + kv_heads, attn.num_kv_heads))
@@ -61,6 +61,13 @@ def _one_item(out: Tensor, x: Tensor, context: Tensor, attn: Attention, elements
     workspace.reset()
     total = workspace.take(*sums.shape).copy_(sums)  # out of the way of the result
     affine_into(out, total, attn.out.up, attn.out.up_bias)
+
+
+def needed(attn: Attention, length: int, elements: int) -> int:
+    """Elements that :func:`streamed` takes where it may have so many: one head of keys and values at least."""
+    assert attn.out is not None
+    heads = _heads_that_fit(attn, length, elements) * _elements_of_a_head(attn, length)
+    return max(heads, length * proj.rank(attn.out))
 
 
 def _elements_of_a_head(attn: Attention, length: int) -> int:

@@ -21,7 +21,8 @@ class Device:
         full_rate_rank: largest rank whose keys and values come in chunks as fast as whole; ``None``: any.
         activation_seconds: what an element of the hidden layer costs the fused kernel beside its products, by the
             largest rank up to which it does: steps get shorter, or kernels change.
-        activates_products: whether a streamed MLP of half precision has its products activated as they are computed.
+        specialised: whether there are kernels for it in Gluon: a streamed MLP of half precision has its products
+            activated as they are computed, large chunks of keys are lifted faster.
         full_rows: rows that occupy the device; a fused MLP of fewer splits its hidden layer.
     """
 
@@ -36,7 +37,7 @@ class Device:
     full_rate_rank: int | None = None
     activation_seconds: tuple[tuple[int, float], ...] = ()
     full_rows: int = 0
-    activates_products: bool = False
+    specialised: bool = False
 
     def head_size(self, features: int) -> int:
         """Features that attention computes for a head: on a GPU tiles are powers of two, of at least 16."""
@@ -54,12 +55,12 @@ _DEVICES = {
         flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
         least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256, full_rate_rank=192,
         activation_seconds=((256, 0.43e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
-        activates_products=True,
+        specialised=True,
     ),
 }  # fmt: skip
 
 
-_DEVICES["H100"] = replace(_DEVICES["H200"], bandwidth=3.75e12)
+_DEVICES["H100"] = replace(_DEVICES["H200"], flops={4: 50e12, 2: 830e12}, bandwidth=3.75e12)
 _ANY_GPU = _DEVICES["H200"]
 
 

@@ -18,6 +18,12 @@ ATTENTION_SHARE = 0.6
 MASKED_ATTENTION = 1.55
 """Factor on the time of a GPU library's attention where a mask becomes a bias (H100, 512 to 32768 keys)."""
 
+ACTIVATED_ELEMENT = 1e-12
+"""Seconds that an element takes at least where a product is activated as it is computed (H100, rank 96)."""
+LARGE_BLOCKS = 0.8
+"""Factor on the projections' time where rows occupy the chip by blocks of 128 (H100, rank 192)."""
+LARGE_SHARE = 0.75
+"""Of the processors that such blocks occupy at least."""
 CHUNKED_PROJECTIONS = 1.12
 """Factor on the projections' time where they come in chunks and their rank is high (H100, 256 to 384)."""
 FULL_CHUNK = 4096 * 1536
@@ -59,9 +65,18 @@ def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The same in chunks; where products are activated as they are computed, a gate still reads the hidden layer."""
     low_rank = all(rank is not None for rank in shape.ranks.values())
-    at_once = device.activates_products and low_rank and shape.itemsize == 2
-    activation = _pass(shape, device, len(shape.into_hidden) - 1) if at_once else _activation_pass(shape, device)
+    if device.specialised and low_rank and shape.itemsize == 2:
+        activation = _pass(shape, device, len(shape.into_hidden) - 1) + _shallow_activation(shape, device)
+    else:
+        activation = _activation_pass(shape, device)
     return _mlp_as_a_whole(shape, device) + activation + _further_chunks(shape, device, workspace_bytes)
+
+
+def _shallow_activation(shape: MlpShape, device: Device) -> sympy.Expr:
+    """What activating an element takes beyond the product that it is part of, whose depth is the rank."""
+    role = shape.into_hidden[-1]
+    product = _product(shape, device, shape.rows, shape.latent(role), shape.features[role])
+    return memory.largest(0, ACTIVATED_ELEMENT * shape.rows * shape.features[role] - product)
 
 
 def _mlp_as_a_whole(shape: MlpShape, device: Device) -> sympy.Expr:
@@ -102,7 +117,17 @@ def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: s
     limit = device.full_rate_rank
     chunked = limit is not None and max(map(shape.latent, shape.ranks)) > limit
     projections = _attention_projections(shape, device, _projection) * (CHUNKED_PROJECTIONS if chunked else 1)
+    if device.specialised and not chunked and memory.lifts_on_chip(shape, device):
+        projections *= _by_blocks(shape, device, workspace_bytes)
     return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
+
+
+def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """Factor on the projections' time: a chunk's rows are lifted at once, in large blocks or small ones."""
+    row = shape.itemsize * (shape.features["k"] + shape.features["v"])
+    rows = memory.largest(shape.kv_len, memory.attention_chunks(shape, device, workspace_bytes).bytes / row)
+    large = memory.down(memory.smallest(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
+    return 1 - (1 - LARGE_BLOCKS) * large
 
 
 def attention_merged(
