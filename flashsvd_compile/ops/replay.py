@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.autotune import tuner_at_work
 from ..kernels.launch import Launch, listening
+from .stack import call_with_room
 
 MAX_RECORDINGS = 1024
 """Combinations of shapes that one operator remembers; the oldest goes first."""
@@ -51,9 +52,9 @@ def replayed(implementation: Implementation) -> Implementation:
             if len(recordings) >= MAX_RECORDINGS:
                 del recordings[next(iter(recordings))]
             recordings[key] = Recording()
-            return implementation(*arguments)
+            return call_with_room(implementation, arguments)
         if not recording.possible:
-            return implementation(*arguments)
+            return call_with_room(implementation, arguments)
         if recording.result is not None:
             try:
                 return recording.replay(arguments)
