@@ -1,7 +1,7 @@
 """Room on CPython's stack for what an operator calls.
 
-CPython keeps its frames in mapped chunks of 16 KiB. Where a loop's calls cross the end of one, each call maps, faults in
-and unmaps one, and unmapping interrupts the other cores.
+CPython keeps its frames in mapped chunks of 16 KiB. Where a loop's calls cross the end of one, each call maps, faults
+in and unmaps one, and unmapping interrupts the other cores.
 """
 
 from collections.abc import Callable
