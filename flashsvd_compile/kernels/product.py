@@ -3,19 +3,17 @@
 import triton
 from torch import Tensor
 
-from .target import Target, describable, speaks_gluon
+from .target import Target, describable, occupies, speaks_gluon
 
 SECTOR = 16
 """Elements of half precision in 32 bytes, which memory hands out together. Rows that begin half a sector off take a
 third longer (H100)."""
-LEAST_SHARE = 0.75
-"""Of the processors that the kernel's tiles must occupy: the library has smaller ones for less."""
 
 
 def activates(target: Target, rows: int, columns: int) -> bool:
     """Whether the kernel runs on the chip, and a result of half precision this large occupies it."""
     tiles = triton.cdiv(rows, 128) * triton.cdiv(columns, 256)
-    return speaks_gluon(target) and columns % 8 == 0 and tiles >= LEAST_SHARE * target.processors
+    return speaks_gluon(target) and columns % 8 == 0 and occupies(target, tiles)
 
 
 def reads_fast(matrix: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .autotune import about, tuned
 from .launch import launch
-from .target import Target, describable, precision_of, speaks_gluon, target_of
+from .target import Target, describable, occupies, precision_of, speaks_gluon, target_of
 from .tiles import MAX_RANK, PIECE, load_tile, pieces, store_tile, tile_views, with_aligned_rows
 
 
@@ -106,19 +106,18 @@ def _float32_candidates(target: Target, width: int) -> list[Tile]:
 
 SPECIALISED_RANKS = range(1, 257)
 """Of the kernel in Gluon: as many columns of rank space as fit in the registers of its threads."""
-SPECIALISED_SHARE = 0.75
-"""Of the processors that its blocks of 128 rows must occupy: it takes 16.6 us for two maps of 4096 rows where the short
-blocks of this one take 14.7, 21.5 for two of 8192 where this one takes 29.4 (H100)."""
 
 
 def is_specialised(target: Target, x: Tensor, maps: tuple[Map, ...]) -> bool:
     """Whether the kernel in Gluon takes these maps.
 
+    Its blocks of 128 rows must occupy the chip: it takes 16.6 us for two maps of 4096 rows where the short blocks of
+    this one take 14.7, 21.5 for two of 8192 where this one takes 29.4 (H100).
     It writes results through descriptors, too, in pieces of 16 bytes: one across the last column would reach beyond.
     """
     if not speaks_gluon(target) or x.dtype.itemsize != 2 or max(m.down.shape[0] for m in maps) not in SPECIALISED_RANKS:
         return False
-    busy = triton.cdiv(len(x), 128) * len(maps) >= SPECIALISED_SHARE * target.processors
+    busy = occupies(target, triton.cdiv(len(x), 128) * len(maps))
     return busy and all(describable(m.out) and m.out.shape[1] % 8 == 0 for m in maps)
 
 

@@ -72,6 +72,15 @@ def describable(matrix: Tensor) -> bool:
     return matrix.stride(1) == 1 and aligned
 
 
+LEAST_SHARE = 0.75
+"""Of the processors that a persistent kernel's tiles must occupy: other kernels and the library have smaller ones."""
+
+
+def occupies(target: Target, tiles: int) -> bool:
+    """Whether so many tiles, one a processor, keep the chip busy."""
+    return tiles >= LEAST_SHARE * target.processors
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 is rounded to tf32 only where the user allows it."""
     return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"

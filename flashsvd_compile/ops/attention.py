@@ -23,7 +23,7 @@ from .projection import Projection
 from .registry import register
 from .residual import plus_residual
 from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
-from .workspace import Workspace, affine_into, project_rows, rows_that_fit
+from .workspace import Workspace, affine_into, lift_heads, project_rows, rows_that_fit
 
 ROLES = ("q", "k", "v", "out")
 SCHEMA = (
@@ -102,7 +102,7 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 
 
 def _is_smaller_folded(x: Tensor, attn: Attention, workspace_bytes: int) -> bool:
-    """Whether :func:`streamed`, which has an item's rank space in the workspace, needs more than that allows."""
+    """Whether :func:`streamed`, with an item's rank space, exceeds the workspace and the folded form needs less."""
     (batch, length, _), elements = x.shape, workspace_bytes // x.element_size()
     passing = passing_elements(1, length, attn.num_heads, attn.value_dim, is_causal(attn))
     needed = chunking(attn, batch, length, length, elements).elements
@@ -228,10 +228,10 @@ def _attend(
         count = min(chunk.kv_heads, attn.num_kv_heads - first)
         heads = slice(first * attn.group, (first + count) * attn.group)
         q = rotate_(queries[:, :, heads], attn)
-        k = _lift(latent_k, attn.k, first, count, attn.head_dim, workspace)
+        k = lift_heads(latent_k, attn.k, first, count, attn.head_dim, workspace)
         k_norm = None if attn.k_norm is None else attn.k_norm.of_heads(slice(first, first + count))
         k = rotate_(norm.apply_(k, k_norm, chunk.norm_scratch, known), attn)
-        v = _lift(latent_v, attn.v, first, count, attn.value_dim, workspace)
+        v = lift_heads(latent_v, attn.v, first, count, attn.value_dim, workspace)
         core(outputs[:, :, heads], q, k, v, attn.of_heads(heads))
 
 
@@ -258,17 +258,6 @@ def _latent(source: Tensor, projection: Projection[Tensor], workspace: Workspace
     latent = workspace.take(source.shape[0], source.shape[1], proj.rank(projection))
     affine_into(_rows(latent), _rows(source), projection.down, projection.down_bias)
     return latent
-
-
-def _lift(
-    latent: Tensor, projection: Projection[Tensor], first: int, count: int, dim: int, workspace: Workspace
-) -> Tensor:
-    """``[items, len, count, dim]``: some heads of a projection out of its rank space."""
-    features = slice(first * dim, (first + count) * dim)
-    lifted = workspace.aligned().take(latent.shape[0], latent.shape[1], count, dim)
-    bias = None if projection.up_bias is None else projection.up_bias[features]
-    affine_into(lifted.view(-1, count * dim), _rows(latent), projection.up[features], bias)
-    return lifted
 
 
 def _rows(x: Tensor) -> Tensor:

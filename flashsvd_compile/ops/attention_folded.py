@@ -15,9 +15,8 @@ from torch import Tensor
 from . import norm
 from . import projection as proj
 from .attention_region import Attention, rotate_
-from .projection import Projection
 from .sdpa import Core, passing_elements
-from .workspace import Workspace, affine_into, rows_that_fit
+from .workspace import Workspace, affine_into, lift_heads, rows_that_fit
 
 LIBRARY_TILE = 256 * 512
 """Scores that the library's kernel holds for each thread, beside as many rows of outputs."""
@@ -103,25 +102,11 @@ def _into_rank_space(latents: list[Tensor], x: Tensor, context: Tensor, attn: At
 
 def _attend(latents: list[Tensor], attn: Attention, of_keys: slice, workspace: Workspace, core: Core) -> Tensor:
     """Outputs ``[rows, heads * value_dim]`` of the queries that share some heads of keys."""
+    count = of_keys.stop - of_keys.start
     of_queries = slice(of_keys.start * attn.group, of_keys.stop * attn.group)
-    q, k, v = (
-        _lift(latent, projection, heads, dim, workspace)
-        for latent, projection, heads, dim in zip(
-            latents,
-            (attn.q, attn.k, attn.v),
-            (of_queries, of_keys, of_keys),
-            (attn.head_dim, attn.head_dim, attn.value_dim),
-            strict=True,
-        )
-    )
+    q_latent, k_latent, v_latent = (latent[None] for latent in latents)
+    q = lift_heads(q_latent, attn.q, of_queries.start, count * attn.group, attn.head_dim, workspace)
+    k = lift_heads(k_latent, attn.k, of_keys.start, count, attn.head_dim, workspace)
+    v = lift_heads(v_latent, attn.v, of_keys.start, count, attn.value_dim, workspace)
     core(q, rotate_(q, attn), rotate_(k, attn), v, attn.of_heads(of_queries))
     return q.view(q.shape[1], -1)
-
-
-def _lift(latent: Tensor, projection: Projection[Tensor], heads: slice, dim: int, workspace: Workspace) -> Tensor:
-    """``[1, len, heads, dim]``: some heads of a projection out of its rank space."""
-    count, features = heads.stop - heads.start, slice(heads.start * dim, heads.stop * dim)
-    lifted = workspace.aligned().take(1, len(latent), count, dim)
-    bias = None if projection.up_bias is None else projection.up_bias[features]
-    affine_into(lifted.view(len(latent), -1), latent, projection.up[features], bias)
-    return lifted

@@ -80,6 +80,17 @@ def project_into(out: Tensor, x: Tensor, projection: Projection[Tensor], workspa
     return affine_into(out, latent, projection.up, projection.up_bias)
 
 
+def lift_heads(
+    latent: Tensor, projection: Projection[Tensor], first: int, count: int, dim: int, workspace: Workspace
+) -> Tensor:
+    """``[items, len, count, dim]``: some heads of a projection out of its rank space ``[items, len, rank]``."""
+    features = slice(first * dim, (first + count) * dim)
+    lifted = workspace.aligned().take(latent.shape[0], latent.shape[1], count, dim)
+    bias = None if projection.up_bias is None else projection.up_bias[features]
+    affine_into(lifted.view(-1, count * dim), latent.reshape(-1, latent.shape[-1]), projection.up[features], bias)
+    return lifted
+
+
 def rows_that_fit(workspace: int, per_row: int, rows: int) -> int:
     """Rows of a chunk: as many as fit the workspace, at least one, evenly cut so that no short rest remains."""
     if per_row == 0 or rows == 0:
