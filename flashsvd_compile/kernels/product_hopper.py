@@ -1,20 +1,24 @@
-"""A product with its activation on Hopper, in Gluon, optionally as the gate of what ``out`` holds.
+"""A product and what follows it on Hopper, in Gluon: an activation, and a gate, a residual, or a sum in float32.
 
-    out = act(x @ weight.T + bias)        or        out = act(x @ weight.T + bias) * out
+    out = act(x @ weight.T + bias)                                      with nothing else
+    out = act(x @ weight.T + bias) * gate        or        + residual   with another tensor of half precision
+    out = x @ weight.T + bias                    or        out +=       in float32
 
 One warp streams tiles of both operands through a ring in shared memory, from one tile of the result to the next without
 a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each has a step's
 products under way while it releases the step before, so that the matrix units never wait between steps. Bias,
-activation and gate are applied to the float32 sums, which are rounded once.
+activation and what is beside are applied to the float32 sums, which are rounded once. The memory adds what is summed.
 """
 
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
 # Written for the Gluon of Triton 3.6.
 
 import triton
 from torch import Tensor
+from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -30,15 +34,14 @@ from .ring import SHARED_MEMORY, next_place, tiles_of
 from .target import target_of
 
 _SIDE = 64
-"""Rows of a warpgroup, depth of a step and columns that leave at once: 128 bytes, which the memory's swizzle spans."""
+"""Rows of a warpgroup, depth of a step and columns that leave at once: 128 bytes, which the memory's swizzle spans.
+Of float32 half as many columns."""
 _COLUMNS = 256
 """Of a tile: the widest product there is, which reads the least of shared memory and of the L2."""
-_PIECES = _COLUMNS // _SIDE
 _GROUP = 16
 """Blocks of rows whose tiles come together: with them the tiles under way are nearly a square of the result."""
 SIDE = gl.constexpr(_SIDE)
 COLUMNS = gl.constexpr(_COLUMNS)
-PIECES = gl.constexpr(_PIECES)
 GROUP = gl.constexpr(_GROUP)
 
 
@@ -82,24 +85,43 @@ def _halves(sums):
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, bias, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first,
-             programs, row_blocks, column_blocks, depth, columns, STAGED: gl.constexpr, PLACES: gl.constexpr,
-             HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr):  # fmt: skip
+def _pieces(sums, WIDTH: gl.constexpr):
+    """Columns ``WIDTH`` at a time, a quarter or an eighth."""
+    left, right = _halves(sums)
+    pieces = _halves(left) + _halves(right)
+    if WIDTH < SIDE:
+        pieces = _halves(pieces[0]) + _halves(pieces[1]) + _halves(pieces[2]) + _halves(pieces[3])
+    return pieces
+
+
+@builtin
+def _async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
+    """As ``tma.async_copy_shared_to_global``, but the memory adds what comes; Triton 3.6 has it, its Gluon no name."""
+    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
+    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, bias, beside, out, ring_x, ring_weight, stagings, addends, full, empty, arrived,
+             first, programs, row_blocks, column_blocks, depth, columns, STAGED: gl.constexpr, PLACES: gl.constexpr,
+             HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
+             ACCUMULATED: gl.constexpr):  # fmt: skip
     """Multiply the ``INDEX``-th half of the rows of all tiles of this program.
 
-    In the gated form a tile of ``out`` is read and written by this warpgroup alone, through the same memory: it arrives
-    while the products are under way, and leaves before the next one is asked for.
+    A tile of what is beside arrives while the products are under way, where the result leaves from. A gate that the
+    result replaces is read and written by this warpgroup alone, and leaves before the next one is asked for.
     """
+    WIDTH: gl.constexpr = out.block_type.shape[1]
+    PIECES: gl.constexpr = COLUMNS // WIDTH
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     by_thread: gl.constexpr = gl.BlockedLayout([COLUMNS // 128], [32], [4], [0])
-    dtype: gl.constexpr = ring_x.dtype
     no_sums = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
     addend_memory = addends.index(INDEX)
     steps = gl.cdiv(depth, SIDE)
     place = 0
     parity = 0
-    out_parity = 0
+    beside_parity = 0
     for index in range(first, row_blocks * column_blocks, programs):
         row, column = _tile(index, row_blocks, column_blocks)
         row += INDEX * SIDE
@@ -113,12 +135,12 @@ def _consume(INDEX: gl.constexpr, bias, out, ring_x, ring_weight, stagings, adde
         gl.thread_barrier()  # or the assembler moves the wait before the products
         tma.store_wait(0)  # the tile before has left
         gl.thread_barrier()
-        if GATED:
+        if BESIDE is not None:
             barrier = arrived.index(INDEX)
-            mbarrier.expect(barrier, PIECES * out.block_type.nbytes)
+            mbarrier.expect(barrier, PIECES * beside.block_type.nbytes)
             for i in gl.static_range(PIECES):
                 staging = stagings.index(INDEX * STAGED + i)
-                tma.async_copy_global_to_shared(out, [row, column + i * SIDE], barrier, staging)
+                tma.async_copy_global_to_shared(beside, [row, column + i * WIDTH], barrier, staging)
         for _ in range(steps - 1):
             after, after_parity = next_place(place, parity, PLACES)
             mbarrier.wait(full.index(after), after_parity)
@@ -136,42 +158,47 @@ def _consume(INDEX: gl.constexpr, bias, out, ring_x, ring_weight, stagings, adde
         if HAS_BIAS:
             addend_memory.store(addend)
             gl.thread_barrier()
-        if GATED:
-            mbarrier.wait(arrived.index(INDEX), out_parity)
-            out_parity ^= 1
-        left, right = _halves(sums)
-        pieces = _halves(left) + _halves(right)
+        if BESIDE is not None:
+            mbarrier.wait(arrived.index(INDEX), beside_parity)
+            beside_parity ^= 1
+        pieces = _pieces(sums, WIDTH)
         for i in gl.static_range(PIECES):
             # Without a branch the assembler activates all pieces before it stores one, and has no registers for that.
-            if column + i * SIDE < columns:
+            if column + i * WIDTH < columns:
                 result = pieces[i]
                 staging = stagings.index(INDEX * STAGED + i % STAGED)
                 if HAS_BIAS:
-                    here = addend_memory.slice(i * SIDE, SIDE).load(gl.SliceLayout(0, narrow))
+                    here = addend_memory.slice(i * WIDTH, WIDTH).load(gl.SliceLayout(0, narrow))
                     result += here.to(gl.float32)[None, :]
                 if ACTIVATION is not None:
                     result = activate(result, ACTIVATION, True, True)
-                if GATED:
+                if BESIDE == "gate":
                     result *= staging.load(narrow).to(gl.float32)
+                elif BESIDE == "residual":
+                    result += staging.load(narrow).to(gl.float32)
                 elif i >= STAGED:
                     tma.store_wait(STAGED - 1)
                     gl.thread_barrier()
-                staging.store(result.to(dtype))
+                staging.store(result.to(out.dtype))
                 fence_async_shared()
                 gl.thread_barrier()
-                tma.async_copy_shared_to_global(out, [row, column + i * SIDE], staging)
+                if ACCUMULATED:
+                    _async_add_shared_to_global(out, [row, column + i * WIDTH], staging)
+                else:
+                    tma.async_copy_shared_to_global(out, [row, column + i * WIDTH], staging)
     tma.store_wait(0)
 
 
 @gluon.jit
 def product_hopper_kernel(
-    x, weight, bias, out, row_blocks, column_blocks, depth, columns,
-    STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr,
+    x, weight, bias, beside, out, row_blocks, column_blocks, depth, columns,
+    STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
+    ACCUMULATED: gl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th tile of 128 rows by 256 columns."""
     ring_x = gl.allocate_shared_memory(x.dtype, [2 * PLACES, SIDE, SIDE], x.layout)
     ring_weight = gl.allocate_shared_memory(weight.dtype, [PLACES, COLUMNS, SIDE], weight.layout)
-    stagings = gl.allocate_shared_memory(out.dtype, [2 * STAGED, SIDE, SIDE], out.layout)
+    stagings = gl.allocate_shared_memory(out.dtype, [2 * STAGED, SIDE, out.block_type.shape[1]], out.layout)
     addends = gl.allocate_shared_memory(x.dtype, [2, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
@@ -185,10 +212,12 @@ def product_hopper_kernel(
     programs = gl.num_programs(0)
     gl.warp_specialize(
         [
-            (_consume, (0, bias, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first, programs,
-                        row_blocks, column_blocks, depth, columns, STAGED, PLACES, HAS_BIAS, ACTIVATION, GATED)),
-            (_consume, (1, bias, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first, programs,
-                        row_blocks, column_blocks, depth, columns, STAGED, PLACES, HAS_BIAS, ACTIVATION, GATED)),
+            (_consume, (0, bias, beside, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first,
+                        programs, row_blocks, column_blocks, depth, columns, STAGED, PLACES, HAS_BIAS, ACTIVATION,
+                        BESIDE, ACCUMULATED)),
+            (_consume, (1, bias, beside, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first,
+                        programs, row_blocks, column_blocks, depth, columns, STAGED, PLACES, HAS_BIAS, ACTIVATION,
+                        BESIDE, ACCUMULATED)),
             (_produce, (x, weight, ring_x, ring_weight, full, empty, first, programs, row_blocks, column_blocks, depth,
                         PLACES)),
         ],
@@ -198,30 +227,44 @@ def product_hopper_kernel(
 
 
 def product_hopper(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, out: Tensor, gated: bool = False
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    accumulate: bool = False,
 ) -> None:
-    """``out = act(x @ weight.T + bias)``, or ``act(x @ weight.T + bias) * out`` where ``gated``.
+    """Fill ``out[rows, columns]`` as above.
 
     Args:
         x: ``[rows, depth]``, half precision; matrices have contiguous rows of 16-byte aligned addresses.
         weight: ``[columns, depth]``.
         bias: ``[columns]`` or ``None``.
+        out: in the dtype of ``x``, or float32 with neither gate nor residual. Apart from ``x``.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
-        out: ``[rows, columns]``, in the dtype of ``x`` and apart from it.
-        gated: whether ``out`` holds what the activated product is multiplied with.
+        gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
+        residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
+        accumulate: whether the product is added to a float32 ``out``.
     """
     (rows, depth), columns = x.shape, weight.shape[0]
     row_blocks, column_blocks = triton.cdiv(rows, 2 * _SIDE), triton.cdiv(columns, _COLUMNS)
+    width = _SIDE * 2 // out.element_size()
     tile_bytes = 2 * _SIDE * _SIDE
-    staged = _PIECES if gated else 2
+    beside = "gate" if gate is not None else "residual" if residual is not None else None
+    staged = 2 if beside is None else _COLUMNS // width
     rest = SHARED_MEMORY - 2 * staged * tile_bytes - 2 * 2 * _COLUMNS
+    results = tiles_of(out, [_SIDE, width])
+    other = gate if gate is not None else residual
     launch(
         product_hopper_kernel,
         (min(row_blocks * column_blocks, target_of(x.device).processors), 1),
         tiles_of(x, [_SIDE, _SIDE]),
         tiles_of(weight, [_COLUMNS, _SIDE]),
         x if bias is None else bias.contiguous(),
-        tiles_of(out, [_SIDE, _SIDE]),
+        results if other is None else tiles_of(other, [_SIDE, width]),
+        results,
         row_blocks,
         column_blocks,
         depth,
@@ -230,7 +273,8 @@ def product_hopper(
         PLACES=rest // (2 * tile_bytes + 2 * _COLUMNS * _SIDE),
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
-        GATED=gated,
+        BESIDE=beside,
+        ACCUMULATED=accumulate,
         num_warps=4,
         maxnreg=168,
     )

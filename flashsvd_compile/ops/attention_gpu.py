@@ -24,6 +24,7 @@ from . import norm
 from . import projection as proj
 from .attention_region import UNLIMITED, Attention
 from .projection import Projection
+from .residual import plus
 from .sdpa import attend_at_once, is_causal
 from .workspace import Workspace, affine_into, elements_per_row, project_rows, rows_that_fit
 
@@ -61,8 +62,15 @@ def kernel_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -
     )
 
 
-def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, merging: bool = False) -> Tensor:
-    """The region's result; besides it only one workspace exists. See :func:`supported`.
+def streamed(
+    x: Tensor,
+    context: Tensor,
+    attn: Attention,
+    workspace_bytes: int,
+    merging: bool = False,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The region's result plus the residual; besides it only one workspace exists. See :func:`supported`.
 
     A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With ``merging`` factors
     that cost more than their product are multiplied when they are used, and the product is forgotten after that.
@@ -74,15 +82,21 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
     if attn.x_norm is not None:
         low_rank = all(p.down is not None for p in (attn.q, attn.k, attn.v))
         if low_rank and not merging and not _fused(x, attn.k, attn.v):
-            return _after_norm(x, attn, elements)
+            return _after_norm(x, attn, elements, residual)
         x = context = norm.of_rows(x, attn.x_norm)
     for_use = proj.merge_if_dearer if merging else _as_it_is
     result = x.new_empty(*x.shape[:2], attn.out_features)
     _project(_rows(result), _rows(x), for_use(attn.q), elements)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
     _attend_by_chunks(_rotate_(heads, attn), context, attn._replace(k=for_use(attn.k), v=for_use(attn.v)), elements)
-    if attn.out is not None:
-        _project(_rows(result), _rows(result), for_use(attn.out), elements)
+    return _out_of(result, None if attn.out is None else for_use(attn.out), elements, residual)
+
+
+def _out_of(result: Tensor, projection: Projection[Tensor] | None, elements: int, residual: Tensor | None) -> Tensor:
+    """Attention's outputs ``[batch, q_len, features]`` projected in place, plus the residual."""
+    if projection is None:
+        return plus(result, residual)
+    _project(_rows(result), _rows(result), projection, elements, None if residual is None else _rows(residual))
     return result
 
 
@@ -108,7 +122,7 @@ def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements:
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
 
 
-def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
+def _after_norm(x: Tensor, attn: Attention, elements: int, residual: Tensor | None) -> Tensor:
     """As :func:`streamed`, for self-attention of a normalised input whose rank space passes through memory.
 
     Some rows at a time are normalised, projected and forgotten, in the room that keys and values take afterwards.
@@ -124,9 +138,7 @@ def _after_norm(x: Tensor, attn: Attention, elements: int) -> Tensor:
         lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
         del latents, lift, workspace
-    if attn.out is not None:
-        _project(_rows(result), _rows(result), attn.out, elements)
-    return result
+    return _out_of(result, attn.out, elements, residual)
 
 
 def _parts(
@@ -305,13 +317,19 @@ def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
     return x.dtype != torch.float32 and not high and projection_kernel.supported(ranks, x.dtype, x.device)
 
 
-def _project(out: Tensor, x: Tensor, projection: Projection[Tensor], elements: int) -> None:
-    """``out[rows, features] = projection(x)`` through that many elements of scratch; ``out`` may be ``x`` itself."""
+def _project(
+    out: Tensor, x: Tensor, projection: Projection[Tensor], elements: int, residual: Tensor | None = None
+) -> None:
+    """``out[rows, features] = projection(x) + residual`` through that many elements of scratch.
+
+    ``out`` may be ``x`` itself.
+    """
     if _fused(x, projection):
         projection_kernel.project(x, _map(projection, slice(None), out))
+        plus(out, residual)
         return
     per_row = elements_per_row(out, x, projection)
-    project_rows(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x))
+    project_rows(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x), residual)
 
 
 def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projection_kernel.Map:

@@ -24,7 +24,7 @@ from .mlp_region import Mlp
 from .norm import Norm
 from .projection import Projection
 from .registry import register
-from .residual import plus_residual, validate_residual
+from .residual import plus, plus_residual, validate_residual
 from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
 
 ROLES = ("hidden", "gate", "out")
@@ -75,18 +75,17 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
     return streamed(x, mlp, activation, workspace_bytes, columns, x_norm)
 
 
-@plus_residual(RESIDUAL)
 def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
-    rows = x.reshape(-1, x.shape[-1])
+    rows, residual = x.reshape(-1, x.shape[-1]), arguments[RESIDUAL - 1]
     if few_rows.supported(rows, *mlp):
-        return few_rows.mlp(norm.of_rows(rows, x_norm), mlp, activation).view(*x.shape[:-1], -1)
+        return plus(few_rows.mlp(norm.of_rows(rows, x_norm), mlp, activation).view(*x.shape[:-1], -1), residual)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
-        return _fused(norm.of_rows(x, x_norm), mlp, activation, workspace_bytes)
+        return plus(_fused(norm.of_rows(x, x_norm), mlp, activation, workspace_bytes), residual)
     if mlp_gpu.supported(x, mlp):
-        return mlp_gpu.streamed(x, mlp, activation, workspace_bytes, x_norm)
-    return streamed(x, mlp, activation, workspace_bytes, x_norm=x_norm)
+        return mlp_gpu.streamed(x, mlp, activation, workspace_bytes, x_norm, residual)
+    return plus(streamed(x, mlp, activation, workspace_bytes, x_norm=x_norm), residual)
 
 
 def _fusible(x: Tensor, mlp: Mlp) -> bool:

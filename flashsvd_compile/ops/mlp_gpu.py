@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels.padding import padded_copy
-from ..kernels.product import SECTOR, activated_product, activates, reads_fast
+from ..kernels.product import SECTOR, activated_product, multiplies, reads_fast, sum_product, takes
 from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
@@ -28,7 +28,7 @@ from .activation import activate_, gate_
 from .mlp_region import Mlp
 from .norm import Norm
 from .projection import Projection
-from .workspace import affine_into, rows_that_fit
+from .workspace import affine_into, affine_plus, rows_that_fit
 
 LEAST_ROWS = 128
 """With fewer rows copying factors costs more than multiplying them slowly."""
@@ -90,7 +90,7 @@ def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
     """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
     if _may_be_activated(mlp):
         tile = _tile_of(mlp, rows, elements, target.processors, activated=True)
-        if activates(target, tile.rows, tile.columns):
+        if multiplies(target, tile.rows, tile.columns):
             return tile
     return _tile_of(mlp, rows, elements, target.processors, activated=False)
 
@@ -146,8 +146,15 @@ def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float
     return LAUNCHING + min(of(128, 256, 1.0), of(128, 192, 0.95), of(128, 128, 0.85))
 
 
-def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, x_norm: Norm | None = None) -> Tensor:
-    """The MLP's ``[..., out_features]``. See :func:`supported`.
+def streamed(
+    x: Tensor,
+    mlp: Mlp,
+    activation: str,
+    workspace_bytes: int,
+    x_norm: Norm | None = None,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """The MLP's ``[..., out_features]`` plus the residual. See :func:`supported`.
 
     A norm of ``x`` exists for as many rows at a time as the workspace, which is allocated after it, has room for.
     """
@@ -162,7 +169,8 @@ def streamed(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int, x_norm:
     tile = tile_of(mlp, rows_in.shape[0], elements, target_of(x.device))
     chunks = _Chunks(mlp, activation, tile, like=x)
     for rows in _ranges(rows_in.shape[0], tile.rows):
-        chunks.finish(rows_out[rows], [latent[rows] for latent in latents])
+        added = None if residual is None else residual.reshape(rows_out.shape)[rows]
+        chunks.finish(rows_out[rows], [latent[rows] for latent in latents], added)
     return result
 
 
@@ -194,12 +202,13 @@ class _Chunks:
         self._factor = like.new_empty(tile.copied)
         self._sums = like.new_empty(tile.rows, tile.summed, dtype=torch.float32)
 
-    def finish(self, out: Tensor, latents: list[Tensor]) -> None:
-        """``out[rows, features]``; its memory may be where the latents are."""
+    def finish(self, out: Tensor, latents: list[Tensor], residual: Tensor | None) -> None:
+        """``out[rows, features]``, the residual added; its memory may be where the latents are."""
         width, odd = out.shape[1], proj.rank(self._mlp.out) % SECTOR
         latent = self._rank_space_of_out(latents)
         for features in _ranges(width, self._columns if odd else width):
-            self._lift(out[:, features], latent, self._mlp.out, features)
+            added = None if residual is None else residual[:, features]
+            self._lift(out[:, features], latent, self._mlp.out, features, added)
 
     def _rank_space_of_out(self, latents: list[Tensor]) -> Tensor:
         rows, down = latents[0].shape[0], self._mlp.out.down
@@ -228,9 +237,16 @@ class _Chunks:
         beside = self._lift(_view(self._beside, rows, columns), latents[0], into[0], features)
         return gate_(self._activation, self._lift(hidden, latents[1], into[1], features), beside)
 
-    def _lift(self, out: Tensor, latent: Tensor, projection: Projection[Tensor], features: slice) -> Tensor:
-        """Some features out of rank space."""
-        return affine_into(out, *self._lifting(latent, projection, features))
+    def _lift(
+        self,
+        out: Tensor,
+        latent: Tensor,
+        projection: Projection[Tensor],
+        features: slice,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        """Some features out of rank space, plus these of the residual."""
+        return affine_plus(out, *self._lifting(latent, projection, features), residual)
 
     def _lifting(
         self, latent: Tensor, projection: Projection[Tensor], features: slice
@@ -257,7 +273,9 @@ def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor, first: bool) -> None:
     """``total += x @ weight.T`` in float32; ``total`` is uninitialised at the first."""
-    if first:
+    if takes(x, weight, total):
+        sum_product(x, weight, total, accumulate=not first)
+    elif first:
         torch.ops.aten.mm.dtype_out(x, weight.t(), torch.float32, out=total)
     else:
         torch.ops.aten.addmm.dtype_out(total, x, weight.t(), torch.float32, out=total)

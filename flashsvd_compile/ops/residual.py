@@ -18,12 +18,16 @@ def plus_residual(position: int) -> Callable[[Callable[..., Tensor]], Callable[.
     def decorate(implementation: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(implementation)
         def call(*arguments) -> Tensor:
-            result, residual = implementation(*arguments), arguments[position]
-            return result if residual is None else result.add_(residual)
+            return plus(implementation(*arguments), arguments[position])
 
         return call
 
     return decorate
+
+
+def plus(result: Tensor, residual: Tensor | None) -> Tensor:
+    """``result += residual``, unless that is ``None``."""
+    return result if residual is None else result.add_(residual)
 
 
 def validate_residual(residual: Tensor | None, x: Tensor, shape: Sequence[int | torch.SymInt]) -> None:

@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidOptionError
+from ..kernels.product import product_with_residual, takes
 from ..options import Strategy
 from .projection import Projection, rank
+from .residual import plus
 
 ALIGNMENT = 16
 """Elements. Attention kernels read heads 16 bytes at a time; cuDNN gives wrong results for others without a word."""
@@ -71,13 +73,26 @@ def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def project_into(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
-    """``out = projection(x)`` with the rank-space intermediate in the workspace."""
+def affine_plus(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
+    """``out = x @ weight.T + bias + residual``, the last like ``out``: in one launch if there is a kernel for that."""
+    if residual is not None and takes(x, weight, out, residual):
+        return product_with_residual(x, weight, bias, residual, out)
+    return plus(affine_into(out, x, weight, bias), residual)
+
+
+def project_into(
+    out: Tensor,
+    x: Tensor,
+    projection: Projection[Tensor],
+    workspace: Workspace,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``out = projection(x) + residual`` with the rank-space intermediate in the workspace."""
     if projection.down is None:
-        return affine_into(out, x, projection.up, projection.up_bias)
+        return affine_plus(out, x, projection.up, projection.up_bias, residual)
     latent = workspace.take(x.shape[0], rank(projection))
     affine_into(latent, x, projection.down, projection.down_bias)
-    return affine_into(out, latent, projection.up, projection.up_bias)
+    return affine_plus(out, latent, projection.up, projection.up_bias, residual)
 
 
 def lift_heads(
@@ -100,15 +115,24 @@ def rows_that_fit(workspace: int, per_row: int, rows: int) -> int:
     return -(-rows // chunks)
 
 
-def project_rows(out: Tensor, x: Tensor, projection: Projection[Tensor], workspace: Workspace) -> None:
-    """``out[rows, features] = projection(x)`` within what is left of the workspace; ``out`` may be ``x`` itself."""
+def project_rows(
+    out: Tensor,
+    x: Tensor,
+    projection: Projection[Tensor],
+    workspace: Workspace,
+    residual: Tensor | None = None,
+) -> None:
+    """``out[rows, features] = projection(x) + residual`` within what is left of the workspace.
+
+    ``out`` may be ``x`` itself; the residual is like ``out``, or ``None``.
+    """
     mark, copied = workspace.mark(), _is_copied(out, x, projection)
     step = rows_that_fit(workspace.left(), elements_per_row(out, x, projection), out.shape[0])
     for start in range(0, out.shape[0], step):
         workspace.reset(mark)
         rows = slice(start, min(start + step, out.shape[0]))
         source = workspace.take(*x[rows].shape).copy_(x[rows]) if copied else x[rows]
-        project_into(out[rows], source, projection, workspace)
+        project_into(out[rows], source, projection, workspace, None if residual is None else residual[rows])
     workspace.reset(mark)
 
 

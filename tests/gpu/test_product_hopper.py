@@ -1,4 +1,6 @@
-"""Products with their activation and gate in Gluon on a Hopper GPU: every element written, none beside them."""
+"""Products and what follows them in Gluon on a Hopper GPU: every element written, none beside them."""
+
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -8,9 +10,11 @@ from torch.nn.functional import linear
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.launch import listening
 from flashsvd_compile.kernels.product_hopper import product_hopper
+from flashsvd_compile.ops import workspace
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
+from flashsvd_compile.ops.mlp import RESIDUAL
 from flashsvd_compile.ops.mlp import reference as mlp_reference
-from tests.ops.accuracy import assert_within_error_rule
+from tests.ops.accuracy import assert_within_error_rule, in_float64, relative_error
 from tests.ops.regions import mlp_arguments, random
 
 from .hopper import NEEDS_HOPPER, one_launch
@@ -20,10 +24,24 @@ pytestmark = NEEDS_HOPPER
 DTYPES = [torch.bfloat16, torch.float16]
 
 
-def reference(x, weight, bias, activation, hidden):
-    product = linear(x, weight, bias)
-    active = product if activation is None else activation_of(activation)(product)
-    return active if hidden is None else active * hidden
+FORMS = ["alone", "gate", "residual", "float32", "accumulated"]
+
+
+def reference(x, weight, bias, activation, gate, residual):
+    result = linear(x, weight, bias)
+    if activation is not None:
+        result = activation_of(activation)(result)
+    if gate is not None:
+        result = result * gate
+    return result if residual is None else result + residual
+
+
+def library_sum(x: Tensor, weight: Tensor, bias: Tensor | None, before: Tensor | None) -> Tensor:
+    """The same in float32 by the library, its operands in half precision."""
+    total = torch.mm(x, weight.t(), out_dtype=torch.float32)
+    for addend in (bias, before):
+        total += 0.0 if addend is None else addend
+    return total
 
 
 def operands(
@@ -34,63 +52,92 @@ def operands(
     return x, random(columns, depth, dtype=dtype, scale=depth**-0.5).cuda(), vector if bias else None
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, gated: bool) -> None:
-    """A product into memory of NaN, or as the gate of a random hidden layer, in place."""
-    rows, columns = x.shape[0], weight.shape[0]
-    hidden = random(rows, columns, dtype=x.dtype).cuda() if gated else None
-    out = torch.full((rows, columns), torch.nan, dtype=x.dtype, device="cuda") if hidden is None else hidden.clone()
-    product_hopper(x, weight, bias, activation, out, gated)
-    assert_within_error_rule(out, reference, (x, weight, bias, activation, hidden))
+def filled(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str | None, form: str) -> Tensor:
+    """Multiply into a matrix of any contents, and check it; what is beside the product is random."""
+    before = random(*out.shape, dtype=out.dtype).cuda()
+    out.copy_(before) if form in ("gate", "accumulated") else out.fill_(torch.nan)
+    if form in ("float32", "accumulated"):
+        product_hopper(x, weight, bias, out, accumulate=form == "accumulated")
+        given = x, weight, bias, before if form == "accumulated" else None
+        exact = reference(*in_float64((x, weight, bias, None, None, given[3])))
+        allowed = 1.25 * relative_error(library_sum(*given), exact) + torch.finfo(torch.float32).eps
+        assert relative_error(out, exact) <= allowed
+    else:
+        gate, residual = (out if form == "gate" else None), (before if form == "residual" else None)
+        product_hopper(x, weight, bias, out, activation, gate, residual)
+        given = x, weight, bias, activation, None if gate is None else before, residual
+        assert_within_error_rule(out.contiguous(), reference, given)
+    return out
 
 
-@pytest.mark.parametrize("gated", [False, True])
+def empty(rows: int, columns: int, dtype: torch.dtype, form: str) -> Tensor:
+    """Room for a result."""
+    return torch.empty(rows, columns, dtype=torch.float32 if form in ("float32", "accumulated") else dtype).cuda()
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("depth", [40, 1024, 1496])
 @pytest.mark.parametrize("columns", [64, 776, 2048, 2816])
 @pytest.mark.parametrize("rows", [1, 129, 1000, 5000])
-def test_shapes(rows, columns, depth, gated):
-    check(*operands(rows, columns, depth, torch.bfloat16, bias=True), "silu", gated)
+def test_shapes(rows, columns, depth, form):
+    activation = "silu" if form in ("alone", "gate") else None
+    given = operands(rows, columns, depth, torch.bfloat16, bias=True)
+    filled(empty(rows, columns, torch.bfloat16, form), *given, activation, form)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("form", ["alone", "gate"])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", [None, *sorted(ACTIVATIONS)])
-def test_activations(activation, bias, gated, dtype):
-    check(*operands(300, 776, 1024, dtype, bias), activation, gated)
+def test_activations(activation, bias, form, dtype):
+    filled(empty(300, 776, dtype, form), *operands(300, 776, 1024, dtype, bias), activation, form)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("form", ["residual", "float32", "accumulated"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_sums(bias, form, dtype):
+    filled(empty(300, 776, dtype, form), *operands(300, 776, 1024, dtype, bias), None, form)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("depth", [64, 200])
 @pytest.mark.parametrize("columns", [2816, 2952])
-def test_many_tiles_of_few_steps(columns, depth, gated):
+def test_many_tiles_of_few_steps(columns, depth, form):
     """Tiles follow each other as fast as can be, some with columns for one piece or three only."""
-    check(*operands(20000, columns, depth, torch.bfloat16, bias=True), "silu", gated)
+    given = operands(20000, columns, depth, torch.bfloat16, bias=True)
+    filled(empty(20000, columns, torch.bfloat16, form), *given, None, form)
 
 
-@pytest.mark.parametrize("gated", [False, True])
-def test_the_same_again_and_again(gated):
+@pytest.mark.parametrize("form", FORMS)
+def test_the_same_again_and_again(form):
     x, weight, bias = operands(5000, 2816, 1496, torch.bfloat16, bias=True)
-    hidden = random(5000, 2816, dtype=torch.bfloat16).cuda()
-    outs = [hidden.clone() for _ in range(20)]
+    before = random(5000, 2816, dtype=empty(1, 1, x.dtype, form).dtype).cuda()
+    outs = [before.clone() for _ in range(20)]
     for out in outs:
-        product_hopper(x, weight, bias, "gelu", out, gated)
+        gate, residual = (out if form == "gate" else None), (before if form == "residual" else None)
+        product_hopper(x, weight, bias, out, None, gate, residual, form == "accumulated")
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
-@pytest.mark.parametrize("gated", [False, True])
+def test_residual_in_place():
+    x, weight, bias = operands(5000, 2816, 1496, torch.bfloat16, bias=True)
+    residual = random(5000, 2816, dtype=torch.bfloat16).cuda()
+    out = residual.clone()
+    product_hopper(x, weight, bias, out, residual=out)
+    assert_within_error_rule(out, reference, (x, weight, bias, None, None, residual))
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [776, 1000])
-def test_what_lies_beside_is_neither_read_nor_written(columns, gated):
+def test_what_lies_beside_is_neither_read_nor_written(columns, form):
     rows, depth, dtype = 1000, 1496, torch.bfloat16
     x, weight, bias = operands(rows, columns, depth, dtype, bias=True)
     wide = [torch.full((len(m) + 1, depth + 72), torch.nan, dtype=dtype, device="cuda") for m in (x, weight)]
     inside = [w[:-1, 8 : 8 + depth].copy_(m) for w, m in zip(wide, (x, weight), strict=True)]
-    hidden = random(rows, columns, dtype=dtype).cuda() if gated else None
-    around = torch.full((rows + 2, columns + 304), torch.nan, dtype=dtype, device="cuda")
+    around = empty(rows + 2, columns + 304, dtype, form).fill_(torch.nan)
     out = around[1:-1, 16 : 16 + columns]
-    out.fill_(7.0) if hidden is None else out.copy_(hidden)
-    product_hopper(inside[0], inside[1], bias, "gelu", out, gated)
-    assert_within_error_rule(out.contiguous(), reference, (x, weight, bias, "gelu", hidden))
-    out.fill_(torch.nan)
+    filled(out, inside[0], inside[1], bias, None, form).fill_(torch.nan)
     assert around.isnan().all()
 
 
@@ -111,12 +158,32 @@ def test_streamed_mlp(gated, ranks, rows, taken, workspace_bytes):
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("rank", [512, 501])
+@pytest.mark.parametrize("workspace_bytes", [48 << 20, 24 << 20])
+def test_streamed_mlp_with_residual(gated, rank, workspace_bytes):
+    """The residual joins the last product, and ranges of the hidden layer are summed in the memory."""
+    shape = {"width": 2816, "out_features": 2048, "gated": gated, "activation": "silu", "strategy": "streamed"}
+    given = mlp_arguments(
+        1, 9000, 1024, ranks=(rank,) * 3, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape
+    )
+    residual = random(1, 9000, 2048, dtype=torch.bfloat16)
+    given = (*given[:RESIDUAL], residual, *given[RESIDUAL + 1 :])
+    arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in given)
+    with patch.object(workspace, "product_with_residual", wraps=workspace.product_with_residual) as multiplied:
+        result = ops.mlp(*arguments)
+    assert multiplied.called
+    assert_within_error_rule(result, mlp_reference, arguments)
+
+
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("activation", [None, *sorted(ACTIVATIONS)])
 @pytest.mark.parametrize("columns", [776, 2816])
-def test_nothing_spills(columns, activation, bias, gated):
+def test_nothing_spills(columns, activation, bias, form):
     """The test of cross-compilation sees this kernel under Triton 3.6 only."""
-    out = random(128, columns, dtype=torch.bfloat16).cuda()
+    out = empty(128, columns, torch.bfloat16, form)
+    gate, residual = (out if form == "gate" else None), (out if form == "residual" else None)
+    given = operands(128, columns, 1024, torch.bfloat16, bias)
     with one_launch() as launches:
-        product_hopper(*operands(128, columns, 1024, torch.bfloat16, bias), activation, out, gated)
+        product_hopper(*given, out, activation, gate, residual, form == "accumulated")
     assert launches[0].compiled.n_spills == 0

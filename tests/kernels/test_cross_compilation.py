@@ -98,7 +98,7 @@ def rotate(dtype: torch.dtype, interleaved: bool) -> None:
 
 
 def activate_products(gated: bool) -> None:
-    if product.activates(gating.target_of(DEVICE), 4096, 4096):
+    if product.multiplies(gating.target_of(DEVICE), 4096, 4096):
         operands = matrix(4096, 1024), matrix(4096, 1024), torch.empty(4096, dtype=HALF)
         product.activated_product(*operands, "silu", matrix(4096, 4096), gated)
 

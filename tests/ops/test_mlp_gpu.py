@@ -42,7 +42,7 @@ def on_cpu(request, monkeypatch):
         product = activation_of(activation)(torch.nn.functional.linear(x, weight, bias))
         return out.copy_(product * out if gated else product)
 
-    monkeypatch.setattr(mlp_gpu, "activates", lambda *size: request.param)
+    monkeypatch.setattr(mlp_gpu, "multiplies", lambda *size: request.param)
     monkeypatch.setattr(mlp_gpu, "activated_product", activated_product)
     monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
     monkeypatch.setattr(mlp_gpu, "padded_copy", padded_copy)
