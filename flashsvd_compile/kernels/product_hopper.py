@@ -2,23 +2,22 @@
 
     out = act(x @ weight.T + bias)                                      with nothing else
     out = act(x @ weight.T + bias) * gate        or        + residual   with another tensor of half precision
-    out = x @ weight.T + bias                    or        out +=       in float32
+    out = x @ weight.T + bias                    or        + what out holds         in float32
 
 One warp streams tiles of both operands through a ring in shared memory, from one tile of the result to the next without
 a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each has a step's
-products under way while it releases the step before, so that the matrix units never wait between steps. Bias,
-activation and what is beside are applied to the float32 sums, which are rounded once. The memory adds what is summed.
+products under way while it releases the step before, so that the matrix units never wait between steps. The float32
+sums begin with what a float32 ``out`` holds; bias, activation and what is beside are applied to them before they are
+rounded once.
 """
 
-# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false, reportOptionalMemberAccess=false
+# pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
 # Written for the Gluon of Triton 3.6.
 
 import triton
 from torch import Tensor
-from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -55,9 +54,10 @@ def _tile(index, row_blocks, column_blocks):
 
 
 @gluon.jit
-def _produce(x, weight, ring_x, ring_weight, full, empty, first, programs, row_blocks, column_blocks, depth,
-             PLACES: gl.constexpr):  # fmt: skip
+def _produce(x, weight, memory, tiles, PLACES: gl.constexpr):
     """Load the operands of all tiles of this program."""
+    ring_x, ring_weight, _, _, full, empty, _ = memory
+    first, programs, row_blocks, column_blocks, _, _, depth = tiles
     place = 0
     parity = 0
     for index in range(first, row_blocks * column_blocks, programs):
@@ -94,29 +94,23 @@ def _pieces(sums, WIDTH: gl.constexpr):
     return pieces
 
 
-@builtin
-def _async_add_shared_to_global(tensor_desc, coord, src, _semantic=None):
-    """As ``tma.async_copy_shared_to_global``, but the memory adds what comes; Triton 3.6 has it, its Gluon no name."""
-    coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
-
-
 @gluon.jit
-def _consume(INDEX: gl.constexpr, bias, beside, out, ring_x, ring_weight, stagings, addends, full, empty, arrived,
-             first, programs, row_blocks, column_blocks, depth, columns, STAGED: gl.constexpr, PLACES: gl.constexpr,
-             HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
-             ACCUMULATED: gl.constexpr):  # fmt: skip
+def _consume(INDEX: gl.constexpr, bias, beside, before, stride_before, out, memory, tiles, STAGED: gl.constexpr,
+             PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
+             HAS_BEFORE: gl.constexpr):  # fmt: skip
     """Multiply the ``INDEX``-th half of the rows of all tiles of this program.
 
     A tile of what is beside arrives while the products are under way, where the result leaves from. A gate that the
     result replaces is read and written by this warpgroup alone, and leaves before the next one is asked for.
     """
+    ring_x, ring_weight, stagings, addends, full, empty, arrived = memory
+    first, programs, row_blocks, column_blocks, rows, columns, depth = tiles
     WIDTH: gl.constexpr = out.block_type.shape[1]
     PIECES: gl.constexpr = COLUMNS // WIDTH
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
     by_thread: gl.constexpr = gl.BlockedLayout([COLUMNS // 128], [32], [4], [0])
-    no_sums = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
+    start = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
     addend_memory = addends.index(INDEX)
     steps = gl.cdiv(depth, SIDE)
     place = 0
@@ -125,13 +119,19 @@ def _consume(INDEX: gl.constexpr, bias, beside, out, ring_x, ring_weight, stagin
     for index in range(first, row_blocks * column_blocks, programs):
         row, column = _tile(index, row_blocks, column_blocks)
         row += INDEX * SIDE
+        if HAS_BEFORE:
+            # In flight while the first operands are.
+            r = row + gl.arange(0, SIDE, layout=gl.SliceLayout(1, wide))
+            c = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
+            inside = (r < rows)[:, None] & (c < columns)[None, :]
+            start = gl.load(before + (r.to(gl.int64) * stride_before)[:, None] + c[None, :], mask=inside, other=0.0)
         if HAS_BIAS:
             # Once a tile and early, by whole lines: held as the sums need it, it would take 64 registers.
             c = column + gl.arange(0, COLUMNS, layout=by_thread)
             addend = gl.load(bias + c, mask=c < columns, other=0.0)
         mbarrier.wait(full.index(place), parity)
         weight_tile = ring_weight.index(place).permute((1, 0))
-        sums = warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, no_sums, use_acc=False, is_async=True)
+        sums = warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, start, use_acc=HAS_BEFORE, is_async=True)
         gl.thread_barrier()  # or the assembler moves the wait before the products
         tma.store_wait(0)  # the tile before has left
         gl.thread_barrier()
@@ -182,18 +182,15 @@ def _consume(INDEX: gl.constexpr, bias, beside, out, ring_x, ring_weight, stagin
                 staging.store(result.to(out.dtype))
                 fence_async_shared()
                 gl.thread_barrier()
-                if ACCUMULATED:
-                    _async_add_shared_to_global(out, [row, column + i * WIDTH], staging)
-                else:
-                    tma.async_copy_shared_to_global(out, [row, column + i * WIDTH], staging)
+                tma.async_copy_shared_to_global(out, [row, column + i * WIDTH], staging)
     tma.store_wait(0)
 
 
 @gluon.jit
 def product_hopper_kernel(
-    x, weight, bias, beside, out, row_blocks, column_blocks, depth, columns,
+    x, weight, bias, beside, before, stride_before, out, row_blocks, column_blocks, rows, columns, depth,
     STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
-    ACCUMULATED: gl.constexpr,
+    HAS_BEFORE: gl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th tile of 128 rows by 256 columns."""
     ring_x = gl.allocate_shared_memory(x.dtype, [2 * PLACES, SIDE, SIDE], x.layout)
@@ -208,18 +205,15 @@ def product_hopper_kernel(
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(arrived.index(i), count=1)
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
+    memory = ring_x, ring_weight, stagings, addends, full, empty, arrived
+    tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, rows, columns, depth
     gl.warp_specialize(
         [
-            (_consume, (0, bias, beside, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first,
-                        programs, row_blocks, column_blocks, depth, columns, STAGED, PLACES, HAS_BIAS, ACTIVATION,
-                        BESIDE, ACCUMULATED)),
-            (_consume, (1, bias, beside, out, ring_x, ring_weight, stagings, addends, full, empty, arrived, first,
-                        programs, row_blocks, column_blocks, depth, columns, STAGED, PLACES, HAS_BIAS, ACTIVATION,
-                        BESIDE, ACCUMULATED)),
-            (_produce, (x, weight, ring_x, ring_weight, full, empty, first, programs, row_blocks, column_blocks, depth,
-                        PLACES)),
+            (_consume, (0, bias, beside, before, stride_before, out, memory, tiles, STAGED, PLACES, HAS_BIAS,
+                        ACTIVATION, BESIDE, HAS_BEFORE)),
+            (_consume, (1, bias, beside, before, stride_before, out, memory, tiles, STAGED, PLACES, HAS_BIAS,
+                        ACTIVATION, BESIDE, HAS_BEFORE)),
+            (_produce, (x, weight, memory, tiles, PLACES)),
         ],
         [4, 1],
         [240, 24],
@@ -246,7 +240,7 @@ def product_hopper(
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
         residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
-        accumulate: whether the product is added to a float32 ``out``.
+        accumulate: whether the product is added to what a float32 ``out`` holds.
     """
     (rows, depth), columns = x.shape, weight.shape[0]
     row_blocks, column_blocks = triton.cdiv(rows, 2 * _SIDE), triton.cdiv(columns, _COLUMNS)
@@ -264,17 +258,20 @@ def product_hopper(
         tiles_of(weight, [_COLUMNS, _SIDE]),
         x if bias is None else bias.contiguous(),
         results if other is None else tiles_of(other, [_SIDE, width]),
+        out,
+        out.stride(0),
         results,
         row_blocks,
         column_blocks,
-        depth,
+        rows,
         columns,
+        depth,
         STAGED=staged,
         PLACES=rest // (2 * tile_bytes + 2 * _COLUMNS * _SIDE),
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         BESIDE=beside,
-        ACCUMULATED=accumulate,
+        HAS_BEFORE=accumulate,
         num_warps=4,
         maxnreg=168,
     )
