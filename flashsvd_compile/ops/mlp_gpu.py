@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels.padding import padded_copy
-from ..kernels.product import SECTOR, activated_product, multiplies, reads_fast, sum_product, takes
+from ..kernels.product import SECTOR, activated_product, multiplies, reads_fast
 from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
@@ -273,9 +273,7 @@ def _view(memory: Tensor, rows: int, columns: int) -> Tensor:
 
 def _add_product(total: Tensor, x: Tensor, weight: Tensor, first: bool) -> None:
     """``total += x @ weight.T`` in float32; ``total`` is uninitialised at the first."""
-    if takes(x, weight, total):
-        sum_product(x, weight, total, accumulate=not first)
-    elif first:
+    if first:
         torch.ops.aten.mm.dtype_out(x, weight.t(), torch.float32, out=total)
     else:
         torch.ops.aten.addmm.dtype_out(total, x, weight.t(), torch.float32, out=total)
