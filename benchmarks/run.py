@@ -55,6 +55,7 @@ PLANS: dict[str, list[Step]] = {
     "bert": [Step("bert", 300, ("--rows", "padded+192/304"))],
     "bert-unmasked": [Step("bert", 300, ("--rows", "none+192/304"), "bert_unmasked")],
     "bert-published": [Step("bert", 300, ("--rows", "a head,whole"), "bert_published_ranks")],
+    "bert-published-whole": [Step("bert", 150, ("--rows", "48*12 whole"), "bert_published_whole")],
     "bert-micro": [
         Step(
             "bert",

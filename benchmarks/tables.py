@@ -30,6 +30,7 @@ TITLES = {
     "bert": "BERT-base, padded",
     "bert_unmasked": "BERT-base without a mask",
     "bert_published_ranks": "BERT-base at the published ranks",
+    "bert_published_whole": "BERT-base at the published ranks, with less workspace beside products of factors",
     "bert_reduce_overhead": "BERT-base, padded, with `reduce-overhead`",
     "bert_micro_batched": "BERT-base, padded, against micro-batches",
     "bert_float32": "BERT-base in float32",

@@ -51,11 +51,3 @@ def product_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residu
 
     product_hopper(x, weight, bias, out, residual=residual)
     return out
-
-
-def sum_product(x: Tensor, weight: Tensor, out: Tensor, accumulate: bool) -> Tensor:
-    """Fill ``out[rows, columns]``, float32, with ``x @ weight.T``, or add that; of what the kernel :func:`takes`."""
-    from .product_hopper import product_hopper
-
-    product_hopper(x, weight, None, out, accumulate=accumulate)
-    return out

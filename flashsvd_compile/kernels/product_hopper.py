@@ -1,14 +1,11 @@
-"""A product and what follows it on Hopper, in Gluon: an activation, and a gate, a residual, or a sum in float32.
+"""A product and what follows it on Hopper, in Gluon: an activation, then a gate or a residual.
 
-    out = act(x @ weight.T + bias)                                      with nothing else
-    out = act(x @ weight.T + bias) * gate        or        + residual   with another tensor of half precision
-    out = x @ weight.T + bias                    or        + what out holds         in float32
+    out = act(x @ weight.T + bias)        or        ... * gate        or        ... + residual
 
 One warp streams tiles of both operands through a ring in shared memory, from one tile of the result to the next without
 a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each has a step's
-products under way while it releases the step before, so that the matrix units never wait between steps. The float32
-sums begin with what a float32 ``out`` holds; bias, activation and what is beside are applied to them before they are
-rounded once.
+products under way while it releases the step before, so that the matrix units never wait between steps. Bias,
+activation and what is beside are applied to the float32 sums, which are rounded once.
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -33,14 +30,15 @@ from .ring import SHARED_MEMORY, next_place, tiles_of
 from .target import target_of
 
 _SIDE = 64
-"""Rows of a warpgroup, depth of a step and columns that leave at once: 128 bytes, which the memory's swizzle spans.
-Of float32 half as many columns."""
+"""Rows of a warpgroup, depth of a step and columns that leave at once: 128 bytes, which the memory's swizzle spans."""
 _COLUMNS = 256
 """Of a tile: the widest product there is, which reads the least of shared memory and of the L2."""
+_PIECES = _COLUMNS // _SIDE
 _GROUP = 16
 """Blocks of rows whose tiles come together: with them the tiles under way are nearly a square of the result."""
 SIDE = gl.constexpr(_SIDE)
 COLUMNS = gl.constexpr(_COLUMNS)
+PIECES = gl.constexpr(_PIECES)
 GROUP = gl.constexpr(_GROUP)
 
 
@@ -57,7 +55,7 @@ def _tile(index, row_blocks, column_blocks):
 def _produce(x, weight, memory, tiles, PLACES: gl.constexpr):
     """Load the operands of all tiles of this program."""
     ring_x, ring_weight, _, _, full, empty, _ = memory
-    first, programs, row_blocks, column_blocks, _, _, depth = tiles
+    first, programs, row_blocks, column_blocks, _, depth = tiles
     place = 0
     parity = 0
     for index in range(first, row_blocks * column_blocks, programs):
@@ -85,32 +83,19 @@ def _halves(sums):
 
 
 @gluon.jit
-def _pieces(sums, WIDTH: gl.constexpr):
-    """Columns ``WIDTH`` at a time, a quarter or an eighth."""
-    left, right = _halves(sums)
-    pieces = _halves(left) + _halves(right)
-    if WIDTH < SIDE:
-        pieces = _halves(pieces[0]) + _halves(pieces[1]) + _halves(pieces[2]) + _halves(pieces[3])
-    return pieces
-
-
-@gluon.jit
-def _consume(INDEX: gl.constexpr, bias, beside, before, stride_before, out, memory, tiles, STAGED: gl.constexpr,
-             PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
-             HAS_BEFORE: gl.constexpr):  # fmt: skip
+def _consume(INDEX: gl.constexpr, bias, beside, out, memory, tiles, STAGED: gl.constexpr,
+             PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
     """Multiply the ``INDEX``-th half of the rows of all tiles of this program.
 
     A tile of what is beside arrives while the products are under way, where the result leaves from. A gate that the
     result replaces is read and written by this warpgroup alone, and leaves before the next one is asked for.
     """
     ring_x, ring_weight, stagings, addends, full, empty, arrived = memory
-    first, programs, row_blocks, column_blocks, rows, columns, depth = tiles
-    WIDTH: gl.constexpr = out.block_type.shape[1]
-    PIECES: gl.constexpr = COLUMNS // WIDTH
+    first, programs, row_blocks, column_blocks, columns, depth = tiles
     wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
-    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, WIDTH, 16])
+    narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
     by_thread: gl.constexpr = gl.BlockedLayout([COLUMNS // 128], [32], [4], [0])
-    start = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
+    no_sums = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
     addend_memory = addends.index(INDEX)
     steps = gl.cdiv(depth, SIDE)
     place = 0
@@ -119,19 +104,13 @@ def _consume(INDEX: gl.constexpr, bias, beside, before, stride_before, out, memo
     for index in range(first, row_blocks * column_blocks, programs):
         row, column = _tile(index, row_blocks, column_blocks)
         row += INDEX * SIDE
-        if HAS_BEFORE:
-            # In flight while the first operands are.
-            r = row + gl.arange(0, SIDE, layout=gl.SliceLayout(1, wide))
-            c = column + gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, wide))
-            inside = (r < rows)[:, None] & (c < columns)[None, :]
-            start = gl.load(before + (r.to(gl.int64) * stride_before)[:, None] + c[None, :], mask=inside, other=0.0)
         if HAS_BIAS:
             # Once a tile and early, by whole lines: held as the sums need it, it would take 64 registers.
             c = column + gl.arange(0, COLUMNS, layout=by_thread)
             addend = gl.load(bias + c, mask=c < columns, other=0.0)
         mbarrier.wait(full.index(place), parity)
         weight_tile = ring_weight.index(place).permute((1, 0))
-        sums = warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, start, use_acc=HAS_BEFORE, is_async=True)
+        sums = warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, no_sums, use_acc=False, is_async=True)
         gl.thread_barrier()  # or the assembler moves the wait before the products
         tma.store_wait(0)  # the tile before has left
         gl.thread_barrier()
@@ -140,7 +119,7 @@ def _consume(INDEX: gl.constexpr, bias, beside, before, stride_before, out, memo
             mbarrier.expect(barrier, PIECES * beside.block_type.nbytes)
             for i in gl.static_range(PIECES):
                 staging = stagings.index(INDEX * STAGED + i)
-                tma.async_copy_global_to_shared(beside, [row, column + i * WIDTH], barrier, staging)
+                tma.async_copy_global_to_shared(beside, [row, column + i * SIDE], barrier, staging)
         for _ in range(steps - 1):
             after, after_parity = next_place(place, parity, PLACES)
             mbarrier.wait(full.index(after), after_parity)
@@ -161,14 +140,15 @@ def _consume(INDEX: gl.constexpr, bias, beside, before, stride_before, out, memo
         if BESIDE is not None:
             mbarrier.wait(arrived.index(INDEX), beside_parity)
             beside_parity ^= 1
-        pieces = _pieces(sums, WIDTH)
+        left, right = _halves(sums)
+        pieces = _halves(left) + _halves(right)
         for i in gl.static_range(PIECES):
             # Without a branch the assembler activates all pieces before it stores one, and has no registers for that.
-            if column + i * WIDTH < columns:
+            if column + i * SIDE < columns:
                 result = pieces[i]
                 staging = stagings.index(INDEX * STAGED + i % STAGED)
                 if HAS_BIAS:
-                    here = addend_memory.slice(i * WIDTH, WIDTH).load(gl.SliceLayout(0, narrow))
+                    here = addend_memory.slice(i * SIDE, SIDE).load(gl.SliceLayout(0, narrow))
                     result += here.to(gl.float32)[None, :]
                 if ACTIVATION is not None:
                     result = activate(result, ACTIVATION, True, True)
@@ -182,20 +162,19 @@ def _consume(INDEX: gl.constexpr, bias, beside, before, stride_before, out, memo
                 staging.store(result.to(out.dtype))
                 fence_async_shared()
                 gl.thread_barrier()
-                tma.async_copy_shared_to_global(out, [row, column + i * WIDTH], staging)
+                tma.async_copy_shared_to_global(out, [row, column + i * SIDE], staging)
     tma.store_wait(0)
 
 
 @gluon.jit
 def product_hopper_kernel(
-    x, weight, bias, beside, before, stride_before, out, row_blocks, column_blocks, rows, columns, depth,
+    x, weight, bias, beside, out, row_blocks, column_blocks, columns, depth,
     STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
-    HAS_BEFORE: gl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th tile of 128 rows by 256 columns."""
     ring_x = gl.allocate_shared_memory(x.dtype, [2 * PLACES, SIDE, SIDE], x.layout)
     ring_weight = gl.allocate_shared_memory(weight.dtype, [PLACES, COLUMNS, SIDE], weight.layout)
-    stagings = gl.allocate_shared_memory(out.dtype, [2 * STAGED, SIDE, out.block_type.shape[1]], out.layout)
+    stagings = gl.allocate_shared_memory(out.dtype, [2 * STAGED, SIDE, SIDE], out.layout)
     addends = gl.allocate_shared_memory(x.dtype, [2, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
@@ -206,13 +185,11 @@ def product_hopper_kernel(
     for i in gl.static_range(2):
         mbarrier.init(arrived.index(i), count=1)
     memory = ring_x, ring_weight, stagings, addends, full, empty, arrived
-    tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, rows, columns, depth
+    tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, columns, depth
     gl.warp_specialize(
         [
-            (_consume, (0, bias, beside, before, stride_before, out, memory, tiles, STAGED, PLACES, HAS_BIAS,
-                        ACTIVATION, BESIDE, HAS_BEFORE)),
-            (_consume, (1, bias, beside, before, stride_before, out, memory, tiles, STAGED, PLACES, HAS_BIAS,
-                        ACTIVATION, BESIDE, HAS_BEFORE)),
+            (_consume, (0, bias, beside, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
+            (_consume, (1, bias, beside, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
             (_produce, (x, weight, memory, tiles, PLACES)),
         ],
         [4, 1],
@@ -228,7 +205,6 @@ def product_hopper(
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
-    accumulate: bool = False,
 ) -> None:
     """Fill ``out[rows, columns]`` as above.
 
@@ -236,20 +212,18 @@ def product_hopper(
         x: ``[rows, depth]``, half precision; matrices have contiguous rows of 16-byte aligned addresses.
         weight: ``[columns, depth]``.
         bias: ``[columns]`` or ``None``.
-        out: in the dtype of ``x``, or float32 with neither gate nor residual. Apart from ``x``.
+        out: in the dtype of ``x`` and apart from it.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
         residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
-        accumulate: whether the product is added to what a float32 ``out`` holds.
     """
     (rows, depth), columns = x.shape, weight.shape[0]
     row_blocks, column_blocks = triton.cdiv(rows, 2 * _SIDE), triton.cdiv(columns, _COLUMNS)
-    width = _SIDE * 2 // out.element_size()
     tile_bytes = 2 * _SIDE * _SIDE
     beside = "gate" if gate is not None else "residual" if residual is not None else None
-    staged = 2 if beside is None else _COLUMNS // width
+    staged = 2 if beside is None else _PIECES
     rest = SHARED_MEMORY - 2 * staged * tile_bytes - 2 * 2 * _COLUMNS
-    results = tiles_of(out, [_SIDE, width])
+    results = tiles_of(out, [_SIDE, _SIDE])
     other = gate if gate is not None else residual
     launch(
         product_hopper_kernel,
@@ -257,13 +231,10 @@ def product_hopper(
         tiles_of(x, [_SIDE, _SIDE]),
         tiles_of(weight, [_COLUMNS, _SIDE]),
         x if bias is None else bias.contiguous(),
-        results if other is None else tiles_of(other, [_SIDE, width]),
-        out,
-        out.stride(0),
+        results if other is None else tiles_of(other, [_SIDE, _SIDE]),
         results,
         row_blocks,
         column_blocks,
-        rows,
         columns,
         depth,
         STAGED=staged,
@@ -271,7 +242,6 @@ def product_hopper(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         BESIDE=beside,
-        HAS_BEFORE=accumulate,
         num_warps=4,
         maxnreg=168,
     )

@@ -13,8 +13,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 SHARED_MEMORY = 225 * 1024
 """Bytes of it that a program on Hopper may take for its tiles; the rest is for barriers."""
 
-_DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
-
 
 @gluon.jit
 def next_place(place, parity, PLACES: gl.constexpr):
@@ -24,6 +22,6 @@ def next_place(place, parity, PLACES: gl.constexpr):
 
 
 def tiles_of(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    """Tiles ``block`` of a matrix with contiguous, 16-byte aligned rows, as products of half precision read them."""
-    dtype = _DTYPES[matrix.dtype]
+    """Tiles ``block`` of a matrix of half precision with contiguous, 16-byte aligned rows, as products read them."""
+    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
     return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

@@ -97,10 +97,13 @@ def rotate(dtype: torch.dtype, interleaved: bool) -> None:
     rotary.rotate_(torch.empty(2, 512, 4, 64, dtype=dtype), cos, sin, interleaved)
 
 
-def activate_products(gated: bool) -> None:
+def multiply(form: str) -> None:
     if product.multiplies(gating.target_of(DEVICE), 4096, 4096):
-        operands = matrix(4096, 1024), matrix(4096, 1024), torch.empty(4096, dtype=HALF)
-        product.activated_product(*operands, "silu", matrix(4096, 4096), gated)
+        operands, out = (matrix(4096, 1024), matrix(4096, 1024), torch.empty(4096, dtype=HALF)), matrix(4096, 4096)
+        if form == "residual":
+            product.product_with_residual(*operands, matrix(4096, 4096), out)
+        else:
+            product.activated_product(*operands, "silu", out, form == "gate")
 
 
 def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -137,8 +140,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         "partial sums",
         lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),
     )
-    for gated in (False, True):  # on sm_90 in Gluon, under Triton 3.6
-        yield f"activated product gated={gated}", lambda gated=gated: activate_products(gated)
+    for form in ("alone", "gate", "residual"):  # on sm_90 in Gluon, under Triton 3.6
+        yield f"product {form}", lambda form=form: multiply(form)
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)
     yield "interleaved rotation float32", lambda: rotate(SINGLE, True)

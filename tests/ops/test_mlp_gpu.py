@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flashsvd_compile.kernels.target import KNOWN
-from flashsvd_compile.ops import mlp_gpu
+from flashsvd_compile.ops import mlp_gpu, workspace
 from flashsvd_compile.ops.activation import activation_of
 from flashsvd_compile.ops.mlp_region import Mlp
 from flashsvd_compile.ops.projection import group
@@ -16,7 +16,7 @@ from flashsvd_compile.ops.projection import group
 from .accuracy import assert_within_error_rule
 from .regions import mlp_arguments
 
-reference = import_module("flashsvd_compile.ops.mlp").reference
+reference, RESIDUAL = (getattr(import_module("flashsvd_compile.ops.mlp"), name) for name in ("reference", "RESIDUAL"))
 
 
 def mlp_of(arguments: tuple) -> Mlp:
@@ -42,6 +42,11 @@ def on_cpu(request, monkeypatch):
         product = activation_of(activation)(torch.nn.functional.linear(x, weight, bias))
         return out.copy_(product * out if gated else product)
 
+    def product_with_residual(x, weight, bias, residual, out: Tensor) -> Tensor:
+        return out.copy_(torch.nn.functional.linear(x, weight, bias) + residual)
+
+    monkeypatch.setattr(workspace, "takes", lambda *matrices: request.param)
+    monkeypatch.setattr(workspace, "product_with_residual", product_with_residual)
     monkeypatch.setattr(mlp_gpu, "multiplies", lambda *size: request.param)
     monkeypatch.setattr(mlp_gpu, "activated_product", activated_product)
     monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
@@ -53,12 +58,16 @@ def on_cpu(request, monkeypatch):
 @pytest.mark.parametrize("ranks", [(37, 35, 41), (40, 16, 24), (40, 33, 24)])
 @pytest.mark.parametrize("workspace_bytes", [1 << 14, 1 << 18, 1 << 24])
 @pytest.mark.parametrize("down_bias", [False, True])
-def test_result(gated, ranks, workspace_bytes, down_bias, on_cpu):
+@pytest.mark.parametrize("added", [False, True])
+def test_result(gated, ranks, workspace_bytes, down_bias, added, on_cpu):
     shape: dict[str, Any] = {"width": 600, "out_features": 144, "gated": gated, "down_bias": down_bias}
     arguments = mlp_arguments(2, 301, 96, ranks=ranks, dtype=torch.bfloat16, workspace_bytes=workspace_bytes, **shape)
     x, mlp = arguments[0], mlp_of(arguments)
+    residual = torch.randn(2, 301, 144).to(x.dtype) if added else None
+    given = (*arguments[:RESIDUAL], residual, *arguments[RESIDUAL + 1 :])
     assert mlp_gpu.supported(x, mlp)
-    assert_within_error_rule(mlp_gpu.streamed(x, mlp, arguments[19], workspace_bytes), reference, arguments)
+    result = mlp_gpu.streamed(x, mlp, arguments[19], workspace_bytes, residual=residual)
+    assert_within_error_rule(result, reference, given)
 
 
 @pytest.mark.parametrize("rank", [1024, 1493])
