@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 
 from .activations import LOG2_E
 from .launch import launch
-from .ring import SHARED_MEMORY, next_place, tiles_of
+from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 from .tiles import as_matrix
 
@@ -180,16 +180,8 @@ def attention_hopper_kernel(
     """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
     queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], q.layout)
     ring = gl.allocate_shared_memory(k.dtype, [PLACES, BLOCK, DIM], k.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    q_full = gl.allocate_shared_memory(gl.int64, [QUERY_PLACES, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [QUERY_PLACES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(QUERY_PLACES):
-        mbarrier.init(q_full.index(i), count=1)
-        mbarrier.init(q_empty.index(i), count=2)
+    full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
+    q_full, q_empty = barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, 2)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     gl.warp_specialize(

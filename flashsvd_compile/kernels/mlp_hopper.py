@@ -24,7 +24,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activations import activate
 from .launch import launch
-from .ring import SHARED_MEMORY, next_place, tiles_of
+from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 
 _SIDE = 64
 """Rows and columns of a tile: 128 bytes a row, which is what the memory's swizzle spans."""
@@ -124,12 +124,8 @@ def mlp_hopper_kernel(
 
     tiles = gl.allocate_shared_memory(latent.dtype, [2 * IN, SIDE, SIDE], latent.layout)
     ring = gl.allocate_shared_memory(up.dtype, [PLACES * max(IN, OUT), SIDE, SIDE], up.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
     ready = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
     mbarrier.init(ready, count=1)
     gl.warp_specialize(
         [

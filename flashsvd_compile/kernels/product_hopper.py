@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activations import activate
 from .launch import launch
-from .ring import SHARED_MEMORY, next_place, tiles_of
+from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 
 _SIDE = 64
@@ -176,14 +176,8 @@ def product_hopper_kernel(
     ring_weight = gl.allocate_shared_memory(weight.dtype, [PLACES, COLUMNS, SIDE], weight.layout)
     stagings = gl.allocate_shared_memory(out.dtype, [2 * STAGED, SIDE, SIDE], out.layout)
     addends = gl.allocate_shared_memory(x.dtype, [2, COLUMNS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    arrived = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
-    for i in gl.static_range(2):
-        mbarrier.init(arrived.index(i), count=1)
+    full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
+    arrived = barriers(2, 1)
     memory = ring_x, ring_weight, stagings, addends, full, empty, arrived
     tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, columns, depth
     gl.warp_specialize(

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .launch import launch
 from .projection import Map
-from .ring import SHARED_MEMORY, next_place, tiles_of
+from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 from .tiles import pieces
 
@@ -317,11 +317,7 @@ def projection_hopper_kernel(
     unit_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([UNIT, SIDE], x.dtype)
     ring = gl.allocate_shared_memory(x.dtype, [units, UNIT, SIDE], unit_layout)
     stagings = gl.allocate_shared_memory(out_a.dtype, [2, SIDE, SIDE], out_a.layout)
-    full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(PLACES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=2)
+    full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
     gl.warp_specialize(

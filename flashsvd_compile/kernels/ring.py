@@ -8,10 +8,20 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 SHARED_MEMORY = 225 * 1024
 """Bytes of it that a program on Hopper may take for its tiles; the rest is for barriers."""
+
+
+@gluon.jit
+def barriers(PLACES: gl.constexpr, ARRIVALS: gl.constexpr):
+    """A barrier for each place, in shared memory; each is through when so many have arrived."""
+    made = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(PLACES):
+        mbarrier.init(made.index(i), count=ARRIVALS)
+    return made
 
 
 @gluon.jit
