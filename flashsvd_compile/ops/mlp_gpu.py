@@ -12,6 +12,7 @@ Where a kernel activates what it multiplies, a gate is multiplied last and over 
 a longer range.
 """
 
+from functools import lru_cache
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -88,11 +89,12 @@ float32 sum, the time between two products. The last is the share of the time th
 
 def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
     """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
+    sizes = _Sizes.of(mlp)
     if _may_be_activated(mlp):
-        tile = _tile_of(mlp, rows, elements, target.processors, activated=True)
+        tile = _tile_of(sizes, rows, elements, target.processors, activated=True)
         if multiplies(target, tile.rows, tile.columns):
             return tile
-    return _tile_of(mlp, rows, elements, target.processors, activated=False)
+    return _tile_of(sizes, rows, elements, target.processors, activated=False)
 
 
 def _may_be_activated(mlp: Mlp) -> bool:
@@ -101,38 +103,74 @@ def _may_be_activated(mlp: Mlp) -> bool:
     return read and mlp.width % 8 == 0
 
 
-def _tile_of(mlp: Mlp, rows: int, elements: int, processors: int, activated: bool) -> Tile:
-    rank, ranks = padded(proj.rank(mlp.out)), [padded(proj.rank(projection)) for projection in mlp.into_hidden]
-    odd = any(proj.rank(projection) % SECTOR for projection in (*mlp.into_hidden, mlp.out))
+class _Sizes(NamedTuple):
+    """What a tile depends on of an MLP.
 
-    def tile(ranges: int) -> Tile:
-        columns = -(-mlp.width // (ranges * 128)) * 128
+    Attributes:
+        width: of the hidden layer.
+        features: of the result.
+        rank, ranks: of the projection out of the hidden layer, and of those into it, padded.
+        odd: whether a rank is padded.
+    """
+
+    width: int
+    features: int
+    rank: int
+    ranks: tuple[int, ...]
+    odd: bool
+
+    @classmethod
+    def of(cls, mlp: Mlp) -> "_Sizes":
+        ranks = [proj.rank(projection) for projection in (mlp.out, *mlp.into_hidden)]
+        rank, *into_hidden = map(padded, ranks)
+        odd = any(rank % SECTOR for rank in ranks)
+        return cls(mlp.width, proj.out_features(mlp.out), rank, tuple(into_hidden), odd)
+
+    def tile(self, rows: int, columns: int, elements: int, activated: bool) -> Tile:
+        """As many rows as ``elements`` of workspace hold with so many columns."""
+        several = columns < self.width
         one = Tile(
             rows=1,
             columns=columns,
             beside=max(
-                columns if len(ranks) > 1 and not activated else 0,
-                0 if ranges > 1 and columns >= rank else rank,  # sums are rounded to where the last range was
+                columns if len(self.ranks) > 1 and not activated else 0,
+                0 if several and columns >= self.rank else self.rank,  # sums are rounded to where the last range was
             ),
-            copied=columns * max(rank, *ranks) if odd else 0,
-            summed=rank if ranges > 1 else 0,
+            copied=columns * max(self.rank, *self.ranks) if self.odd else 0,
+            summed=self.rank if several else 0,
             activated=activated,
         )
         per_row = one.elements - one.copied
         chunk = rows_that_fit(max(0, elements - one.copied - 128 * per_row), per_row, rows)
         return one._replace(rows=min(rows, -(-chunk // 128) * 128))
 
-    def cost(tile: Tile) -> float:
-        chunks, ranges = -(-rows // tile.rows), -(-mlp.width // tile.columns)
-        hidden = sum(_product_cost(tile.rows, tile.columns, r, processors) for r in ranks)
-        summing = _product_cost(tile.rows, rank, tile.columns, processors) + tile.rows * tile.summed * SUMMING
-        lifting = _product_cost(tile.rows, proj.out_features(mlp.out), rank, processors)
-        copies = ranges * tile.copied * (1 + len(ranks)) * COPYING
-        return chunks * (ranges * (hidden + summing) + lifting + copies)
+    def cost(self, tile: Tile, rows: int, processors: int) -> float:
+        """Multiplications one after another, range by range, as the last may be a short one."""
+        hidden = [_width(features) for features in _ranges(self.width, tile.columns)]
+        lifted = [_width(features) for features in _ranges(self.features, self.lifted_at_once(tile.columns))]
+        products = [(columns, rank) for columns in hidden for rank in self.ranks]
+        products += [(self.rank, columns) for columns in hidden] + [(columns, self.rank) for columns in lifted]
+        chunk = sum(_product_cost(tile.rows, columns, depth, processors) for columns, depth in products)
+        chunk += len(hidden) * tile.rows * tile.summed * SUMMING
+        chunk += len(hidden) * tile.copied * (1 + len(self.ranks)) * COPYING
+        return -(-rows // tile.rows) * chunk
 
-    tiles = [tile(ranges) for ranges in range(1, MAX_RANGES + 1)]
+    def lifted_at_once(self, columns: int) -> int:
+        """Features of the result whose factor is copied at a time: evenly cut, no more than a range's columns."""
+        if not self.odd:
+            return self.features
+        ranges = -(-self.features // columns)
+        return min(columns, -(-self.features // (ranges * 128)) * 128)
+
+
+@lru_cache(maxsize=256)
+def _tile_of(sizes: _Sizes, rows: int, elements: int, processors: int, activated: bool) -> Tile:
+    widths = range(-(-sizes.width // (MAX_RANGES * 128)) * 128, sizes.width + 128, 128)
+    tiles = [sizes.tile(rows, columns, elements, activated) for columns in widths]
     within = [tile for tile in tiles if tile.elements <= elements]
-    return min(within, key=cost) if within else min(tiles, key=lambda tile: tile.elements)
+    if not within:
+        return min(tiles, key=lambda tile: tile.elements)
+    return min(within, key=lambda tile: sizes.cost(tile, rows, processors))
 
 
 def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float:
@@ -195,6 +233,7 @@ class _Chunks:
     def __init__(self, mlp: Mlp, activation: str, tile: Tile, like: Tensor):
         self._mlp, self._activation, self._columns = mlp, activation, tile.columns
         self._activated_at_once = tile.activated
+        self._lifted_at_once = _Sizes.of(mlp).lifted_at_once(tile.columns)
         self._rank = padded(proj.rank(mlp.out))
         self._bias = _padded_bias(mlp.out.down_bias, self._rank)
         self._hidden = like.new_empty(tile.rows * tile.columns)
@@ -204,9 +243,8 @@ class _Chunks:
 
     def finish(self, out: Tensor, latents: list[Tensor], residual: Tensor | None) -> None:
         """``out[rows, features]``, the residual added; its memory may be where the latents are."""
-        width, odd = out.shape[1], proj.rank(self._mlp.out) % SECTOR
         latent = self._rank_space_of_out(latents)
-        for features in _ranges(width, self._columns if odd else width):
+        for features in _ranges(out.shape[1], self._lifted_at_once):
             added = None if residual is None else residual[:, features]
             self._lift(out[:, features], latent, self._mlp.out, features, added)
 
@@ -261,6 +299,10 @@ class _Chunks:
         if factor.shape == (rows, columns):
             return factor
         return padded_copy(factor, _view(self._factor, rows, columns))
+
+
+def _width(features: slice) -> int:
+    return features.stop - features.start
 
 
 def _ranges(width: int, columns: int) -> list[slice]:

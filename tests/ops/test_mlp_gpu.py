@@ -89,3 +89,31 @@ def test_small_tile_stays_within_the_workspace(rank, rows, mebibytes):
     arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
     tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, KNOWN["sm_90"])
     assert tile.elements <= mebibytes * 2**19
+
+
+def rounds(rows: int, columns: int) -> int:
+    """In which the 132 processors of an H100 compute tiles of 128 x 256."""
+    return -(-(-(-rows // 128) * -(-columns // 256)) // 132)
+
+
+@pytest.mark.parametrize(("rank", "rows", "mebibytes"), [(1493, 4096, 60), (1024, 16384, 64)])
+def test_ranges_leave_fewer_processors_idle_than_even_ones(rank, rows, mebibytes, monkeypatch):
+    monkeypatch.setattr(mlp_gpu, "multiplies", lambda *size: True)
+    width = 11008
+    arguments = mlp_arguments(1, 1, 4096, width=width, out_features=4096, ranks=(rank,) * 3, gated=True)
+    tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, KNOWN["sm_90"])
+    cut = [min(tile.columns, width - first) for first in range(0, width, tile.columns)]
+    assert len(cut) > 1
+    assert sum(rounds(tile.rows, columns) for columns in cut) < len(cut) * rounds(tile.rows, -(-width // len(cut)))
+
+
+def test_factors_that_are_copied_are_cut_evenly():
+    arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(1493, 1493, 1493), gated=True)
+    sizes = mlp_gpu._Sizes.of(mlp_of(arguments))
+    assert [sizes.lifted_at_once(columns) for columns in (1024, 1280, 3072, 4096, 11008)] == [
+        1024,
+        1024,
+        2048,
+        4096,
+        4096,
+    ]
