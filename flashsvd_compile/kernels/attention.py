@@ -16,7 +16,7 @@ from .activations import LOG2_E
 from .autotune import about, tuned
 from .launch import launch
 from .target import Target, describable, precision_of, speaks_gluon, target_of
-from .tiles import as_matrix
+from .tiles import by_items
 
 
 class Tile(NamedTuple):
@@ -87,29 +87,34 @@ def key_bounds_kernel(key_padding, bounds, stride_b, stride_k, kv_len, BLOCK: tl
 
 
 @triton.jit
-def _tile(source, row, column, limit, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr, DIM: tl.constexpr,
-          DESCRIPTOR: tl.constexpr):  # fmt: skip
-    """``[ROWS, COLUMNS]`` of a ``[rows, heads * DIM]`` matrix; rows from ``limit`` on and columns from DIM on are 0."""
+def _tile(source, item, row, column, length, stride_b, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+          DIM: tl.constexpr, DESCRIPTOR: tl.constexpr):  # fmt: skip
+    """``[ROWS, COLUMNS]`` of an item of ``[items, length, heads * DIM]``.
+
+    Rows behind its last are 0, not the next item's: what hides them multiplies them by 0, which leaves a NaN a NaN. So
+    are columns from DIM on, but with descriptors, whose tiles are as wide as a head.
+    """
     if DESCRIPTOR:
-        return source.load([row, column])
+        return source.load([item, row, column]).reshape(ROWS, COLUMNS)
     else:
         rows = row + tl.arange(0, ROWS)
         columns = tl.arange(0, COLUMNS)
-        pointers = source + rows[:, None].to(tl.int64) * stride + column + columns[None, :]
-        return tl.load(pointers, mask=(rows[:, None] < limit) & (columns[None, :] < DIM), other=0.0)
+        source += item.to(tl.int64) * stride_b + column
+        pointers = source + rows[:, None].to(tl.int64) * stride + columns[None, :]
+        return tl.load(pointers, mask=(rows[:, None] < length) & (columns[None, :] < DIM), other=0.0)
 
 
 @triton.jit
 def _attend(
-    acc, row_max, row_sum, q, k, v, key_padding, kv_row, start, stop, kv_len, head_k, head_v, queries,
-    stride_k, stride_v, stride_p, scale,
+    acc, row_max, row_sum, q, k, v, key_padding, item, start, stop, kv_len, head_k, head_v, queries,
+    stride_kb, stride_k, stride_vb, stride_v, stride_p, scale,
     MASKED: tl.constexpr, PADDED: tl.constexpr, WINDOW_LEFT: tl.constexpr, WINDOW_RIGHT: tl.constexpr,
     BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, VALUE_DIM: tl.constexpr,
     BLOCK_V: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """One pass over keys ``start .. stop`` of the online softmax; ``MASKED`` blocks look at padding and window."""
     for n in tl.range(start, stop, BLOCK_K, num_stages=STAGES):
-        key = _tile(k, kv_row + n, head_k, kv_row + kv_len, stride_k, BLOCK_K, BLOCK_D, HEAD_DIM, DESCRIPTOR)
+        key = _tile(k, item, n, head_k, kv_len, stride_kb, stride_k, BLOCK_K, BLOCK_D, HEAD_DIM, DESCRIPTOR)
         scores = tl.dot(q, key.T, input_precision=PRECISION)
         if MASKED:
             keys = n + tl.arange(0, BLOCK_K)
@@ -132,7 +137,7 @@ def _attend(
             correction = tl.exp2(row_max - new_max)
         row_sum = row_sum * correction + tl.sum(p, 1)
         acc = acc * correction[:, None]
-        value = _tile(v, kv_row + n, head_v, kv_row + kv_len, stride_v, BLOCK_K, BLOCK_V, VALUE_DIM, DESCRIPTOR)
+        value = _tile(v, item, n, head_v, kv_len, stride_vb, stride_v, BLOCK_K, BLOCK_V, VALUE_DIM, DESCRIPTOR)
         acc = tl.dot(p.to(value.dtype), value, acc, input_precision=PRECISION)
         row_max = new_max
     return acc, row_max, row_sum
@@ -141,7 +146,7 @@ def _attend(
 @triton.jit
 def attention_kernel(
     q, k, v, out, key_padding, bounds,
-    stride_qm, stride_k, stride_v, stride_ob, stride_om, stride_pb, stride_p,
+    stride_qb, stride_qm, stride_kb, stride_k, stride_vb, stride_v, stride_ob, stride_om, stride_pb, stride_p,
     q_len, kv_len, num_heads, scale,
     GROUP: tl.constexpr, PADDED: tl.constexpr, WINDOW_LEFT: tl.constexpr, WINDOW_RIGHT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -150,8 +155,7 @@ def attention_kernel(
 ):  # fmt: skip
     """One block of queries of one head of one batch item.
 
-    q, k, v are matrices ``[items * len, heads * dim]``; out is ``[items, q_len, heads * VALUE_DIM]``. The softmax is
-    taken in base 2: ``scale`` includes log2(e).
+    q, k, v and out are ``[items, len, heads * dim]``. The softmax is taken in base 2: ``scale`` includes log2(e).
     """
     block = tl.program_id(0)
     if WINDOW_RIGHT >= 0:
@@ -160,11 +164,9 @@ def attention_kernel(
     head = tl.program_id(1) % num_heads
     m = block * BLOCK_Q
     queries = m + tl.arange(0, BLOCK_Q)
-    q_row = item * q_len
-    kv_row = item * kv_len
     head_k = (head // GROUP) * HEAD_DIM
     head_v = (head // GROUP) * VALUE_DIM
-    query = _tile(q, q_row + m, head * HEAD_DIM, q_row + q_len, stride_qm, BLOCK_Q, BLOCK_D, HEAD_DIM, DESCRIPTOR)
+    query = _tile(q, item, m, head * HEAD_DIM, q_len, stride_qb, stride_qm, BLOCK_Q, BLOCK_D, HEAD_DIM, DESCRIPTOR)
 
     # Keys outside [start, stop) are invisible to the whole block, keys inside [whole_start, whole_stop) visible.
     start = 0
@@ -195,19 +197,19 @@ def attention_kernel(
     row_sum = tl.zeros([BLOCK_Q], tl.float32)
     if PADDED or WINDOW_LEFT >= 0:
         acc, row_max, row_sum = _attend(
-            acc, row_max, row_sum, query, k, v, key_padding, kv_row, start, whole_start, kv_len, head_k, head_v,
-            queries, stride_k, stride_v, stride_p, scale, True, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K, HEAD_DIM,
-            BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
+            acc, row_max, row_sum, query, k, v, key_padding, item, start, whole_start, kv_len, head_k, head_v, queries,
+            stride_kb, stride_k, stride_vb, stride_v, stride_p, scale, True, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K,
+            HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
         )  # fmt: skip
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, query, k, v, key_padding, kv_row, whole_start, whole_stop, kv_len, head_k, head_v,
-        queries, stride_k, stride_v, stride_p, scale, False, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K, HEAD_DIM,
-        BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
+        acc, row_max, row_sum, query, k, v, key_padding, item, whole_start, whole_stop, kv_len, head_k, head_v, queries,
+        stride_kb, stride_k, stride_vb, stride_v, stride_p, scale, False, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K,
+        HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
     )  # fmt: skip
     acc, row_max, row_sum = _attend(
-        acc, row_max, row_sum, query, k, v, key_padding, kv_row, whole_stop, stop, kv_len, head_k, head_v,
-        queries, stride_k, stride_v, stride_p, scale, True, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K, HEAD_DIM,
-        BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
+        acc, row_max, row_sum, query, k, v, key_padding, item, whole_stop, stop, kv_len, head_k, head_v, queries,
+        stride_kb, stride_k, stride_vb, stride_v, stride_p, scale, True, PADDED, WINDOW_LEFT, WINDOW_RIGHT, BLOCK_K,
+        HEAD_DIM, BLOCK_D, VALUE_DIM, BLOCK_V, DESCRIPTOR, PRECISION, STAGES,
     )  # fmt: skip
 
     acc = acc / tl.where(row_sum == 0.0, 1.0, row_sum)[:, None]
@@ -272,9 +274,9 @@ def attention(
     items, q_len, heads, head_dim = q.shape
     kv_len, kv_heads, value_dim = v.shape[1:]
     target = target_of(q.device)
-    matrices = [as_matrix(tensor) for tensor in (q, k, v)]
-    strides = [matrix.stride(0) for matrix in matrices]
-    descriptor = target.descriptors and all(map(describable, matrices))
+    tensors = [by_items(tensor) for tensor in (q, k, v)]
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
+    descriptor = target.descriptors and all(map(describable, tensors))
     unmasked = key_padding is None and (window_left, window_right) in SPECIALISED_WINDOWS
     specialised = kv_len >= SPECIALISED_KEYS and is_specialised(target, head_dim, value_dim, q.dtype)
     if tile is None and descriptor and unmasked and specialised:
@@ -289,12 +291,12 @@ def attention(
     tile = tile or _chosen_tile(target, q, k, v, out, descriptor, how)
     if descriptor:
         blocks = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
-        matrices = [TensorDescriptor.from_tensor(m, list(block)) for m, block in zip(matrices, blocks, strict=True)]
+        tensors = [TensorDescriptor.from_tensor(t, [1, *block]) for t, block in zip(tensors, blocks, strict=True)]
     grid = (triton.cdiv(q_len, tile.block_q), items * heads)
     launch(
         attention_kernel,
         grid,
-        *matrices,
+        *tensors,
         out,
         *((key_padding, bounds) if key_padding is not None else (out, out)),
         *strides,

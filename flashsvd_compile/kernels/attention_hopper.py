@@ -19,7 +19,7 @@ from .activations import LOG2_E
 from .launch import launch
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
-from .tiles import as_matrix
+from .tiles import by_items
 
 _ROWS = 64
 """Queries of a warpgroup."""
@@ -56,11 +56,12 @@ def _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL: gl.constexp
 
 
 @gluon.jit
-def _load(matrix, row, column, ring, full, empty, place, parity, PLACES: gl.constexpr):
+def _load(source, item, row, column, ring, full, empty, place, parity, PLACES: gl.constexpr):
     """Fill a place of the ring, once it is empty, with a block of keys or values."""
     mbarrier.wait(empty.index(place), parity ^ 1)
-    mbarrier.expect(full.index(place), matrix.block_type.nbytes)
-    tma.async_copy_global_to_shared(matrix, [row, column], full.index(place), ring.index(place))
+    mbarrier.expect(full.index(place), source.block_type.nbytes)
+    block = ring.index(place).reshape(source.block_type.shape)
+    tma.async_copy_global_to_shared(source, [item, row, column], full.index(place), block)
     return next_place(place, parity, PLACES)
 
 
@@ -78,18 +79,17 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
         mbarrier.wait(q_empty.index(q_place), q_parity ^ 1)
         mbarrier.expect(q_full.index(q_place), 2 * q.block_type.nbytes)
         for i in gl.static_range(2):
-            tma.async_copy_global_to_shared(
-                q, [item * q_len + m + i * ROWS, head * DIM], q_full.index(q_place), queries.index(2 * q_place + i)
-            )
+            some = queries.index(2 * q_place + i).reshape(q.block_type.shape)
+            tma.async_copy_global_to_shared(q, [item, m + i * ROWS, head * DIM], q_full.index(q_place), some)
         q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
         column = head // GROUP * DIM
-        row = item * kv_len + (blocks - 1) * BLOCK
-        place, parity = _load(k, row, column, ring, full, empty, place, parity, PLACES)
+        row = (blocks - 1) * BLOCK
+        place, parity = _load(k, item, row, column, ring, full, empty, place, parity, PLACES)
         for _ in range(blocks - 1):
-            place, parity = _load(k, row - BLOCK, column, ring, full, empty, place, parity, PLACES)
-            place, parity = _load(v, row, column, ring, full, empty, place, parity, PLACES)
+            place, parity = _load(k, item, row - BLOCK, column, ring, full, empty, place, parity, PLACES)
+            place, parity = _load(v, item, row, column, ring, full, empty, place, parity, PLACES)
             row -= BLOCK
-        place, parity = _load(v, row, column, ring, full, empty, place, parity, PLACES)
+        place, parity = _load(v, item, row, column, ring, full, empty, place, parity, PLACES)
 
 
 @gluon.jit
@@ -178,8 +178,10 @@ def attention_hopper_kernel(
     GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
     """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
-    queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], q.layout)
-    ring = gl.allocate_shared_memory(k.dtype, [PLACES, BLOCK, DIM], k.layout)
+    of_queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], q.dtype)
+    of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, DIM], k.dtype)
+    queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], of_queries)
+    ring = gl.allocate_shared_memory(k.dtype, [PLACES, BLOCK, DIM], of_keys)
     full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
     q_full, q_empty = barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, 2)
     first = gl.program_id(0)
@@ -211,7 +213,7 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
     """
     items, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
-    views = [tiles_of(as_matrix(tensor), [rows, dim]) for tensor, rows in ((q, _ROWS), (k, _BLOCK), (v, _BLOCK))]
+    views = [tiles_of(by_items(tensor), [1, rows, dim]) for tensor, rows in ((q, _ROWS), (k, _BLOCK), (v, _BLOCK))]
     tiles = triton.cdiv(q_len, _BLOCK) * items * heads
     block_bytes = _BLOCK * dim * q.element_size()
     launch(

@@ -31,7 +31,7 @@ def next_place(place, parity, PLACES: gl.constexpr):
     return gl.where(wrapped, 0, place + 1), gl.where(wrapped, parity ^ 1, parity)
 
 
-def tiles_of(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    """Tiles ``block`` of a matrix of half precision with contiguous, 16-byte aligned rows, as products read them."""
-    dtype = gl.bfloat16 if matrix.dtype == torch.bfloat16 else gl.float16
-    return TensorDescriptor.from_tensor(matrix, block, gl.NVMMASharedLayout.get_default_for(block, dtype))
+def tiles_of(tensor: Tensor, block: list[int]) -> TensorDescriptor:
+    """Tiles ``block`` of a tensor of half precision with contiguous, 16-byte aligned rows, as products read them."""
+    dtype = gl.bfloat16 if tensor.dtype == torch.bfloat16 else gl.float16
+    return TensorDescriptor.from_tensor(tensor, block, gl.NVMMASharedLayout.get_default_for(block, dtype))

@@ -65,11 +65,11 @@ def target_of(device: torch.device) -> Target:
     return known._replace(name=name, processors=properties.multi_processor_count)
 
 
-def describable(matrix: Tensor) -> bool:
-    """Whether a tensor descriptor may read a matrix: contiguous rows of 16-byte aligned addresses and lengths."""
-    row_bytes = max(matrix.stride(0), matrix.shape[1]) * matrix.element_size()
-    aligned = matrix.data_ptr() % 16 == 0 and row_bytes % 16 == 0
-    return matrix.stride(1) == 1 and aligned
+def describable(tensor: Tensor) -> bool:
+    """Whether a tensor descriptor may read it: contiguous rows of 16-byte aligned addresses and lengths."""
+    *strides, step = tensor.stride()
+    row_bytes = [max(stride, tensor.shape[-1]) * tensor.element_size() for stride in strides]
+    return step == 1 and tensor.data_ptr() % 16 == 0 and all(size % 16 == 0 for size in row_bytes)
 
 
 LEAST_SHARE = 0.75

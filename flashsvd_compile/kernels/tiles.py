@@ -88,7 +88,11 @@ def aligned_columns(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
-def as_matrix(heads: Tensor) -> Tensor:
-    """``[items, len, heads, dim]`` as a strided ``[items * len, heads * dim]``."""
+def by_items(heads: Tensor) -> Tensor:
+    """``[items, len, heads, dim]``, items of one size apart and heads adjacent, as ``[items, len, heads * dim]``.
+
+    A descriptor of it has zeros behind an item's last row.
+    """
     items, length, count, dim = heads.shape
-    return heads.as_strided((items * length, count * dim), (heads.stride(1), 1))
+    row = heads.stride(1)
+    return heads.as_strided((items, length, count * dim), (length * row, row, 1))

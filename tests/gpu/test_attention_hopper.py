@@ -89,6 +89,24 @@ def test_columns_of_one_matrix(dim, causal):
     assert_right(causal, *matrix[:items].split([heads, kv_heads, kv_heads], dim=2))
 
 
+@pytest.mark.parametrize("specialised", [False, True])
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_what_is_no_number_stays_in_its_item(dim, causal, specialised):
+    """Also behind the last of keys that fill no block, which are hidden by weights of 0."""
+    q, k, v = operands(200, 200, dim, items=3)
+    for tensor in (q, k, v):
+        tensor[1] = torch.nan
+    out = torch.zeros_like(q)
+    if specialised:
+        attention_hopper(q, k, v, out, scale=dim**-0.5, causal=causal)
+    else:
+        how = {"key_padding": None, "bounds": None, "scale": dim**-0.5}
+        attention.attention(q, k, v, out, window_left=-1, window_right=0 if causal else -1, **how)
+    assert not out[::2].isnan().any()
+    assert out[1].isnan().all()
+
+
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_large_scores(dim, causal):

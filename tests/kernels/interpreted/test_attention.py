@@ -111,6 +111,25 @@ def test_lengths(q_len, kv_len, chip):
 
 
 @pytest.mark.parametrize("chip", INTERPRETED)
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("padded", [False, True])
+def test_what_is_no_number_stays_in_its_item(padded, window, chip):
+    """Also behind the last of keys that fill no block, which are hidden by weights of 0."""
+    tensors = Case(items=3, q_len=70, kv_len=70).tensors()
+    for tensor in tensors:
+        tensor[1] = torch.nan
+    key_padding = padding(70, 60, 45, total=70) if padded else None
+    out = torch.empty_like(tensors[0])
+    left, right = WINDOWS[window]
+    how = {"scale": SCALE, "window_left": left, "window_right": right, "key_padding": key_padding}
+    with running_on(INTERPRETED[chip]):
+        bounds = None if key_padding is None else attention.key_bounds(key_padding)
+        attention.attention(*tensors, out, bounds=bounds, **how)
+    assert not out[::2].isnan().any()
+    assert out[1].isnan().any()
+
+
+@pytest.mark.parametrize("chip", INTERPRETED)
 @pytest.mark.parametrize("head_dim", [1, 16, 24, 64, 80, 96, 128])
 def test_head_sizes(head_dim, chip):
     for dtype in dtypes_of(chip):
