@@ -21,7 +21,7 @@ from .backward import Chunked, differentiable, items_of_a_chunk
 from .norm import Statistics
 from .projection import Projection
 from .registry import register
-from .residual import plus, plus_residual
+from .residual import plus, plus_residual, within_reach
 from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
 from .workspace import Workspace, affine_into, lift_heads, project_rows, rows_that_fit
 
@@ -129,7 +129,9 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
     merging, residual = strategy == Strategy.MERGED, arguments[RESIDUAL - 1]
     if attention_gpu.supported(x, attn):
-        return attention_gpu.streamed(x, context, attn, workspace_bytes, merging, residual)
+        joined = within_reach(residual)
+        result = attention_gpu.streamed(x, context, attn, workspace_bytes, merging, joined)
+        return result if joined is residual else plus(result, residual)
     attn = attn.merged() if merging else attn
     core = attention_gpu.kernel_core if attention_gpu.attends(x, attn) else sdpa_core
     return plus(streamed(x, context, attn, workspace_bytes, core=core), residual)

@@ -70,7 +70,9 @@ def streamed(
     merging: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The region's result plus the residual; besides it only one workspace exists. See :func:`supported`.
+    """The region's result plus the residual, which is contiguous; besides it only one workspace exists.
+
+    See :func:`supported`.
 
     A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With ``merging`` factors
     that cost more than their product are multiplied when they are used, and the product is forgotten after that.

@@ -192,7 +192,7 @@ def streamed(
     x_norm: Norm | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """The MLP's ``[..., out_features]`` plus the residual. See :func:`supported`.
+    """The MLP's ``[..., out_features]`` plus the residual, which is contiguous. See :func:`supported`.
 
     A norm of ``x`` exists for as many rows at a time as the workspace, which is allocated after it, has room for.
     """
@@ -207,7 +207,7 @@ def streamed(
     tile = tile_of(mlp, rows_in.shape[0], elements, target_of(x.device))
     chunks = _Chunks(mlp, activation, tile, like=x)
     for rows in _ranges(rows_in.shape[0], tile.rows):
-        added = None if residual is None else residual.reshape(rows_out.shape)[rows]
+        added = None if residual is None else residual.view(rows_out.shape)[rows]
         chunks.finish(rows_out[rows], [latent[rows] for latent in latents], added)
     return result
 
