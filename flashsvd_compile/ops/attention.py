@@ -8,6 +8,7 @@ be taken of x first, and a residual is added to y. Keys and values are lifted ou
 time; no tensor of the size of k, v or the scores is ever whole.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -21,7 +22,7 @@ from .backward import Chunked, differentiable, items_of_a_chunk
 from .norm import Statistics
 from .projection import Projection
 from .registry import register
-from .residual import plus, plus_residual, within_reach
+from .residual import joined, plus, plus_residual
 from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
 from .workspace import Workspace, affine_into, lift_heads, project_rows, rows_that_fit
 
@@ -129,9 +130,8 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
     merging, residual = strategy == Strategy.MERGED, arguments[RESIDUAL - 1]
     if attention_gpu.supported(x, attn):
-        joined = within_reach(residual)
-        result = attention_gpu.streamed(x, context, attn, workspace_bytes, merging, joined)
-        return result if joined is residual else plus(result, residual)
+        region = partial(attention_gpu.streamed, x, context, attn, workspace_bytes, merging)
+        return joined(region, residual)
     attn = attn.merged() if merging else attn
     core = attention_gpu.kernel_core if attention_gpu.attends(x, attn) else sdpa_core
     return plus(streamed(x, context, attn, workspace_bytes, core=core), residual)

@@ -6,6 +6,7 @@
 A norm may be taken of x first, and a residual is added to y. The hidden tensor exists for a chunk of rows at a time.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 from torch import Tensor
@@ -24,7 +25,7 @@ from .mlp_region import Mlp
 from .norm import Norm
 from .projection import Projection
 from .registry import register
-from .residual import plus, plus_residual, validate_residual, within_reach
+from .residual import joined, plus, plus_residual, validate_residual
 from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
 
 ROLES = ("hidden", "gate", "out")
@@ -84,9 +85,8 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     if strategy == Strategy.FUSED and _fusible(x, mlp):
         return plus(_fused(norm.of_rows(x, x_norm), mlp, activation, workspace_bytes), residual)
     if mlp_gpu.supported(x, mlp):
-        joined = within_reach(residual)
-        result = mlp_gpu.streamed(x, mlp, activation, workspace_bytes, x_norm, joined)
-        return result if joined is residual else plus(result, residual)
+        region = partial(mlp_gpu.streamed, x, mlp, activation, workspace_bytes, x_norm)
+        return joined(region, residual)
     return plus(streamed(x, mlp, activation, workspace_bytes, x_norm=x_norm), residual)
 
 

@@ -263,7 +263,7 @@ class _Chunks:
 
     def _activated(self, latents: list[Tensor], features: slice) -> Tensor:
         """``[rows, features]``: some of the hidden layer."""
-        rows, columns = latents[0].shape[0], features.stop - features.start
+        rows, columns = latents[0].shape[0], _width(features)
         into, hidden = self._mlp.into_hidden, _view(self._hidden, rows, columns)
         if self._activated_at_once:
             gated = len(into) > 1

@@ -25,14 +25,16 @@ def plus_residual(position: int) -> Callable[[Callable[..., Tensor]], Callable[.
     return decorate
 
 
-def within_reach(residual: Tensor | None) -> Tensor | None:
-    """The residual where its rows can be taken as they are; ``None`` where it is left to :func:`plus`."""
-    return residual if residual is not None and residual.is_contiguous() else None
-
-
 def plus(result: Tensor, residual: Tensor | None) -> Tensor:
     """``result += residual``, unless that is ``None``."""
     return result if residual is None else result.add_(residual)
+
+
+def joined(implementation: Callable[[Tensor | None], Tensor], residual: Tensor | None) -> Tensor:
+    """The result of an implementation that adds a contiguous residual itself; any other is added behind it."""
+    if residual is None or residual.is_contiguous():
+        return implementation(residual)
+    return plus(implementation(None), residual)
 
 
 def validate_residual(residual: Tensor | None, x: Tensor, shape: Sequence[int | torch.SymInt]) -> None:
