@@ -87,7 +87,7 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
 
 
 NAMES = tuple(cases(torch.float64))
-REGIONS = 8
+REGIONS = 16
 
 
 def leaves(arguments: tuple) -> tuple:
