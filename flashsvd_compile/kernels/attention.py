@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .activations import LOG2_E
 from .autotune import about, tuned
-from .launch import launch
+from .launch import launch, take_turn
 from .target import Target, describable, precision_of, speaks_gluon, target_of
 from .tiles import by_items
 
@@ -157,6 +157,7 @@ def attention_kernel(
 
     q, k, v and out are ``[items, len, heads * dim]``. The softmax is taken in base 2: ``scale`` includes log2(e).
     """
+    take_turn()
     block = tl.program_id(0)
     if WINDOW_RIGHT >= 0:
         block = tl.num_programs(0) - 1 - block  # longest rows first
@@ -321,6 +322,7 @@ def attention(
         PRECISION=precision_of(q.dtype),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        overlapping=True,
     )
 
 

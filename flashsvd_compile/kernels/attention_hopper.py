@@ -16,7 +16,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .activations import LOG2_E
-from .launch import launch
+from .launch import launch, take_turn
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 from .tiles import by_items
@@ -186,6 +186,7 @@ def attention_hopper_kernel(
     q_full, q_empty = barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, 2)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
+    take_turn()
     gl.warp_specialize(
         [
             (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
@@ -236,4 +237,5 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
         PLACES=(SHARED_MEMORY - _QUERY_PLACES * block_bytes) // block_bytes,
         num_warps=4,
         maxnreg=168,
+        overlapping=True,
     )

@@ -18,10 +18,9 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from .activations import activate
-from .launch import launch
+from .launch import launch, take_turn
 from .target import Target, target_of
 from .tiles import aligned_columns
 
@@ -141,7 +140,7 @@ def _one_row(
     stop = tl.cdiv(lead + depth, ALIGN) * ALIGN  # whole pieces of 16 bytes
     tile = _weights(weight, f, k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
     if OVERLAPPING:
-        _take_turn()
+        take_turn()
     sums = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
     for start in range(0, stop, BLOCK_K):
         following = _weights(weight, f, start + BLOCK_K + k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
@@ -183,13 +182,6 @@ def _several_rows(
             tile, part = tl.where(inside, tile, 0.0), tl.where(inside, part, 0.0)
         parts = tl.dot(part, tl.permute(tile, (0, 2, 1)), parts)
     return tl.sum(parts, 0)
-
-
-@triton.jit
-def _take_turn():
-    """Wait for the launch before this one to be complete, and let the next one start reading weights."""
-    gdc_wait()
-    gdc_launch_dependents()
 
 
 @triton.jit
@@ -319,7 +311,7 @@ def multiply(
         HARDWARE_TANH=target.hardware_tanh,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        **({"launch_pdl": True} if overlapping and follows else {}),
+        overlapping=overlapping and follows,
     )
 
 

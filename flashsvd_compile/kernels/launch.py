@@ -2,6 +2,10 @@
 
 Triton binds, specialises and looks up for each launch what depends on the arguments' types and alignment only, and
 encodes every tensor descriptor anew: 60 to 230 us, many times the launch itself. A :class:`Launch` keeps the outcome.
+
+Where the chip can (programmatic dependent launch, CUDA programming guide), an overlapping launch begins while the one
+before it on the stream still runs: its programs take the processors that become free, read what that does not write,
+and wait in :func:`take_turn`. Where there is nothing to read ahead this gains little (``benchmarks/NOTES.md``).
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +17,12 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
+from triton import knobs
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from .target import target_of
 
 Listener = Callable[["Launch", list[Tensor]], None]
 """Called with a launch and its tensors, each once."""
@@ -24,21 +33,42 @@ REMEMBERED = 256
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
-def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+@triton.constexpr_function
+def _overlaps():
+    """Whether launches overlap on the chip that is compiled for."""
+    return not knobs.runtime.interpret and tl.target_info.cuda_capability_geq(9)
+
+
+@triton.jit
+def take_turn():
+    """Wait for the launch before this one to be complete and its results to be seen, then let the next one begin.
+
+    In this order, so that when a kernel begins, all but the launch right before it is complete. Each program of an
+    overlapping launch takes its turn before it writes anything or reads what the launch before it writes.
+    """
+    if _overlaps():
+        gdc_wait()
+        gdc_launch_dependents()
+
+
+def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, overlapping: bool = False, **constants: Any) -> None:
     """Launch a ``@triton.jit`` kernel, and tell :func:`listening` about it.
 
     Args:
         kernel: the kernel.
         grid: programs along both axes.
         arguments: its leading arguments by position.
+        overlapping: begin while the launch before it runs, where the chip can; the kernel calls :func:`take_turn`.
         constants: the remaining arguments and the compiler's options by name.
     """
+    beneath = (_beneath(argument) for argument in arguments)
+    tensors = list({id(tensor): tensor for tensor in beneath if isinstance(tensor, Tensor)}.values())
+    if overlapping and target_of(tensors[0].device).overlapping:
+        constants["launch_pdl"] = True
     compiled = kernel[grid](*arguments, **constants)
     listener = _listener.get()
     if listener is not None:
-        beneath = (_beneath(argument) for argument in arguments)
-        tensors = {id(tensor): tensor for tensor in beneath if isinstance(tensor, Tensor)}
-        listener(Launch(kernel, compiled, grid, arguments, constants), list(tensors.values()))
+        listener(Launch(kernel, compiled, grid, arguments, constants), tensors)
 
 
 @contextmanager

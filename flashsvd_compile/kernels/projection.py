@@ -1,11 +1,12 @@
-"""One or two low-rank projections of the same rows in one launch, the rank-space intermediate kept on chip.
+"""Low-rank projections of the same rows in one launch, the rank-space intermediate kept on chip.
 
-    out_j = (x @ down_j.T + down_bias_j) @ up_j.T + up_bias_j        for j = 0 or 0, 1
+    out_j = (x @ down_j.T + down_bias_j) @ up_j.T + up_bias_j        for one or two j, or three (:func:`takes_three`)
 
 A library needs two launches each, and chunks of a few thousand rows leave it starved: its second product is as deep as
 the rank only. Here a program takes a block of rows through both products.
 """
 
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .autotune import about, tuned
-from .launch import launch
+from .launch import launch, take_turn
 from .target import Target, describable, occupies, precision_of, speaks_gluon, target_of
 from .tiles import MAX_RANK, PIECE, load_tile, pieces, store_tile, tile_views, with_aligned_rows
 
@@ -117,8 +118,24 @@ def is_specialised(target: Target, x: Tensor, maps: tuple[Map, ...]) -> bool:
     """
     if not speaks_gluon(target) or x.dtype.itemsize != 2 or max(m.down.shape[0] for m in maps) not in SPECIALISED_RANKS:
         return False
-    busy = occupies(target, triton.cdiv(len(x), 128) * len(maps))
+    busy = occupies(target, triton.cdiv(len(x), _SPECIALISED_ROWS) * len(maps)) or len(maps) == 3
     return busy and all(describable(m.out) and m.out.shape[1] % 8 == 0 for m in maps)
+
+
+_SPECIALISED_ROWS = 128
+
+
+def takes_three(rows: int, ranks: list[int], widths: list[int], dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether three maps of so many rows should be taken at once: by processors that two of them would leave idle.
+
+    That is, in no more rounds of the chip, and half of it at least. Only the kernel in Gluon takes three.
+    """
+    target = target_of(device)
+    known = speaks_gluon(target) and dtype.itemsize == 2 and all(rank in SPECIALISED_RANKS for rank in ranks)
+    if not known or any(width % 8 for width in widths):
+        return False
+    blocks, processors = triton.cdiv(rows, _SPECIALISED_ROWS), target.processors
+    return 2 * 3 * blocks >= processors and triton.cdiv(3 * blocks, processors) == triton.cdiv(2 * blocks, processors)
 
 
 @triton.jit
@@ -127,7 +144,7 @@ def _project(
     rows, depth, rank, width, stride_x, stride_down_r, stride_down_d, stride_up_f, stride_up_r, stride_out,
     R0: tl.constexpr, R1: tl.constexpr, R2: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_F: tl.constexpr, HAS_DOWN_BIAS: tl.constexpr, HAS_UP_BIAS: tl.constexpr, DESCRIPTOR: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Rows ``n .. n + BLOCK_N``, columns ``f_start .. f_stop`` of one projection."""
     dtype: tl.constexpr = out.dtype.element_ty
@@ -155,6 +172,8 @@ def _project(
         if R2 > 0:
             c = R0 + R1 + tl.arange(0, R2)
             acc2 += tl.load(down_bias + c, mask=c < rank, other=0.0).to(tl.float32)[None, :]
+    if AHEAD:
+        take_turn()
     latent0 = acc0.to(dtype)
     if R1 > 0:
         latent1 = acc1.to(dtype)
@@ -193,7 +212,7 @@ def projection_kernel(
     A0: tl.constexpr, A1: tl.constexpr, A2: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
     MAPS: tl.constexpr, A_DOWN_BIAS: tl.constexpr, A_UP_BIAS: tl.constexpr, B_DOWN_BIAS: tl.constexpr,
     B_UP_BIAS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_F: tl.constexpr,
-    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Block of rows ``program_id(0)``; ``program_id(1)`` picks the projection, then its share of the columns."""
     n = tl.program_id(0) * BLOCK_N
@@ -205,7 +224,7 @@ def projection_kernel(
             x, down_a0, down_a1, down_a2, down_bias_a, up_a0, up_a1, up_a2, up_bias_a, out_a, n, split * share,
             tl.minimum((split + 1) * share, width_a), rows, depth, rank_a, width_a, stride_x, stride_down_ar,
             stride_down_ad, stride_up_af, stride_up_ar, stride_out_a, A0, A1, A2, BLOCK_N, BLOCK_D, BLOCK_F,
-            A_DOWN_BIAS, A_UP_BIAS, DESCRIPTOR, PRECISION, STAGES,
+            A_DOWN_BIAS, A_UP_BIAS, DESCRIPTOR, PRECISION, AHEAD, STAGES,
         )  # fmt: skip
     elif MAPS > 1:
         share = tl.cdiv(tl.cdiv(width_b, BLOCK_F), splits) * BLOCK_F
@@ -213,7 +232,7 @@ def projection_kernel(
             x, down_b0, down_b1, down_b2, down_bias_b, up_b0, up_b1, up_b2, up_bias_b, out_b, n, split * share,
             tl.minimum((split + 1) * share, width_b), rows, depth, rank_b, width_b, stride_x, stride_down_br,
             stride_down_bd, stride_up_bf, stride_up_br, stride_out_b, B0, B1, B2, BLOCK_N, BLOCK_D, BLOCK_F,
-            B_DOWN_BIAS, B_UP_BIAS, DESCRIPTOR, PRECISION, STAGES,
+            B_DOWN_BIAS, B_UP_BIAS, DESCRIPTOR, PRECISION, AHEAD, STAGES,
         )  # fmt: skip
 
 
@@ -224,24 +243,43 @@ def supported(ranks: list[int], dtype: torch.dtype, device: torch.device) -> boo
     return bool(tiles_of(target_of(device), max(ranks), dtype.itemsize, len(ranks)))
 
 
-def project(x: Tensor, *maps: Map, tile: Tile | None = None) -> None:
+def project(x: Tensor, *maps: Map, tile: Tile | None = None, ahead: bool = False) -> None:
     """Fill each map's ``out`` with its projection of ``x[rows, in_features]``.
 
     One map alone may write over ``x`` itself: a program reads its rows before it writes them.
+
+    Args:
+        x: ``[rows, in_features]``.
+        maps: one or two, or three that :func:`takes_three` and whose ``out`` a descriptor can address.
+        tile: overrides the table.
+        ahead: the launch before this one on the stream writes neither ``x`` nor a factor nor a bias: rank space is then
+            computed while it still runs, and results are written when it is complete.
     """
     target = target_of(x.device)
     in_place = any(m.out.data_ptr() == x.data_ptr() for m in maps)
+    given = (x, *maps)
     if target.descriptors:
         x = with_aligned_rows(x)
-        maps = tuple(m._replace(down=with_aligned_rows(m.down), up=with_aligned_rows(m.up)) for m in maps)
     elif x.stride(1) != 1:
         x = x.contiguous()
+    maps = tuple(_readable(m, target) for m in maps)
+    ahead = ahead and all(map(is_, (x, *maps), given))  # a copy is written by the launch before
     if tile is None and is_specialised(target, x, maps):
         from .projection_hopper import project_hopper
 
-        project_hopper(x, *maps)
+        project_hopper(x, *maps, ahead=ahead)
         return
-    _launch(target, x, maps, in_place, tile or _chosen_tile(target, x, maps, in_place))
+    assert len(maps) < 3, "ask takes_three() first"
+    _launch(target, x, maps, in_place, tile or _chosen_tile(target, x, maps, in_place), ahead)
+
+
+def _readable(m: Map, target: Target) -> Map:
+    """The map itself, or one with copies of the factors and biases that the kernels could not read as they are."""
+    down_bias, up_bias = (None if bias is None else bias.contiguous() for bias in (m.down_bias, m.up_bias))
+    read = m._replace(down_bias=down_bias, up_bias=up_bias)
+    if target.descriptors:
+        read = read._replace(down=with_aligned_rows(m.down), up=with_aligned_rows(m.up))
+    return m if all(map(is_, read, m)) else read
 
 
 def _chosen_tile(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: bool) -> Tile:
@@ -269,7 +307,7 @@ def _chosen_tile(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: boo
     return tuned("projection", tiles, run, x, rows=about(rows), depth=depth, in_place=in_place, **each)
 
 
-def _launch(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: bool, tile: Tile) -> None:
+def _launch(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: bool, tile: Tile, ahead: bool = False) -> None:
     """Where results replace their own rows of ``x``, one program has all of a row's columns."""
     rows, depth = x.shape
     blocks = triton.cdiv(rows, tile.block_n)
@@ -298,8 +336,10 @@ def _launch(target: Target, x: Tensor, maps: tuple[Map, ...], in_place: bool, ti
         BLOCK_F=tile.block_f,
         DESCRIPTOR=target.descriptors,
         PRECISION=precision_of(x.dtype),
+        AHEAD=ahead,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+        overlapping=ahead,
     )
 
 
@@ -307,8 +347,8 @@ def _parts(m: Map, cut: tuple[int, int, int], tile: Tile, target: Target) -> lis
     """The kernel's arguments for one map's tensors."""
     return [
         *tile_views(m.down, [(piece, tile.block_d) for piece in cut], target.descriptors),
-        m.out if m.down_bias is None else m.down_bias.contiguous(),
+        m.out if m.down_bias is None else m.down_bias,
         *tile_views(m.up, [(tile.block_f, piece) for piece in cut], target.descriptors),
-        m.out if m.up_bias is None else m.up_bias.contiguous(),
+        m.out if m.up_bias is None else m.up_bias,
         m.out,
     ]

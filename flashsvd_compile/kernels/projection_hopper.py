@@ -1,6 +1,6 @@
-"""One or two low-rank projections of the same rows on Hopper, in Gluon: :mod:`.projection` with its warps specialised.
+"""Up to three low-rank projections of the same rows on Hopper, in Gluon: :mod:`.projection` with its warps specialised.
 
-    out_j = (x @ down_j.T + down_bias_j) @ up_j.T + up_bias_j        for j = 0 or 0, 1
+    out_j = (x @ down_j.T + down_bias_j) @ up_j.T + up_bias_j        for up to three j
 
 One warp streams 64 columns of ``x`` with those of ``down``, then 64 rows of ``up`` at a time, through a ring in shared
 memory, from one tile to the next without a break. Two warpgroups consume them, and nothing makes them go in step: each
@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .launch import launch
+from .launch import launch, take_turn
 from .projection import Map
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
@@ -37,17 +37,26 @@ _SIDE = 64
 """Rows and columns of a tile of ``x`` or of a result: 128 bytes a row, which is what the memory's swizzle spans."""
 _UNIT = 16
 """The ring's unit is 16 rows of 64 numbers, the size of the smallest tile; larger ones are several of them."""
-_WIDE = {1: 192, 2: 144}
+_WIDE = {1: 192, 2: 144, 3: 0}
 """Columns of rank space up to which the registers of a warpgroup hold it for 128 rows, by the number of maps."""
 SIDE = gl.constexpr(_SIDE)
 UNIT = gl.constexpr(_UNIT)
 
 
 @gluon.jit
-def _tile(index, width_a, width_b, ROWS: gl.constexpr, MAPS: gl.constexpr):
+def _of(which, values, MAPS: gl.constexpr):
+    """A map's value among those of all maps."""
+    value = values[0]
+    for i in gl.static_range(1, MAPS):
+        value = gl.where(which == i, values[i], value)
+    return value
+
+
+@gluon.jit
+def _tile(index, widths, ROWS: gl.constexpr, MAPS: gl.constexpr):
     """First row, map and its width of a tile; the maps of one block of rows come in a row and share it in the cache."""
     which = index % MAPS
-    return index // MAPS * ROWS, which, gl.where(which == 0, width_a, width_b)
+    return index // MAPS * ROWS, which, _of(which, widths, MAPS)
 
 
 @gluon.jit
@@ -58,20 +67,16 @@ def _view(ring, unit, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
 
 
 @gluon.jit
-def _load(a, b, which, row, column, barrier, tile, MAPS: gl.constexpr):
-    """Load a tile of the first map's matrix or of the second's."""
-    if MAPS == 1:
-        tma.async_copy_global_to_shared(a, [row, column], barrier, tile)
-    else:
-        if which == 0:
-            tma.async_copy_global_to_shared(a, [row, column], barrier, tile)
-        else:
-            tma.async_copy_global_to_shared(b, [row, column], barrier, tile)
+def _load(matrices, p: gl.constexpr, which, row, column, barrier, tile, MAPS: gl.constexpr):
+    """Load a tile of the ``p``-th piece of a map's matrix."""
+    for i in gl.static_range(MAPS):
+        if which == i:
+            tma.async_copy_global_to_shared(matrices[i][p], [row, column], barrier, tile)
 
 
 @gluon.jit
-def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, tiles, depth, width_a, width_b,
-             R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
+def _produce(x, downs, ups, ring, full, empty, first, programs, tiles, depth, widths, R0: gl.constexpr,
+             R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
              PLACES: gl.constexpr):  # fmt: skip
     """Load all tiles of this program.
 
@@ -86,7 +91,7 @@ def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, 
     parity = 0
     steps = gl.cdiv(depth, SIDE)
     for index in range(first, tiles, programs):
-        n, which, width = _tile(index, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
+        n, which, width = _tile(index, widths, 2 * HEIGHT * SIDE, MAPS)
         d = index % steps * SIDE
         for _ in range(steps):
             mbarrier.wait(empty.index(place), parity ^ 1)
@@ -97,7 +102,7 @@ def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, 
                 tma.async_copy_global_to_shared(x, [n + i * SIDE, d], barrier, tile)
             for p in gl.static_range(count):
                 tile = _view(ring, place * units + behind_x + starts[p] // UNIT, cut[p], SIDE)
-                _load(down_a[p], down_b[p], which, starts[p], d, barrier, tile, MAPS)
+                _load(downs, p, which, starts[p], d, barrier, tile, MAPS)
             place, parity = next_place(place, parity, PLACES)
             d = gl.where(d + SIDE < depth, d + SIDE, 0)
         columns = gl.cdiv(width, SIDE)
@@ -108,7 +113,7 @@ def _produce(x, down_a, up_a, down_b, up_b, ring, full, empty, first, programs, 
             mbarrier.expect(barrier, (R0 + R1 + R2) * SIDE * 2)
             for p in gl.static_range(count):
                 tile = _view(ring, place * units + behind_x + starts[p] // UNIT, SIDE, cut[p])
-                _load(up_a[p], up_b[p], which, f, starts[p], barrier, tile, MAPS)
+                _load(ups, p, which, f, starts[p], barrier, tile, MAPS)
             place, parity = next_place(place, parity, PLACES)
             f = gl.where(f + SIDE < width, f + SIDE, 0)
 
@@ -187,28 +192,23 @@ def _rounded(result, addend, dtype: gl.constexpr, HAS_BIAS: gl.constexpr):
 
 
 @gluon.jit
-def _store(result, out_a, out_b, which, row, column, staging, MAPS: gl.constexpr):
+def _store(result, outs, which, row, column, staging, MAPS: gl.constexpr):
     """Write a tile of a result, once the one before has left the staging memory; what is outside is clipped."""
     tma.store_wait(0)
     gl.thread_barrier()
     staging.store(result)
     fence_async_shared()
     gl.thread_barrier()
-    if MAPS == 1:
-        tma.async_copy_shared_to_global(out_a, [row, column], staging)
-    else:
-        if which == 0:
-            tma.async_copy_shared_to_global(out_a, [row, column], staging)
-        else:
-            tma.async_copy_shared_to_global(out_b, [row, column], staging)
+    for i in gl.static_range(MAPS):
+        if which == i:
+            tma.async_copy_shared_to_global(outs[i], [row, column], staging)
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty,
-             stagings, first, programs, tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
-             biased_width_b, width_b, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr,
-             MAPS: gl.constexpr, HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr,
-             PLACES: gl.constexpr):  # fmt: skip
+def _consume(INDEX: gl.constexpr, down_biases, up_biases, outs, ring, full, empty, stagings, first, programs, tiles,
+             depth, biased_ranks, biased_widths, widths, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr,
+             HEIGHT: gl.constexpr, MAPS: gl.constexpr, HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr,
+             AHEAD: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
     """Project the ``INDEX``-th half of the rows of all tiles of this program.
 
     The result may replace ``x``: a warpgroup writes its own rows only, all columns of which have arrived in the ring
@@ -228,10 +228,10 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
     place = 0
     parity = 0
     for index in range(first, tiles, programs):
-        n, which, width = _tile(index, width_a, width_b, 2 * HEIGHT * SIDE, MAPS)
+        n, which, width = _tile(index, widths, 2 * HEIGHT * SIDE, MAPS)
         n += INDEX * HEIGHT * SIDE
-        down_bias = gl.where(which == 0, down_bias_a, down_bias_b)
-        biased_rank = gl.where(which == 0, biased_rank_a, biased_rank_b)
+        down_bias = _of(which, down_biases, MAPS)
+        biased_rank = _of(which, biased_ranks, MAPS)
         sums = ()
         for _ in gl.static_range(HEIGHT):
             for p in gl.static_range(count):
@@ -260,11 +260,14 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = next_place(place, parity, PLACES)
 
+        if AHEAD:  # noqa: SIM102 - this one when compiled, the other when run
+            if index == first:
+                take_turn()
         latents = ()
         for i in gl.static_range(HEIGHT * count):
             latents = latents + (gl.convert_layout(sums[i].to(ring.dtype), operand),)
-        up_bias = gl.where(which == 0, up_bias_a, up_bias_b)
-        biased_width = gl.where(which == 0, biased_width_a, biased_width_b)
+        up_bias = _of(which, up_biases, MAPS)
+        biased_width = _of(which, biased_widths, MAPS)
         steps_out = gl.cdiv(width, SIDE)
         f = index % steps_out * SIDE
         mbarrier.wait(full.index(place), parity)
@@ -282,7 +285,7 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
                     place, parity = next_place(place, parity, PLACES)
                     mbarrier.wait(full.index(place), parity)
                     product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
-                _store(result, out_a, out_b, which, n + h * SIDE, f, staging, MAPS)
+                _store(result, outs, which, n + h * SIDE, f, staging, MAPS)
             f = gl.where(f + SIDE < width, f + SIDE, 0)
         addend = _bias_of(up_bias, f, biased_width, HAS_UP_BIAS)
         for h in gl.static_range(HEIGHT):
@@ -295,7 +298,7 @@ def _consume(INDEX: gl.constexpr, down_bias_a, up_bias_a, out_a, down_bias_b, up
                 mbarrier.arrive(empty.index(place), count=1)
                 place, parity = next_place(place, parity, PLACES)
                 result = _rounded(last, addend, ring.dtype, HAS_UP_BIAS)
-            _store(result, out_a, out_b, which, n + h * SIDE, f, staging, MAPS)
+            _store(result, outs, which, n + h * SIDE, f, staging, MAPS)
     tma.store_wait(0)
 
 
@@ -304,14 +307,16 @@ def projection_hopper_kernel(
     x,
     down_a0, down_a1, down_a2, down_bias_a, up_a0, up_a1, up_a2, up_bias_a, out_a,
     down_b0, down_b1, down_b2, down_bias_b, up_b0, up_b1, up_b2, up_bias_b, out_b,
+    down_c0, down_c1, down_c2, down_bias_c, up_c0, up_c1, up_c2, up_bias_c, out_c,
     tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b, biased_width_b, width_b,
+    biased_rank_c, biased_width_c, width_c,
     R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
-    HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr, PLACES: gl.constexpr,
+    HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr, AHEAD: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`~.projection.projection_kernel`, every ``num_programs``-th tile; both maps' ranks are cut alike.
+    """As :func:`~.projection.projection_kernel`, every ``num_programs``-th tile; all maps' ranks are cut alike.
 
     A tile is ``128 * HEIGHT`` rows of a map's result. Biases end at ``biased_rank`` and
-    ``biased_width``, which are 0 where only the other map has one.
+    ``biased_width``, which are 0 where only other maps have one.
     """
     units: gl.constexpr = PLACES * (2 * HEIGHT * SIDE + R0 + R1 + R2) // UNIT
     unit_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([UNIT, SIDE], x.dtype)
@@ -320,32 +325,39 @@ def projection_hopper_kernel(
     full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
+    downs = (down_a0, down_a1, down_a2), (down_b0, down_b1, down_b2), (down_c0, down_c1, down_c2)
+    ups = (up_a0, up_a1, up_a2), (up_b0, up_b1, up_b2), (up_c0, up_c1, up_c2)
+    down_biases, up_biases = (down_bias_a, down_bias_b, down_bias_c), (up_bias_a, up_bias_b, up_bias_c)
+    outs = out_a, out_b, out_c
+    biased_ranks = biased_rank_a, biased_rank_b, biased_rank_c
+    biased_widths = biased_width_a, biased_width_b, biased_width_c
+    widths = width_a, width_b, width_c
     gl.warp_specialize(
         [
-            (_consume, (0, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty, stagings,
-                        first, programs, tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
-                        biased_width_b, width_b, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS, PLACES)),
-            (_consume, (1, down_bias_a, up_bias_a, out_a, down_bias_b, up_bias_b, out_b, ring, full, empty, stagings,
-                        first, programs, tiles, depth, biased_rank_a, biased_width_a, width_a, biased_rank_b,
-                        biased_width_b, width_b, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS, PLACES)),
-            (_produce, (x, (down_a0, down_a1, down_a2), (up_a0, up_a1, up_a2), (down_b0, down_b1, down_b2),
-                        (up_b0, up_b1, up_b2), ring, full, empty, first, programs, tiles, depth, width_a,
-                        width_b, R0, R1, R2, HEIGHT, MAPS, PLACES)),
+            (_consume, (0, down_biases, up_biases, outs, ring, full, empty, stagings, first, programs, tiles, depth,
+                        biased_ranks, biased_widths, widths, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS,
+                        AHEAD, PLACES)),
+            (_consume, (1, down_biases, up_biases, outs, ring, full, empty, stagings, first, programs, tiles, depth,
+                        biased_ranks, biased_widths, widths, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS,
+                        AHEAD, PLACES)),
+            (_produce, (x, downs, ups, ring, full, empty, first, programs, tiles, depth, widths, R0, R1, R2, HEIGHT,
+                        MAPS, PLACES)),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
 
 
-def project_hopper(x: Tensor, *maps: Map) -> None:
+def project_hopper(x: Tensor, *maps: Map, ahead: bool = False) -> None:
     """Fill each map's ``out`` with its projection of ``x[rows, in_features]``, half precision.
 
-    Matrices have contiguous rows of 16-byte aligned addresses. Ranks may be up to 256; of two maps the smaller one
-    costs as much as the larger.
+    Matrices have contiguous rows of 16-byte aligned addresses, biases are contiguous. Ranks may be up to 256; a smaller
+    one costs as much as the largest.
 
     Args:
         x: ``[rows, in_features]``.
-        maps: one or two; the ``out`` of one alone may be the memory of ``x``.
+        maps: one to three; the ``out`` of one alone may be the memory of ``x``.
+        ahead: as in :func:`~.projection.project`, of matrices that it did not have to copy.
     """
     rows, depth = x.shape
     processors = target_of(x.device).processors
@@ -353,25 +365,27 @@ def project_hopper(x: Tensor, *maps: Map) -> None:
     height = _height(rows, len(maps), sum(cut), processors)
     block = 2 * height * _SIDE
     tiles = triton.cdiv(rows, block) * len(maps)
-    pair = maps[0], maps[-1]
+    three = (*maps, *[maps[-1]] * (3 - len(maps)))
     place_bytes = 2 * _SIDE * (block + sum(cut))
     staging_bytes = 2 * 2 * _SIDE * _SIDE
     launch(
         projection_hopper_kernel,
         (min(tiles, processors), 1),
         tiles_of(x, [_SIDE, _SIDE]),
-        *(argument for m in pair for argument in _operands(m, cut)),
+        *(argument for m in three for argument in _operands(m, cut)),
         tiles,
         depth,
-        *(size for m in pair for size in _sizes(m)),
+        *(size for m in three for size in _sizes(m)),
         *cut,
         HEIGHT=height,
         MAPS=len(maps),
         HAS_DOWN_BIAS=any(m.down_bias is not None for m in maps),
         HAS_UP_BIAS=any(m.up_bias is not None for m in maps),
+        AHEAD=ahead,
         PLACES=min(8, (SHARED_MEMORY - staging_bytes) // place_bytes),
         num_warps=4,
         maxnreg=168,
+        overlapping=ahead,
     )
 
 
@@ -388,9 +402,9 @@ def _operands(m: Map, cut: tuple[int, int, int]) -> list:
     """The kernel's arguments for one map's tensors; the factors themselves stand for absent pieces of them."""
     return [
         *(tiles_of(m.down, [piece, _SIDE]) if piece else m.down for piece in cut),
-        m.down if m.down_bias is None else m.down_bias.contiguous(),
+        m.down if m.down_bias is None else m.down_bias,
         *(tiles_of(m.up, [_SIDE, piece]) if piece else m.up for piece in cut),
-        m.up if m.up_bias is None else m.up_bias.contiguous(),
+        m.up if m.up_bias is None else m.up_bias,
         tiles_of(m.out, [_SIDE, _SIDE]),
     ]
 

@@ -2,9 +2,10 @@
 
 Queries and output are projected for all rows at once, over the memory of the result (queries of a normalised input with
 its keys, where these go through the library). Keys and values are lifted straight from the input, a chunk of batch
-items or a group of heads at a time, by one kernel that keeps their rank space on chip; ranks beyond that kernel go
-through the library and a rank-space intermediate in the workspace. Short sequences are the other way round: their rank
-space is in the workspace, and the attention kernel lifts it where it uses it.
+items or a group of heads at a time, by one kernel that keeps their rank space on chip; a chunk's queries go with them
+where that kernel would leave processors idle. Ranks beyond it go through the library and a rank-space intermediate in
+the workspace. Short sequences are the other way round: their rank space is in the workspace, and the attention kernel
+lifts it where it uses it.
 """
 
 from collections.abc import Callable, Iterator
@@ -88,9 +89,13 @@ def streamed(
         x = context = norm.of_rows(x, attn.x_norm)
     for_use = proj.merge_if_dearer if merging else _as_it_is
     result = x.new_empty(*x.shape[:2], attn.out_features)
-    _project(_rows(result), _rows(x), for_use(attn.q), elements)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
-    _attend_by_chunks(_rotate_(heads, attn), context, attn._replace(k=for_use(attn.k), v=for_use(attn.v)), elements)
+    together = context is x and not merging and _come_together(x, attn, elements)
+    if not together:
+        _project(_rows(result), _rows(x), for_use(attn.q), elements)
+        _rotate_(heads, attn)
+        attn = attn._replace(k=for_use(attn.k), v=for_use(attn.v))
+    _attend_by_chunks(heads, context, attn, elements, together)
     return _out_of(result, None if attn.out is None else for_use(attn.out), elements, residual)
 
 
@@ -106,8 +111,22 @@ def _as_it_is(projection: Projection[Tensor]) -> Projection[Tensor]:
     return projection
 
 
-def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
-    """Attention of ``heads[batch, q_len, heads, head_dim]`` in place, keys and values out of ``context``."""
+def _come_together(x: Tensor, attn: Attention, elements: int) -> bool:
+    """Whether one launch projects a chunk's queries with its keys and values, for self-attention."""
+    length, three = x.shape[1], (attn.q, attn.k, attn.v)
+    if _is_short(length, x, attn) or not _fused(x, *three):
+        return False
+    chunk = _chunking(length, x, attn, elements)
+    ranks, widths = [proj.rank(p) for p in three], [proj.out_features(p) for p in three]
+    enough = projection_kernel.takes_three(chunk.items * length, ranks, widths, x.dtype, x.device)
+    return enough and chunk.kv_heads == attn.num_kv_heads
+
+
+def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements: int, together: bool) -> None:
+    """Attention of ``heads[batch, q_len, heads, head_dim]`` in place, keys and values out of ``context``.
+
+    ``together``: the queries, which are to go there, too.
+    """
     batch, q_len = heads.shape[:2]
     if _is_short(q_len, context, attn):
         chunk = _short_chunking(context, attn, elements)
@@ -120,7 +139,8 @@ def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements:
     workspace = Workspace(chunk.elements, like=heads, aligned=2)
     for items, part, bounds in _parts(attn, batch, chunk.items, _key_bounds(attn, chunk)):
         workspace.reset()
-        lift = _lifter(context[items], part, workspace)
+        queries = heads[items] if together else None
+        lift = _lifter(context[items], part, workspace, queries, follows=items.start > 0 or not together)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
 
 
@@ -341,8 +361,16 @@ def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projec
     return projection_kernel.Map(projection.down, projection.down_bias, projection.up[features], bias, out)
 
 
-def _lifter(context: Tensor, attn: Attention, workspace: Workspace) -> Lift:
-    """How keys and values of these items come out of rank space."""
+def _lifter(
+    context: Tensor, attn: Attention, workspace: Workspace, queries: Tensor | None = None, follows: bool = False
+) -> Lift:
+    """How keys and values of these items come out of rank space.
+
+    Args:
+        context: ``[items, kv_len, in_features]``.
+        queries: filled, too, where they come together: ``[items, kv_len, heads, head_dim]``, all heads at once.
+        follows: the launch before is this operator's: it projects or rotates queries, or attends to other keys.
+    """
     items, rows = context.shape[0], _rows(context)
     if not _fused(context, attn.k, attn.v):
         latents = [_latent(rows, projection, workspace) for projection in (attn.k, attn.v)]
@@ -350,11 +378,15 @@ def _lifter(context: Tensor, attn: Attention, workspace: Workspace) -> Lift:
 
     def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
         k, v = _take(items, len(rows) // items, count, attn, workspace)
-        projection_kernel.project(
-            rows,
+        maps = [
             _map(attn.k, _features(first, count, attn.head_dim), k.view(len(rows), -1)),
             _map(attn.v, _features(first, count, attn.value_dim), v.view(len(rows), -1)),
-        )
+        ]
+        if queries is not None:
+            maps.append(_map(attn.q, slice(None), queries.view(len(rows), -1)))
+        projection_kernel.project(rows, *maps, ahead=follows and rows.data_ptr() == context.data_ptr())
+        if queries is not None:
+            _rotate_(queries, attn)
         return k, v
 
     return lift

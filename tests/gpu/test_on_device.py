@@ -120,6 +120,12 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
         "strategy": "merged",
     },
     "causal-96": {"q_len": 300, "num_heads": 4, "head_dim": 96, "features": 384, "window": (-1, 0)},
+    # Queries, keys and values of a chunk in one launch on Hopper: two chunks, or one whose heads are rotated.
+    "together": {"batch": 30, "q_len": 700, "num_heads": 4, "head_dim": 64, "features": 256},
+    "together-causal": {
+        "batch": 6, "q_len": 700, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "features": 256,
+        "window": (-1, 0), "rotary_dim": 64,
+    },
     "dense-member": {"q_len": 65, "num_heads": 4, "head_dim": 96, "features": 384, "ranks": (48, None, None, 40)},
 }  # fmt: skip
 
@@ -131,7 +137,7 @@ def test_attention(name, dtype, workspace_bytes):
     how: dict[str, Any] = {"ranks": (48, 40, 33, 56), **ATTENTIONS[name]}
     batch, length = how.pop("batch", 3), how["q_len"]
     padding = None
-    if name not in ("llama", "window-mqa-128", "causal-96"):
+    if name not in ("llama", "window-mqa-128", "causal-96", "together-causal"):
         padding = torch.rand(batch, length) < 0.8
         padding[:, 0] = True  # torch's own kernels disagree about queries that see nothing
     arguments = attention_arguments(batch, key_padding=padding, dtype=dtype, workspace_bytes=workspace_bytes, **how)

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd_compile.kernels import projection_hopper
+from flashsvd_compile.kernels import projection, projection_hopper
 from flashsvd_compile.kernels.launch import launch, listening
-from flashsvd_compile.kernels.projection import SPECIALISED_RANKS, Map, project
+from flashsvd_compile.kernels.projection import SPECIALISED_RANKS, Map, project, takes_three
 from flashsvd_compile.kernels.projection_hopper import project_hopper
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import with_aligned_rows
@@ -57,7 +57,7 @@ def rows_of(rows, depth, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("ranks", [(192,), (208,), (192, 192), (48, 256), (64, 240), (1, 17)])
+@pytest.mark.parametrize("ranks", [(192,), (208,), (192, 192), (48, 256), (64, 240), (1, 17), (192,) * 3, (48, 256, 3)])
 @pytest.mark.parametrize("rows", [1, 129, 1000, 20000])
 @pytest.mark.parametrize("bias", [False, True])
 def test_ranks(dtype, ranks, rows, bias):
@@ -82,7 +82,7 @@ def test_widths_and_depths(rows, ranks, width, depth):
 @pytest.mark.parametrize("rows", [1, 300, 9000, 20000])
 def test_two_maps_of_their_own_widths_and_biases(rows):
     some = [factors_of(520, 776, 144, bias=True, down_bias=False), factors_of(520, 64, 100, bias=False, down_bias=True)]
-    for projections in (some, some[::-1]):
+    for projections in (some, some[::-1], [*some, factors_of(520, 200, 120)], [factors_of(520, 200, 120), *some[::-1]]):
         assert_right(rows_of(rows, 520), *projections)
 
 
@@ -152,7 +152,50 @@ def test_taken_where_it_occupies_the_chip(rows, maps):
     assert taken == (rows * maps >= 16384)
 
 
+@pytest.mark.parametrize(("rows", "taken"), [
+    (1024, False), (2560, False), (2816, True), (4096, True), (5632, True), (5760, False), (8192, False), (11264, True),
+])  # fmt: skip
+def test_three_are_taken_by_processors_that_two_leave_idle(rows, taken, monkeypatch):
+    monkeypatch.setattr(projection, "target_of", lambda device: KNOWN["sm_90"])
+    device = torch.device("cuda")
+    assert takes_three(rows, [192, 64, 256], [768, 64, 768], torch.bfloat16, device) == taken
+    assert not takes_three(rows, [192, 64, 304], [768, 64, 768], torch.bfloat16, device)
+    assert not takes_three(rows, [192, 64, 256], [768, 60, 768], torch.bfloat16, device)
+    assert not takes_three(rows, [192, 64, 256], [768, 64, 768], torch.float32, device)
+
+
+@pytest.mark.parametrize("rank", [96, 304])
 @pytest.mark.parametrize("maps", [1, 2])
+@pytest.mark.parametrize("rows", [700, 4096, 20000])
+def test_reading_ahead_of_a_launch_that_writes_neither_rows_nor_factors(rank, maps, rows):
+    """A result is not written before the launch before has read what stood there."""
+    x, projections = rows_of(rows, 768), [factors_of(768, 768, rank) for _ in range(maps)]
+    before = rows_of(rows, 768)
+    outs = [before.clone() for _ in range(maps)]
+    slow, read = factors_of(768, 768, 256), [torch.empty_like(x) for _ in range(maps)]
+    for out, copy in zip(outs, read, strict=True):
+        project(out, as_map(slow, copy))
+    project(x, *(as_map(p, out) for p, out in zip(projections, outs, strict=True)), ahead=True)
+    for p, out, copy in zip(projections, outs, read, strict=True):
+        assert_within_error_rule(out, reference, (x, *p))
+        assert_within_error_rule(copy, reference, (before, *slow))
+
+
+@pytest.mark.parametrize("copied", ["down", "bias"])
+def test_what_has_to_be_copied_is_not_read_ahead(copied):
+    x, out = rows_of(4096, 768), torch.empty(4096, 768, dtype=torch.bfloat16, device="cuda")
+    down, up, bias = rows_of(93, 776)[:, :768], rows_of(768, 96)[:, :93], rows_of(2, 768)[0]
+    if copied == "down":
+        down = rows_of(93, 769)[:, :768]
+    else:
+        bias = rows_of(768, 2)[:, 0]
+    for _ in range(20):
+        torch.cuda.synchronize()
+        project(x, Map(down, None, up, bias, out), ahead=True)
+        assert_within_error_rule(out, reference, (x, down, None, up, bias))
+
+
+@pytest.mark.parametrize("maps", [1, 2, 3])
 def test_launched_again_for_other_tensors(maps):
     first, second = ([rows_of(20000, 768), *(rows_of(20000, 768) for _ in range(maps))] for _ in range(2))
     projections = [factors_of(768, 768, 192) for _ in range(maps)]
@@ -168,7 +211,7 @@ def test_launched_again_for_other_tensors(maps):
 
 @pytest.mark.parametrize("rank", [48, 96, 160, 192, 208, 240, 256])
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("rows", "maps"), [(3000, 1), (32768, 1), (32768, 2)])
+@pytest.mark.parametrize(("rows", "maps"), [(3000, 1), (32768, 1), (32768, 2), (4096, 3)])
 def test_nothing_spills(rank, bias, rows, maps):
     """The test of cross-compilation sees this kernel under Triton 3.6 only."""
     with one_launch() as launches:

@@ -99,7 +99,7 @@ def compiling_for(chip: str) -> Iterator[list[CompiledKernel]]:
     """Compile for a chip of :data:`GPUS` what would be launched; yields the list that the kernels are added to."""
     kernels: list[CompiledKernel] = []
 
-    def compile_only(kernel: Any, grid: tuple[int, int], *arguments: Any, **constants: Any) -> None:
+    def compile_only(kernel: Any, grid: tuple[int, int], *arguments: Any, overlapping: bool = False, **constants: Any):
         kernels.append(kernel.run(*arguments, grid=grid, warmup=True, **constants))
 
     with ExitStack() as stack:

@@ -58,7 +58,7 @@ def projections(*ranks: int, rows: int = 16384, dtype: torch.dtype = HALF) -> No
         bias = torch.empty(768, dtype=dtype)
         factors = [(matrix(rank, 768, dtype), matrix(768, rank, dtype)) for rank in ranks]
         maps = [projection.Map(down, None, up, bias, matrix(rows, 768, dtype)) for down, up in factors]
-        projection.project(matrix(rows, 768, dtype), *maps)
+        projection.project(matrix(rows, 768, dtype), *maps, ahead=len(maps) > 1)  # as attention does
 
 
 def attend(dim: int, window: str = "plain", padded: bool = False, dtype: torch.dtype = HALF, length: int = 512) -> None:
@@ -170,6 +170,19 @@ def test_no_spills_and_no_more_memory_than_there_is(name, chip):
     for kernel in kernels:
         usage = usage_of(kernel)
         assert fits(usage, chip), (kernel.metadata.name, usage)
+
+
+@pytest.mark.parametrize("chip", GPUS)
+def test_overlapping_launches_take_their_turn_where_chips_know_it(chip):
+    with compiling_for(chip) as kernels:
+        projections(96, 96, rows=2048)
+        attend(64)
+        multiply_few(1, 1024)
+    assert len(kernels) == 3
+    for kernel in kernels:
+        assembly = kernel.asm["ptx" if "ptx" in kernel.asm else "amdgcn"]
+        turns = [f"griddepcontrol.{name}" in assembly for name in ("wait", "launch_dependents")]
+        assert all(turns) if KNOWN[chip].overlapping else not any(turns), kernel.metadata.name
 
 
 @pytest.mark.parametrize("chip", GPUS)
