@@ -131,9 +131,8 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     how = "q, k, v are lifted a few items or heads at a time"
     products = memory.products(shape, device)
     workspaces = _workspaces(shape, device, options, products)
-    # Chunks cost little where rank space stays on chip, unless each ends with the longest rows of a triangle.
-    cheap = memory.lifts_on_chip(shape, device) and not shape.causal
-    for workspace in workspaces[:1] if cheap else workspaces:
+    # The least holds the rank space of short sequences.
+    for workspace in workspaces[:1] if memory.lifts_on_chip(shape, device) and memory.is_short(shape) else workspaces:
         bound = workspace.bytes_for(shape.input_elements)
         needed = products + _at_most(memory.attention_streamed(shape, device, bound), before)
         seconds = time.attention_streamed(shape, device, bound)

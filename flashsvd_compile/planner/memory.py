@@ -165,9 +165,13 @@ def _unsimplified(function, *values) -> sympy.Expr:
 def lifts_on_chip(shape: AttentionShape, device: Device) -> bool:
     """Whether a kernel takes keys and values out of rank space; float32 is left to the library."""
     ranks = [shape.ranks[role] for role in ("k", "v")]
-    short = shape.at_hints(shape.kv_len) <= SHORT_KEYS
-    limit = device.max_fused_rank if short else device.max_projected_rank
+    limit = device.max_fused_rank if is_short(shape) else device.max_projected_rank
     return shape.itemsize == 2 and all(rank is not None and rank <= limit for rank in ranks)
+
+
+def is_short(shape: AttentionShape) -> bool:
+    """Whether keys and values stay in rank space until they are used."""
+    return shape.at_hints(shape.kv_len) <= SHORT_KEYS
 
 
 def library_attends(shape: AttentionShape) -> bool:

@@ -21,14 +21,18 @@ MASKED_ATTENTION = 1.55
 ACTIVATED_ELEMENT = 1e-12
 """Seconds that an element takes at least where a product is activated as it is computed (H100, rank 96)."""
 LARGE_BLOCKS = 0.8
-"""Factor on the projections' time where rows occupy the chip by blocks of 128 (H100, rank 192)."""
+"""Factor on the projections' time where rows occupy the chip by blocks of 128, or queries come with keys and values
+(H100, ranks 64 to 256: 0.94 to 1.02 of what is measured)."""
+BLOCK = 128
 LARGE_SHARE = 0.75
 """Of the processors that such blocks occupy at least."""
 CHUNKED_PROJECTIONS = 1.12
-"""Factor on the projections' time where they come in chunks and their rank is high (H100, 256 to 384)."""
+"""Factor on the projections' time where they come in chunks, without kernels in Gluon, and their rank is high (H100,
+256 to 384)."""
 FULL_CHUNK = 4096 * 1536
 """Elements of keys and values that fill a GPU. A chunk of so many costs two launches, 3.5 us, a quarter of it 12 to 17
-(H100, rank 192, 32x512 and 8x2048)."""
+(H100, rank 192, 32x512 and 8x2048); where launches overlap 1 to 3 us, and a quarter of it 9 (16x256: 40 us in one chunk,
+68 in four)."""
 CAUSAL_SHARE = 0.55
 """Of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
 CAUSAL_TAIL = 6.5e-9
@@ -115,19 +119,28 @@ def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Keys and values in chunks."""
     limit = device.full_rate_rank
-    chunked = limit is not None and max(map(shape.latent, shape.ranks)) > limit
-    projections = _attention_projections(shape, device, _projection) * (CHUNKED_PROJECTIONS if chunked else 1)
-    if device.specialised and not chunked and memory.lifts_on_chip(shape, device):
+    projections = _attention_projections(shape, device, _projection)
+    if device.specialised and memory.lifts_on_chip(shape, device):
         projections *= _by_blocks(shape, device, workspace_bytes)
+    elif limit is not None and max(map(shape.latent, shape.ranks)) > limit:
+        projections *= CHUNKED_PROJECTIONS
     return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
 
 
 def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """Factor on the projections' time: a chunk's rows are lifted at once, in large blocks or small ones."""
+    """Factor on the projections' time: a chunk's rows are lifted at once, in large blocks or small ones.
+
+    In large ones, too, where queries come with them: in no more rounds of the chip than keys and values alone.
+    """
     row = shape.itemsize * (shape.features["k"] + shape.features["v"])
-    rows = memory.largest(shape.kv_len, memory.attention_chunks(shape, device, workspace_bytes).bytes / row)
-    large = memory.down(memory.smallest(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
-    return 1 - (1 - LARGE_BLOCKS) * large
+    in_chunk = memory.attention_chunks(shape, device, workspace_bytes).bytes / row
+    rows = memory.largest(shape.kv_len, in_chunk)
+    two = memory.down(memory.smallest(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
+    blocks = BLOCK * memory.up(in_chunk / BLOCK)
+    more_rounds = memory.up(3 * blocks / device.full_rows) - memory.up(2 * blocks / device.full_rows)
+    whole_items, enough = memory.down(in_chunk / shape.kv_len), memory.down(2 * 3 * blocks / device.full_rows)
+    three = memory.smallest(1, whole_items, enough) * (1 - memory.smallest(1, more_rounds))
+    return 1 - (1 - LARGE_BLOCKS) * memory.largest(two, three)
 
 
 def attention_merged(
@@ -213,8 +226,8 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
     """Queries and output once, then chunks of keys and values; all a chunk where heads pass too.
 
-    A chunk is two operations, unless rank space passes through memory: at rank 304 one costs 20 us, of dense keys and
-    values 5 (H100).
+    A chunk is two operations, or one where they overlap, unless rank space passes through memory: at rank 304 one costs
+    20 us, of dense keys and values 5 (H100).
     """
     if not memory.heads_in_place(shape):
         heads = shape.itemsize * shape.batch * shape.q_len * memory.heads_width(shape)
@@ -224,9 +237,14 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
     low_rank = shape.latent("k") + shape.latent("v")
     chunks, chunk = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes), 2 * device.launch_seconds
     if not low_rank and device.grows:
-        chunks, chunk = _chunks_of_dense_keys(shape, device, workspace_bytes)
-    elif low_rank and not memory.lifts_on_chip(shape, device):
-        chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
+        chunks = memory.attention_chunks(shape, device, workspace_bytes).number
+        chunk *= _starved(shape, device, workspace_bytes)
+    elif not memory.lifts_on_chip(shape, device):
+        if low_rank:
+            chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
+    elif device.specialised and not memory.is_short(shape):
+        chunks = memory.attention_chunks(shape, device, workspace_bytes).number
+        chunk = device.launch_seconds * (3 * _starved(shape, device, workspace_bytes) - 1) / 2
     tails = 0
     if shape.causal and device.grows:
         whole_chunks = memory.attention_chunks(shape, device, workspace_bytes).number
@@ -234,14 +252,11 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
     return device.launch_seconds * once + chunk * chunks + tails
 
 
-def _chunks_of_dense_keys(
-    shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr
-) -> tuple[sympy.Expr, sympy.Expr]:
-    """How many on a GPU, and seconds of each: more where a chunk no longer fills the device that the whole would."""
-    chunks = memory.attention_chunks(shape, device, workspace_bytes)
+def _starved(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """How many times a chunk would fill a GPU that the whole of keys and values fills; at least 1."""
+    chunk = memory.attention_chunks(shape, device, workspace_bytes).bytes
     filling = memory.smallest(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
-    longer = memory.largest(1, filling / memory.largest(1, chunks.bytes))
-    return chunks.number, 2 * device.launch_seconds * longer
+    return memory.largest(1, filling / memory.largest(1, chunk))
 
 
 def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
