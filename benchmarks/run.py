@@ -53,7 +53,10 @@ PLANS: dict[str, list[Step]] = {
     "mlp": [Step("mlp_region", 240)],
     "attention": [Step("attention_region", 240)],
     "bert": [Step("bert", 300, ("--rows", "padded+192/304"))],
-    "bert-unmasked": [Step("bert", 300, ("--rows", "none+192/304"), "bert_unmasked")],
+    "bert-unmasked": [
+        Step("bert", 300, ("--rows", "32x128 none+192/304,x512 none+192/304,8x2048 none"), "bert_unmasked"),
+        Step("bert", 150, ("--rows", "1x8192 none"), "bert_unmasked_long"),
+    ],
     "bert-published": [Step("bert", 300, ("--rows", "a head,whole"), "bert_published_ranks")],
     "bert-published-whole": [Step("bert", 150, ("--rows", "48*12 whole"), "bert_published_whole")],
     "bert-micro": [
@@ -79,7 +82,10 @@ PLANS: dict[str, list[Step]] = {
     "llama": [Step("llama", 300)],
     "decode": [Step("decode", 150)],
     "sweep-mlp": [Step("sweep", 300, ("--rows", "mlp"), "sweep_mlp")],
-    "sweep-attention": [Step("sweep", 300, ("--rows", "attention"), "sweep_attention")],
+    "sweep-attention": [
+        Step("sweep", 200, ("--rows", "attention rank"), "sweep_attention_ranks"),
+        Step("sweep", 200, ("--rows", "attention length"), "sweep_attention_lengths"),
+    ],
     "compile-time": [Step("compile_time", 240, compilers=0)],
     "smoke": [
         Step(script, 240, ("--smoke",), compilers=0)

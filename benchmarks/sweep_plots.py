@@ -13,7 +13,8 @@ from .rows import Row, compare
 
 TITLES = {
     "sweep_mlp": "Ranks and lengths, MLP",
-    "sweep_attention": "Ranks and lengths, attention",
+    "sweep_attention_ranks": "Ranks, attention",
+    "sweep_attention_lengths": "Lengths, attention",
     "cpu_sweep": "Ranks and lengths on a CPU",
 }
 """Records of sweeps that the README shows, in order."""

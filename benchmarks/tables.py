@@ -29,6 +29,7 @@ TITLES = {
     "attention_region": "The attention region alone",
     "bert": "BERT-base, padded",
     "bert_unmasked": "BERT-base without a mask",
+    "bert_unmasked_long": "BERT-base without a mask, one long sequence",
     "bert_published_ranks": "BERT-base at the published ranks",
     "bert_published_whole": "BERT-base at the published ranks, with less workspace beside products of factors",
     "bert_reduce_overhead": "BERT-base, padded, with `reduce-overhead`",
