@@ -31,8 +31,8 @@ CHUNKED_PROJECTIONS = 1.12
 256 to 384)."""
 FULL_CHUNK = 4096 * 1536
 """Elements of keys and values that fill a GPU. A chunk of so many costs two launches, 3.5 us, a quarter of it 12 to 17
-(H100, rank 192, 32x512 and 8x2048); where launches overlap 1 to 3 us, and a quarter of it 9 (16x256: 40 us in one chunk,
-68 in four)."""
+(H100, rank 192, 32x512 and 8x2048); where launches overlap 1 to 3 us, and a quarter of it 9 (16x256: 40 us in one
+chunk, 68 in four)."""
 CAUSAL_SHARE = 0.55
 """Of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
 CAUSAL_TAIL = 6.5e-9
