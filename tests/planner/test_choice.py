@@ -89,6 +89,25 @@ def test_attention_takes_half_its_input_where_kernels_lift_keys_and_values_else_
     assert high.workspace.per_element >= 2
 
 
+@pytest.mark.parametrize(("batch", "length"), [(16, 256), (6, 512), (1, 1024), (1, 512)])
+def test_keys_of_few_tokens_come_at_once(batch, length):
+    """Measured on an H100 at 16x256, rank 192: 68 us in four chunks of half an input, 40 at once."""
+    shape = attention(batch, length, 192, "H100", itemsize=2)
+    plan = plan_attention(shape, AUTO)
+    assert plan.strategy == Strategy.STREAMED
+    assert shape.at_hints(plan.transient_after) == 2 * 2 * batch * length * 768
+
+
+@pytest.mark.parametrize("rank", [16, 192, 256])
+def test_keys_of_many_tokens_come_in_half_an_input(rank):
+    """Measured on an H100 at 32x512, rank 256: 0.93 of the time as written, rank 16 0.77."""
+    shape = attention(32, 512, rank, "H100", itemsize=2)
+    plan = plan_attention(shape, AUTO)
+    assert plan.strategy == Strategy.STREAMED
+    assert shape.at_hints(plan.transient_after) == 32 * 512 * 768
+    assert seconds_of(plan, Strategy.STREAMED, shape) < shape.at_hints(plan.candidates[-1].seconds)
+
+
 def test_dense_keys_and_values_come_in_small_chunks():
     """As factors of each head are, multiplied out: no rank space passes through memory with each chunk."""
     shape = attention(32, 512, 192, "cuda", itemsize=2)

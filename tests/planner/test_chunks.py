@@ -1,15 +1,20 @@
 """The planner's chunks of keys and values beside those that the GPU's operator cuts."""
 
+from unittest.mock import patch
+
 import sympy
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flashsvd_compile.ops.attention_gpu import _chunking
+from flashsvd_compile.kernels import projection as projection_kernel
+from flashsvd_compile.kernels.target import KNOWN
+from flashsvd_compile.ops.attention_gpu import _chunking, _come_together
 from flashsvd_compile.ops.attention_region import Attention
 from flashsvd_compile.ops.projection import Projection
-from flashsvd_compile.planner import AttentionShape, memory
+from flashsvd_compile.planner import AttentionShape, memory, time
 from flashsvd_compile.planner.device import device_of
+from tests.kernels.chips import running_on
 
 DIM = 16
 
@@ -23,6 +28,16 @@ def projection(rank: int | None, features: int, in_features: int) -> Projection[
     return Projection(empty(rank, in_features), None, empty(features, rank), None)
 
 
+def attention(heads: int, *ranks: int | None) -> Attention:
+    """A region of the ranks of q, k, v and out."""
+    width = heads * DIM
+    return Attention(
+        *(projection(rank, width, width) for rank in ranks),
+        key_padding=None, mask=None, cos=None, sin=None, interleaved=False, q_norm=None, k_norm=None,
+        num_heads=heads, num_kv_heads=heads, scale=1.0, softcap=0.0, window_left=-1, window_right=-1,
+    )  # fmt: skip
+
+
 @given(
     batch=st.integers(1, 40),
     length=st.integers(129, 600),
@@ -33,11 +48,7 @@ def projection(rank: int | None, features: int, in_features: int) -> Projection[
 )
 def test_keys_and_values_are_cut_as_predicted(batch, length, heads, rank, kib, dtype):
     width = heads * DIM
-    q, k, v, out = (projection(r, width, width) for r in (None, rank, rank, None))
-    attn = Attention(
-        q, k, v, out, key_padding=None, mask=None, cos=None, sin=None, interleaved=False, q_norm=None, k_norm=None,
-        num_heads=heads, num_kv_heads=heads, scale=1.0, softcap=0.0, window_left=-1, window_right=-1,
-    )  # fmt: skip
+    attn = attention(heads, None, rank, rank, None)
     context = torch.empty(batch, length, width, dtype=dtype, device="meta")
     chunk = _chunking(length, context, attn, 1024 * kib // dtype.itemsize)
     ranks: dict[str, int | None] = {"q": None, "k": rank, "v": rank, "out": None}
@@ -47,3 +58,27 @@ def test_keys_and_values_are_cut_as_predicted(batch, length, heads, rank, kib, d
     predicted = memory.attention_chunks(shape, device_of("H100"), sympy.Integer(1024 * kib))
     assert predicted.bytes == dtype.itemsize * (chunk.elements + chunk.passing)
     assert predicted.number == -(-batch // chunk.items) * -(-heads // chunk.kv_heads)
+
+
+@given(
+    batch=st.integers(1, 80),
+    length=st.integers(129, 12000),
+    heads=st.integers(2, 12),
+    rank=st.integers(1, 256),
+    kib=st.integers(1, 100000),
+)
+def test_queries_come_with_keys_and_values_where_it_is_predicted(batch, length, heads, rank, kib):
+    width = heads * DIM
+    x = torch.empty(batch, length, width, dtype=torch.bfloat16, device="meta")
+    attn, elements = attention(heads, rank, rank, rank, rank), 512 * kib
+    with running_on(KNOWN["sm_90"]), patch.object(projection_kernel, "speaks_gluon", lambda target: True):
+        together, items = _come_together(x, attn, elements), _chunking(length, x, attn, elements).items
+    b, n = sympy.Integer(batch), sympy.Integer(length)
+    ranks: dict[str, int | None] = dict.fromkeys(("q", "k", "v", "out"), rank)
+    features: dict[str, int] = dict.fromkeys(("q", "k", "v", "out"), width)
+    shape = AttentionShape(ranks, features, sympy.Integer(width), 2, "H100", {}, b, n, n, heads, heads)
+    device = device_of("H100")
+    rows = items * length
+    large = together or 2 * rows >= time.LARGE_SHARE * device.full_rows
+    factor = time._by_blocks(shape, device, sympy.Integer(1024 * kib))
+    assert factor == (time.LARGE_BLOCKS if large else 1)
