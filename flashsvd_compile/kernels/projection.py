@@ -107,22 +107,21 @@ def _float32_candidates(target: Target, width: int) -> list[Tile]:
 
 SPECIALISED_RANKS = range(1, 257)
 """Of the kernel in Gluon: as many columns of rank space as fit in the registers of its threads."""
+_SPECIALISED_ROWS = 128
+"""Of its blocks."""
 
 
 def is_specialised(target: Target, x: Tensor, maps: tuple[Map, ...]) -> bool:
     """Whether the kernel in Gluon takes these maps.
 
-    Its blocks of 128 rows must occupy the chip: it takes 16.6 us for two maps of 4096 rows where the short blocks of
-    this one take 14.7, 21.5 for two of 8192 where this one takes 29.4 (H100).
+    Of one or two, its blocks of 128 rows must occupy the chip: it takes 16.6 us for two maps of 4096 rows where the
+    short blocks of this one take 14.7, 21.5 for two of 8192 where this one takes 29.4 (H100). Three it takes alone.
     It writes results through descriptors, too, in pieces of 16 bytes: one across the last column would reach beyond.
     """
     if not speaks_gluon(target) or x.dtype.itemsize != 2 or max(m.down.shape[0] for m in maps) not in SPECIALISED_RANKS:
         return False
-    busy = occupies(target, triton.cdiv(len(x), _SPECIALISED_ROWS) * len(maps)) or len(maps) == 3
+    busy = len(maps) == 3 or occupies(target, triton.cdiv(len(x), _SPECIALISED_ROWS) * len(maps))
     return busy and all(describable(m.out) and m.out.shape[1] % 8 == 0 for m in maps)
-
-
-_SPECIALISED_ROWS = 128
 
 
 def takes_three(rows: int, ranks: list[int], widths: list[int], dtype: torch.dtype, device: torch.device) -> bool:

@@ -23,7 +23,8 @@ ACTIVATED_ELEMENT = 1e-12
 LARGE_BLOCKS = 0.8
 """Factor on the projections' time where rows occupy the chip by blocks of 128, or queries come with keys and values
 (H100, ranks 64 to 256: 0.94 to 1.02 of what is measured)."""
-BLOCK = 128
+LARGE_ROWS = 128
+"""Of such a block."""
 LARGE_SHARE = 0.75
 """Of the processors that such blocks occupy at least."""
 CHUNKED_PROJECTIONS = 1.12
@@ -136,9 +137,9 @@ def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Exp
     in_chunk = memory.attention_chunks(shape, device, workspace_bytes).bytes / row
     rows = memory.largest(shape.kv_len, in_chunk)
     two = memory.down(memory.smallest(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
-    blocks = BLOCK * memory.up(in_chunk / BLOCK)
-    more_rounds = memory.up(3 * blocks / device.full_rows) - memory.up(2 * blocks / device.full_rows)
-    whole_items, enough = memory.down(in_chunk / shape.kv_len), memory.down(2 * 3 * blocks / device.full_rows)
+    of_chip = LARGE_ROWS * memory.up(in_chunk / LARGE_ROWS) / device.full_rows
+    more_rounds = memory.up(3 * of_chip) - memory.up(2 * of_chip)
+    whole_items, enough = memory.down(in_chunk / shape.kv_len), memory.down(2 * 3 * of_chip)
     three = memory.smallest(1, whole_items, enough) * (1 - memory.smallest(1, more_rounds))
     return 1 - (1 - LARGE_BLOCKS) * memory.largest(two, three)
 
@@ -236,27 +237,21 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
     once = 2 if "out" in shape.ranks else 1
     low_rank = shape.latent("k") + shape.latent("v")
     chunks, chunk = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes), 2 * device.launch_seconds
+    cut = memory.attention_chunks(shape, device, workspace_bytes)
     if not low_rank and device.grows:
-        chunks = memory.attention_chunks(shape, device, workspace_bytes).number
-        chunk *= _starved(shape, device, workspace_bytes)
-    elif not memory.lifts_on_chip(shape, device):
-        if low_rank:
-            chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
-    elif device.specialised and not memory.is_short(shape):
-        chunks = memory.attention_chunks(shape, device, workspace_bytes).number
-        chunk = device.launch_seconds * (3 * _starved(shape, device, workspace_bytes) - 1) / 2
-    tails = 0
-    if shape.causal and device.grows:
-        whole_chunks = memory.attention_chunks(shape, device, workspace_bytes).number
-        tails = CAUSAL_TAIL * shape.kv_len * (whole_chunks - 1)
+        chunks, chunk = cut.number, chunk * _starved(shape, cut)
+    elif low_rank and not memory.lifts_on_chip(shape, device):
+        chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
+    elif low_rank and device.specialised and not memory.is_short(shape):
+        chunks, chunk = cut.number, device.launch_seconds * (3 * _starved(shape, cut) - 1) / 2
+    tails = CAUSAL_TAIL * shape.kv_len * (cut.number - 1) if shape.causal and device.grows else 0
     return device.launch_seconds * once + chunk * chunks + tails
 
 
-def _starved(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """How many times a chunk would fill a GPU that the whole of keys and values fills; at least 1."""
-    chunk = memory.attention_chunks(shape, device, workspace_bytes).bytes
+def _starved(shape: AttentionShape, cut: memory.Chunks) -> sympy.Expr:
+    """How many such chunks fill the GPU that the whole of keys and values would fill; at least 1."""
     filling = memory.smallest(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
-    return memory.largest(1, filling / memory.largest(1, chunk))
+    return memory.largest(1, filling / memory.largest(1, cut.bytes))
 
 
 def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:

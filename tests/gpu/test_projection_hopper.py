@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashsvd_compile.kernels import projection, projection_hopper
+from flashsvd_compile.kernels import projection_hopper
 from flashsvd_compile.kernels.launch import launch, listening
-from flashsvd_compile.kernels.projection import SPECIALISED_RANKS, Map, project, takes_three
+from flashsvd_compile.kernels.projection import SPECIALISED_RANKS, Map, project
 from flashsvd_compile.kernels.projection_hopper import project_hopper
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import with_aligned_rows
@@ -80,7 +80,7 @@ def test_widths_and_depths(rows, ranks, width, depth):
 
 
 @pytest.mark.parametrize("rows", [1, 300, 9000, 20000])
-def test_two_maps_of_their_own_widths_and_biases(rows):
+def test_maps_of_their_own_widths_and_biases(rows):
     some = [factors_of(520, 776, 144, bias=True, down_bias=False), factors_of(520, 64, 100, bias=False, down_bias=True)]
     for projections in (some, some[::-1], [*some, factors_of(520, 200, 120)], [factors_of(520, 200, 120), *some[::-1]]):
         assert_right(rows_of(rows, 520), *projections)
@@ -150,18 +150,6 @@ def test_taken_where_it_occupies_the_chip(rows, maps):
     x, factors = rows_of(rows, 768), [factors_of(768, 768, 192) for _ in range(maps)]
     taken = launched(x, *(as_map(p, torch.empty_like(x)) for p in factors)) == "projection_hopper_kernel"
     assert taken == (rows * maps >= 16384)
-
-
-@pytest.mark.parametrize(("rows", "taken"), [
-    (1024, False), (2560, False), (2816, True), (4096, True), (5632, True), (5760, False), (8192, False), (11264, True),
-])  # fmt: skip
-def test_three_are_taken_by_processors_that_two_leave_idle(rows, taken, monkeypatch):
-    monkeypatch.setattr(projection, "target_of", lambda device: KNOWN["sm_90"])
-    device = torch.device("cuda")
-    assert takes_three(rows, [192, 64, 256], [768, 64, 768], torch.bfloat16, device) == taken
-    assert not takes_three(rows, [192, 64, 304], [768, 64, 768], torch.bfloat16, device)
-    assert not takes_three(rows, [192, 64, 256], [768, 60, 768], torch.bfloat16, device)
-    assert not takes_three(rows, [192, 64, 256], [768, 64, 768], torch.float32, device)
 
 
 @pytest.mark.parametrize("rank", [96, 304])

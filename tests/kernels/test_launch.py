@@ -1,4 +1,4 @@
-"""Launches made again for other tensors."""
+"""Launches that overlap, and launches made again for other tensors."""
 
 from typing import Any, NamedTuple
 
@@ -6,6 +6,9 @@ import torch
 from torch import Tensor
 
 from flashsvd_compile.kernels.launch import Launch, launch, listening
+from flashsvd_compile.kernels.target import KNOWN
+
+from .chips import running_on
 
 
 class Descriptor:
@@ -48,3 +51,13 @@ def test_a_launch_is_made_again_for_other_tensors_each_given_once():
     assert (small.base, small.block_shape, large.base, large.block_shape) == (other_x, [2, 2], other_x, [4, 4])
     assert vector is other_y and matrix is other_x and (seven, nothing) == (7, None)
     assert first.arguments[0].base is x, "what the first launch was given is untouched"
+
+
+def test_a_launch_overlaps_where_it_may_and_the_chip_can():
+    kernel = Kernel()
+    for chip in ("sm_80", "sm_90", "sm_100", "gfx942"):
+        with running_on(KNOWN[chip]):
+            launch(kernel, (1, 1), torch.zeros(4), overlapping=True)
+            launch(kernel, (1, 1), torch.zeros(4))
+    options = [call.constants for call in kernel.calls]
+    assert options == [{}, {}, {"launch_pdl": True}, {}, {"launch_pdl": True}, {}, {}, {}]
