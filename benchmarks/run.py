@@ -52,7 +52,10 @@ PLANS: dict[str, list[Step]] = {
     ],
     "mlp": [Step("mlp_region", 240)],
     "attention": [Step("attention_region", 240)],
-    "bert": [Step("bert", 300, ("--rows", "padded+192/304"))],
+    "bert": [
+        Step("bert", 300, ("--rows", "32x128 padded+192/304,x512 padded+192/304,8x2048 padded+192/304")),
+        Step("bert", 150, ("--rows", "1x8192 padded+192/304"), "bert_long"),
+    ],
     "bert-unmasked": [
         Step("bert", 300, ("--rows", "32x128 none+192/304,x512 none+192/304,8x2048 none"), "bert_unmasked"),
         Step("bert", 150, ("--rows", "1x8192 none"), "bert_unmasked_long"),

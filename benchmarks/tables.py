@@ -28,6 +28,7 @@ TITLES = {
     "mlp_region": "The MLP region alone",
     "attention_region": "The attention region alone",
     "bert": "BERT-base, padded",
+    "bert_long": "BERT-base, padded, one long sequence",
     "bert_unmasked": "BERT-base without a mask",
     "bert_unmasked_long": "BERT-base without a mask, one long sequence",
     "bert_published_ranks": "BERT-base at the published ranks",

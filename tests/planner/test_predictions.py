@@ -93,17 +93,20 @@ def test_predicted_times_are_near_the_measured_ones(name):
 
 @pytest.mark.parametrize("name", ["mlp_region", "attention_region"])
 def test_the_choice_is_the_measured_best_of_ours_within_noise(name):
-    """Of all rows of ours that need no more memory than the choice."""
+    """Of all rows of ours in a CUDA graph that need no more memory than the choice.
+
+    Like beside like: what the host takes differs between a compiled model and a bare operator, and no plan decides it.
+    """
     right = []
-    rows = rows_of(name)
-    for chosen in (row for row in rows if row.implementation == "flashsvd"):
-        rivals = [
-            r for r in rows if r.case == chosen.case and r.ours and (r.peak_bytes or 0) <= (chosen.peak_bytes or 0)
-        ]
+    rows = [Row(**row) for row in record.read(name)["rows"]]
+    ours = [row for row in rows if row.ours and row.graph and row.time_ms is not None]
+    for chosen in (row for row in ours if row.implementation == "flashsvd graph"):
+        rivals = [r for r in ours if r.case == chosen.case and (r.peak_bytes or 0) <= (chosen.peak_bytes or 0)]
         best = min(rival.time_ms or 0.0 for rival in rivals)
         assert chosen.strategy is not None and str(plan_for(chosen).strategy) in chosen.strategy
         right.append((chosen.time_ms or 0.0) <= 1.05 * best)
-    assert sum(right) >= 0.95 * len(right) > 0
+    assert len(right) == sum(row.implementation == "flashsvd" for row in rows) > 0
+    assert sum(right) >= 0.95 * len(right)
 
 
 @pytest.mark.parametrize("name", ["mlp_region", "attention_region"])
