@@ -3,6 +3,9 @@
 A chain of products and elementwise passes takes the time of its arithmetic at the device's ceiling plus that of its
 memory traffic at the device's bandwidth. That the two are added, as if nothing overlapped, is no bound but a fit: it is
 within 9 % of the measured baselines of ``benchmarks/results/mlp_region.json`` (see ``tests/planner``).
+
+Sums begin with sympy's numbers, not with Python's: ``1 - x`` and ``1.5 + x`` are sums to sympy even of two numbers, and
+its first one imports the tensors of sympy, which takes longer than a plan (``tests/planner/test_plan_time.py``).
 """
 
 from dataclasses import replace
@@ -141,7 +144,7 @@ def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Exp
     more_rounds = memory.up(3 * of_chip) - memory.up(2 * of_chip)
     whole_items, enough = memory.down(in_chunk / shape.kv_len), memory.down(2 * 3 * of_chip)
     three = memory.smallest(1, whole_items, enough) * (1 - memory.smallest(1, more_rounds))
-    return 1 - (1 - LARGE_BLOCKS) * memory.largest(two, three)
+    return sympy.S.One - (1 - LARGE_BLOCKS) * memory.largest(two, three)
 
 
 def attention_merged(
@@ -245,7 +248,7 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
     elif low_rank and device.specialised and not memory.is_short(shape):
         chunks, chunk = cut.number, device.launch_seconds * (3 * _starved(shape, cut) - 1) / 2
     tails = CAUSAL_TAIL * shape.kv_len * (cut.number - 1) if shape.causal and device.grows else 0
-    return device.launch_seconds * once + chunk * chunks + tails
+    return chunk * chunks + tails + device.launch_seconds * once
 
 
 def _starved(shape: AttentionShape, cut: memory.Chunks) -> sympy.Expr:
