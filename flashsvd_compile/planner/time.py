@@ -4,8 +4,9 @@ A chain of products and elementwise passes takes the time of its arithmetic at t
 memory traffic at the device's bandwidth. That the two are added, as if nothing overlapped, is no bound but a fit: it is
 within 9 % of the measured baselines of ``benchmarks/results/mlp_region.json`` (see ``tests/planner``).
 
-Sums begin with sympy's numbers, not with Python's: ``1 - x`` and ``1.5 + x`` are sums to sympy even of two numbers, and
-its first one imports the tensors of sympy, which takes longer than a plan (``tests/planner/test_plan_time.py``).
+Sums begin with sympy's numbers, not with Python's: ``1 - x`` and ``1.5 + x`` are sums to sympy even where ``x`` is a
+float of its own, and its first one imports its tensors, which takes longer than a plan
+(``tests/planner/test_plan_time.py``).
 """
 
 from dataclasses import replace
@@ -175,6 +176,7 @@ def _operations(shape: RegionShape) -> int:
 
 def _product(shape: RegionShape, device: Device, rows, depth, width) -> sympy.Expr:
     """``[rows, depth] @ [depth, width]``."""
+    rows = sympy.sympify(rows)
     elements = rows * depth + rows * width + depth * width
     return 2 * rows * depth * width / device.flops[shape.itemsize] + shape.itemsize * elements / device.bandwidth
 

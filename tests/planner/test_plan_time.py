@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 from textwrap import dedent
 
 
@@ -9,24 +10,21 @@ def test_plans_of_static_sizes_do_not_import_the_tensors_of_sympy():
     """They take longer to import than a plan takes, and a model with warm caches waits for both. In a new process."""
     script = dedent("""
         import sys
-        from sympy import Integer
+        from dataclasses import replace
+        from itertools import product
         from flashsvd_compile.options import Options
-        from flashsvd_compile.planner import AttentionShape, MlpShape, plan_attention, plan_mlp
+        from flashsvd_compile.planner import plan_attention, plan_linear, plan_mlp
+        from tests.planner.test_choice import attention, linear, mlp
 
-        width, ranks, features = Integer(768), dict.fromkeys("qkv", 192), dict.fromkeys("qkv", 768)
-        outward, outward_features = {**ranks, "out": 192}, {**features, "out": 768}
-        batch, length = Integer(32), Integer(512)
-        planned = 0
-        for device in ("cpu", "NVIDIA H100 80GB HBM3", "AMD Instinct MI300X"):
-            for padded, causal in ((False, False), (True, False), (False, True)):
-                for some, wide in ((ranks, features), (outward, outward_features)):
-                    sizes = (width, 2, device, {}, batch, length, length, 12, 12, padded, causal)
-                    planned += bool(plan_attention(AttentionShape(some, wide, *sizes), Options()).candidates)
-            for roles in (("hidden", "out"), ("hidden", "gate", "out")):
-                ranks_of, widths = dict.fromkeys(roles, 304), dict.fromkeys(roles, 3072) | {"out": 768}
-                shape = MlpShape(ranks_of, widths, width, 2, device, {}, batch * length)
-                planned += bool(plan_mlp(shape, Options()).candidates)
-        print(planned, "sympy.tensor.tensor" in sys.modules)
+        plans = []
+        for device, itemsize, rank in product(("cpu", "H100", "gfx942"), (2, 4), (16, 192, 304, 512, 700)):
+            region = attention(32, 512, rank, device, itemsize)
+            for shape in (region, replace(region, masked=True), replace(region, causal=True)):
+                plans.append(plan_attention(shape, Options()))
+            plans += [plan_mlp(mlp(16384, rank, device, itemsize, gated), Options()) for gated in (False, True)]
+            plans.append(plan_linear(linear(16384, rank, device), Options()))
+        print(len(plans), len({plan.strategy for plan in plans}), "sympy.tensor.tensor" in sys.modules)
     """)
-    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert run.stdout.split() == ["24", "False"]
+    root = Path(__file__).parents[2]
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=root)
+    assert run.stdout.split() == ["180", "4", "False"]

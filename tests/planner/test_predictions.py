@@ -16,10 +16,13 @@ MIB = 2**20
 DEFAULTS = Options()
 
 
+def measured_rows(name: str) -> list[Row]:
+    return [row for row in (Row(**row) for row in record.read(name)["rows"]) if row.time_ms is not None]
+
+
 def rows_of(name: str) -> list[Row]:
     """Measured rows without a CUDA graph, each with its time at its best, in a CUDA graph or not."""
-    rows = [Row(**row) for row in record.read(name)["rows"]]
-    measured = {(row.case, row.implementation): row for row in rows if row.time_ms is not None}
+    measured = {(row.case, row.implementation): row for row in measured_rows(name)}
     for (case, implementation), row in measured.items():
         graph = measured.get((case, f"{implementation} graph"))
         if graph is not None and graph.time_ms is not None and row.time_ms is not None:
@@ -98,8 +101,8 @@ def test_the_choice_is_the_measured_best_of_ours_within_noise(name):
     Like beside like: what the host takes differs between a compiled model and a bare operator, and no plan decides it.
     """
     right = []
-    rows = [Row(**row) for row in record.read(name)["rows"]]
-    ours = [row for row in rows if row.ours and row.graph and row.time_ms is not None]
+    rows = measured_rows(name)
+    ours = [row for row in rows if row.ours and row.graph]
     for chosen in (row for row in ours if row.implementation == "flashsvd graph"):
         rivals = [r for r in ours if r.case == chosen.case and (r.peak_bytes or 0) <= (chosen.peak_bytes or 0)]
         best = min(rival.time_ms or 0.0 for rival in rivals)
