@@ -1,8 +1,14 @@
-"""Products and what follows them in one launch, where there is a kernel for that: :mod:`.product_hopper`."""
+"""Products and what follows them in one launch, where there is a kernel for that.
 
+Of half precision :mod:`.product_hopper`, whose products are no faster than the library's; of float32
+:mod:`.product_single`, whose are.
+"""
+
+import torch
 import triton
 from torch import Tensor
 
+from . import product_single
 from .target import Target, describable, occupies, speaks_gluon, target_of
 
 SECTOR = 16
@@ -21,33 +27,45 @@ def reads_fast(matrix: Tensor) -> bool:
     return describable(matrix) and matrix.stride(0) % SECTOR == 0
 
 
-def takes(x: Tensor, weight: Tensor, *others: Tensor) -> bool:
-    """Whether the kernel computes ``x @ weight.T`` from and to these matrices, ``others`` like the result."""
-    if x.element_size() != 2 or not multiplies(target_of(x.device), x.shape[0], weight.shape[0]):
+def takes(x: Tensor, weight: Tensor, *results: Tensor) -> bool:
+    """Whether a kernel computes ``x @ weight.T`` from and to these matrices, ``results`` being like the result."""
+    target, rows, columns = target_of(x.device), x.shape[0], weight.shape[0]
+    if x.dtype == torch.float32:
+        fitting = product_single.takes(target, rows, columns) and describable(x) and describable(weight)
+        return fitting and all(result.stride(1) == 1 for result in results)
+    if x.element_size() != 2 or not multiplies(target, rows, columns):
         return False
-    return reads_fast(x) and reads_fast(weight) and all(map(describable, others))
+    return reads_fast(x) and reads_fast(weight) and all(map(describable, results))
 
 
-def activated_product(
-    x: Tensor, weight: Tensor, bias: Tensor | None, activation: str, out: Tensor, gated: bool = False
+def multiplies_faster(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+    """Whether a kernel's product alone is faster than the library's."""
+    return x.dtype == torch.float32 and takes(x, weight, out)
+
+
+def product(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
 ) -> Tensor:
-    """Fill and return ``out[rows, columns]``: ``act(x @ weight.T + bias)``, if ``gated`` times what it holds before.
+    """Fill and return ``out[rows, columns]``: ``act(x @ weight.T + bias) * gate + residual``.
 
     Args:
-        x, weight: ``[rows, depth]`` and ``[columns, depth]``, half precision, what :func:`reads_fast`.
+        x, weight: ``[rows, depth]`` and ``[columns, depth]``, what a kernel :func:`takes`; or of half precision, what
+            :func:`reads_fast`.
         bias: ``[columns]`` or ``None``.
-        activation: a name of ``ops.activation.ACTIVATIONS``.
-        out: rows 16-byte aligned, of a multiple of 8 columns.
+        out: of half precision with rows 16-byte aligned, of a multiple of 8 columns.
+        activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
+        gate, residual: like ``out``, may be ``out`` itself; one of the two may be given.
     """
-    from .product_hopper import product_hopper
+    if x.dtype == torch.float32:
+        product_single.product_single(x, weight, bias, out, activation, gate, residual)
+    else:
+        from .product_hopper import product_hopper
 
-    product_hopper(x, weight, bias, out, activation, gate=out if gated else None)
-    return out
-
-
-def product_with_residual(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor, out: Tensor) -> Tensor:
-    """Fill and return ``out[rows, columns]``: ``x @ weight.T + bias + residual``, of what the kernel :func:`takes`."""
-    from .product_hopper import product_hopper
-
-    product_hopper(x, weight, bias, out, residual=residual)
+        product_hopper(x, weight, bias, out, activation, gate, residual)
     return out

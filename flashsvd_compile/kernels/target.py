@@ -18,6 +18,8 @@ class Target(NamedTuple):
         descriptors: tiles are best loaded through tensor descriptors (TMA).
         hardware_tanh: ``tanh.approx.f32`` exists.
         overlapping: a launch may begin before the one before it ends (programmatic dependent launch).
+        triple_tf32: tensor cores multiply float32 in three products of tf32 faster than the vector units do in one.
+            They do not on chips for graphics, nor is there a need where tensor cores take float32.
     """
 
     name: str
@@ -26,17 +28,18 @@ class Target(NamedTuple):
     descriptors: bool
     hardware_tanh: bool
     overlapping: bool = False
+    triple_tf32: bool = False
 
 
 # Shared memory per block: CUDA programming guide, table "technical specifications per compute capability"; LDS of
 # CDNA 3: AMD instruction set reference, 64 KiB.
 _KIB = 1024
 KNOWN = {
-    "sm_80": Target("sm_80", 163 * _KIB, 108, False, True),
+    "sm_80": Target("sm_80", 163 * _KIB, 108, False, True, triple_tf32=True),
     "sm_86": Target("sm_86", 99 * _KIB, 84, False, True),
     "sm_89": Target("sm_89", 99 * _KIB, 128, False, True),
-    "sm_90": Target("sm_90", 227 * _KIB, 132, True, True, True),
-    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True, True),
+    "sm_90": Target("sm_90", 227 * _KIB, 132, True, True, True, triple_tf32=True),
+    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True, True, triple_tf32=True),
     "sm_120": Target("sm_120", 99 * _KIB, 170, False, True, True),
     "gfx942": Target("gfx942", 64 * _KIB, 304, False, False),
     "interpreter": Target("interpreter", 227 * _KIB, 4, False, False),
@@ -79,6 +82,10 @@ LEAST_SHARE = 0.75
 def occupies(target: Target, tiles: int) -> bool:
     """Whether so many tiles, one a processor, keep the chip busy."""
     return tiles >= LEAST_SHARE * target.processors
+
+
+TRIPLE = "tf32x3"
+"""``input_precision`` of ``tl.dot`` that multiplies float32 in three products of tf32."""
 
 
 def precision_of(dtype: torch.dtype) -> str:

@@ -250,13 +250,15 @@ def _library_is_faster(q_len: int, context: Tensor, attn: Attention) -> bool:
     Plain causal attention of wide heads: cuDNN is 33 % ahead of our kernel at 16384 keys (sm_90), and 14 % at 4096
     with all heads at once, but not with as few as pass through the workspace; not of the kernel in Gluon, which takes
     them where it can. float32: the memory-efficient kernel uses
-    tensor cores, three products for one, and takes 0.9 ms where ours takes 4.6 (32x512 of 12 heads, H100); a window,
-    or padding of causal attention, it would want as a dense mask.
+    tensor cores, three products for one, and takes 0.9 ms where ours takes 4.6 (32x512 of 12 heads, H100) where it
+    does not; a window, or padding of causal attention, it would want as a dense mask.
     """
     if attn.group > 1 or attn.head_dim != attn.value_dim or q_len != context.shape[1]:
         return False
     causal, padded = is_causal(attn), attn.key_padding is not None
     if context.dtype == torch.float32:
+        if attention_kernel.triples(target_of(context.device), attn.head_dim):
+            return False
         unlimited = (attn.window_left, attn.window_right) == (UNLIMITED, UNLIMITED)
         return attn.head_dim % 4 == 0 and (unlimited or (causal and not padded)) and not torch.version.hip
     if not causal or padded or attn.head_dim != 128 or context.shape[1] < 8192:

@@ -26,7 +26,14 @@ from .norm import Norm
 from .projection import Projection
 from .registry import register
 from .residual import joined, plus, plus_residual, validate_residual
-from .workspace import Workspace, affine_into, rows_that_fit, validate_execution
+from .workspace import (
+    Workspace,
+    activated_into,
+    add_product,
+    affine_into,
+    rows_that_fit,
+    validate_execution,
+)
 
 ROLES = ("hidden", "gate", "out")
 SCHEMA = (
@@ -36,6 +43,8 @@ SCHEMA = (
 )
 RESIDUAL = 1 + 4 * len(ROLES)
 """Position among the operator's arguments."""
+GPU_COLUMNS = 768
+"""Of float32, that leave the workspace to as many rows as fill a GPU."""
 CPU_COLUMNS = 512
 """Narrower tiles starve the products; wider ones leave room for fewer rows, and the library packs weights again for
 each chunk of rows."""
@@ -87,7 +96,8 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     if mlp_gpu.supported(x, mlp):
         region = partial(mlp_gpu.streamed, x, mlp, activation, workspace_bytes, x_norm)
         return joined(region, residual)
-    return plus(streamed(x, mlp, activation, workspace_bytes, x_norm=x_norm), residual)
+    columns = GPU_COLUMNS if x.element_size() >= 4 else None
+    return plus(streamed(x, mlp, activation, workspace_bytes, columns, x_norm), residual)
 
 
 def _fusible(x: Tensor, mlp: Mlp) -> bool:
@@ -217,16 +227,15 @@ def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int
     for first in range(0, mlp.width, columns):
         workspace.reset(mark)
         features = slice(first, min(first + columns, mlp.width))
-        hidden = _lift(hidden_latent, mlp.hidden, features, workspace)
         if mlp.gate is None:
-            activate_(activation, hidden)
+            hidden = _lift(hidden_latent, mlp.hidden, features, workspace, activation)
         else:
-            gate = _lift(gate_latent, mlp.gate, features, workspace)
-            hidden = gate_(activation, gate, hidden)
+            hidden = _lift(hidden_latent, mlp.hidden, features, workspace)
+            hidden = gate_(activation, _lift(gate_latent, mlp.gate, features, workspace), hidden)
         if first == 0:
             affine_into(total, hidden, into[:, features], bias)
         else:
-            total.addmm_(hidden, into[:, features].t())
+            add_product(total, hidden, into[:, features])
     if mlp.out.down is not None:
         if not workspace.owns(total):  # out of the way of the result
             workspace.reset(mark)
@@ -247,11 +256,19 @@ def _latent(x: Tensor, projection: Projection[Tensor], memories: tuple[Workspace
     return affine_into(latent, x, projection.down, projection.down_bias)
 
 
-def _lift(latent: Tensor, projection: Projection[Tensor], features: slice, workspace: Workspace) -> Tensor:
-    """``[rows, features]``: some features of a projection out of its rank space."""
+def _lift(
+    latent: Tensor,
+    projection: Projection[Tensor],
+    features: slice,
+    workspace: Workspace,
+    activation: str | None = None,
+) -> Tensor:
+    """``[rows, features]``: some features of a projection out of its rank space, activated if there is a name."""
     bias = None if projection.up_bias is None else projection.up_bias[features]
     lifted = workspace.take(latent.shape[0], features.stop - features.start)
-    return affine_into(lifted, latent, projection.up[features], bias)
+    if activation is None:
+        return affine_into(lifted, latent, projection.up[features], bias)
+    return activated_into(lifted, latent, projection.up[features], bias, activation)
 
 
 def workspace_elements_per_row(mlp: Mlp) -> int:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..kernels.padding import padded_copy
-from ..kernels.product import SECTOR, activated_product, multiplies, reads_fast
+from ..kernels.product import SECTOR, multiplies, product, reads_fast
 from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
@@ -266,10 +266,8 @@ class _Chunks:
         rows, columns = latents[0].shape[0], _width(features)
         into, hidden = self._mlp.into_hidden, _view(self._hidden, rows, columns)
         if self._activated_at_once:
-            gated = len(into) > 1
-            if gated:
-                self._lift(hidden, latents[0], into[0], features)
-            return activated_product(*self._lifting(latents[-1], into[-1], features), self._activation, hidden, gated)
+            gate = self._lift(hidden, latents[0], into[0], features) if len(into) > 1 else None
+            return product(*self._lifting(latents[-1], into[-1], features), hidden, self._activation, gate)
         if len(into) == 1:
             return activate_(self._activation, self._lift(hidden, latents[0], into[0], features))
         beside = self._lift(_view(self._beside, rows, columns), latents[0], into[0], features)

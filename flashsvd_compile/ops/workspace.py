@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidOptionError
-from ..kernels.product import product_with_residual, takes
+from ..kernels.product import multiplies_faster, product, takes
 from ..options import Strategy
+from .activation import activate_
 from .projection import Projection, rank
 from .residual import plus
 
@@ -68,6 +69,8 @@ class Workspace:
 
 def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``out = x @ weight.T + bias`` for ``x[rows, in]``, ``weight[out, in]``, ``out[rows, out]``."""
+    if multiplies_faster(x, weight, out):
+        return product(x, weight, bias, out)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
@@ -76,8 +79,22 @@ def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def affine_plus(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """``out = x @ weight.T + bias + residual``, the last like ``out``: in one launch if there is a kernel for that."""
     if residual is not None and takes(x, weight, out, residual):
-        return product_with_residual(x, weight, bias, residual, out)
+        return product(x, weight, bias, out, residual=residual)
     return plus(affine_into(out, x, weight, bias), residual)
+
+
+def activated_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
+    """``out = act(x @ weight.T + bias)``: in one launch if there is a kernel for that."""
+    if takes(x, weight, out):
+        return product(x, weight, bias, out, activation)
+    return activate_(activation, affine_into(out, x, weight, bias))
+
+
+def add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """``total += x @ weight.T``."""
+    if multiplies_faster(x, weight, total):
+        return product(x, weight, None, total, residual=total)
+    return total.addmm_(x, weight.t())
 
 
 def project_into(

@@ -18,6 +18,7 @@ class Device:
         grows: whether the workspace grows with the region's input. A GPU needs chunks that fill it.
         max_fused_rank: largest rank whose accumulators the fused kernels hold on chip; 0 where there are none.
         max_projected_rank: the same of the kernel for keys and values, above which the library is faster.
+        max_single_head: largest head to which our kernel attends in float32; wider ones are left to the library.
         full_rate_rank: largest rank whose keys and values come in chunks as fast as whole; ``None``: any.
         activation_seconds: what an element of the hidden layer costs the fused kernel beside its products, by the
             largest rank up to which it does: steps get shorter, or kernels change.
@@ -34,6 +35,7 @@ class Device:
     grows: bool
     max_fused_rank: int
     max_projected_rank: int
+    max_single_head: int = 0
     full_rate_rank: int | None = None
     activation_seconds: tuple[tuple[int, float], ...] = ()
     full_rows: int = 0
@@ -53,7 +55,8 @@ _DEVICES = {
     ),
     "H200": Device(
         flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
-        least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256, full_rate_rank=192,
+        least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256,
+        max_single_head=64, full_rate_rank=192,
         activation_seconds=((256, 0.43e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
         specialised=True,
     ),

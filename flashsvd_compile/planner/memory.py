@@ -120,14 +120,14 @@ class Chunks(NamedTuple):
 
 def attention_chunks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> Chunks:
     """Whole items where one fits, else heads of one item; rank space that passes through memory is in it, too, and what
-    the library returns, which attends in float32.
+    the library returns, where it attends in float32.
 
     Evenly cut: 32 items of which 9 fit come by eights, 12 heads of which 9 fit by sixes.
     """
     latent = shape.itemsize * shape.kv_len * (shape.latent("k") + shape.latent("v"))
     latent = 0 if lifts_on_chip(shape, device) else latent
     width = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
-    returned = shape.q_len * shape.features["v"] // shape.num_kv_heads if library_attends(shape) else 0
+    returned = shape.q_len * shape.features["v"] // shape.num_kv_heads if library_attends(shape, device) else 0
     head = largest(1, shape.itemsize * (shape.kv_len * width + returned))
     items = largest(1, down(workspace_bytes / (latent + shape.num_kv_heads * head)))
     heads = largest(1, down((workspace_bytes - latent) / head))
@@ -174,9 +174,12 @@ def is_short(shape: AttentionShape) -> bool:
     return shape.at_hints(shape.kv_len) <= SHORT_KEYS
 
 
-def library_attends(shape: AttentionShape) -> bool:
-    """Whether heads come back from the library's attention: on a GPU in float32, unless key heads are shared."""
-    return shape.itemsize == 4 and shape.num_heads == shape.num_kv_heads
+def library_attends(shape: AttentionShape, device: Device) -> bool:
+    """Whether heads come back from the library's attention: on a GPU in float32, where no kernel of ours is faster,
+    unless key heads are shared.
+    """
+    wide = shape.features["q"] > device.max_single_head * shape.num_heads
+    return shape.itemsize == 4 and shape.num_heads == shape.num_kv_heads and wide
 
 
 def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

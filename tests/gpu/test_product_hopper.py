@@ -150,7 +150,7 @@ def test_streamed_mlp_with_residual(gated, rank, workspace_bytes):
     residual = random(1, 9000, 2048, dtype=torch.bfloat16)
     given = (*given[:RESIDUAL], residual, *given[RESIDUAL + 1 :])
     arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in given)
-    with patch.object(workspace, "product_with_residual", wraps=workspace.product_with_residual) as multiplied:
+    with patch.object(workspace, "product", wraps=workspace.product) as multiplied:
         result = ops.mlp(*arguments)
     assert multiplied.called
     assert_within_error_rule(result, mlp_reference, arguments)

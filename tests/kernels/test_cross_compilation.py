@@ -19,6 +19,7 @@ from flashsvd_compile.kernels import (
     padding,
     partial_sums,
     product,
+    product_single,
     projection,
     rotary,
     short_attention,
@@ -99,11 +100,20 @@ def rotate(dtype: torch.dtype, interleaved: bool) -> None:
 
 def multiply(form: str) -> None:
     if product.multiplies(gating.target_of(DEVICE), 4096, 4096):
-        operands, out = (matrix(4096, 1024), matrix(4096, 1024), torch.empty(4096, dtype=HALF)), matrix(4096, 4096)
-        if form == "residual":
-            product.product_with_residual(*operands, matrix(4096, 4096), out)
-        else:
-            product.activated_product(*operands, "silu", out, form == "gate")
+        after(form, matrix(4096, 1024), matrix(4096, 1024), torch.empty(4096, dtype=HALF), matrix(4096, 4096))
+
+
+def multiply_single(form: str, depth: int) -> None:
+    if product_single.takes(gating.target_of(DEVICE), 4096, 1024):
+        out = matrix(4096, 1024, SINGLE)
+        after(form, matrix(4096, depth, SINGLE), matrix(1024, depth, SINGLE), torch.empty(1024), out)
+
+
+def after(form: str, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
+    """A product with what follows it."""
+    activation = None if form == "residual" else "gelu" if x.dtype == SINGLE else "silu"
+    beside = {form: out} if form in ("gate", "residual") else {}
+    product.product(x, weight, bias, out, activation, **beside)
 
 
 def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -142,6 +152,10 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     )
     for form in ("alone", "gate", "residual"):  # on sm_90 in Gluon, under Triton 3.6
         yield f"product {form}", lambda form=form: multiply(form)
+    for form in ("alone", "gate", "residual"):
+        for depth in (304, 305):
+            name = f"product {form} of depth {depth} float32"
+            yield name, lambda form=form, depth=depth: multiply_single(form, depth)
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)
     yield "interleaved rotation float32", lambda: rotate(SINGLE, True)

@@ -38,17 +38,16 @@ def on_cpu(request, monkeypatch):
         padding = [size for dim in (1, 0) for size in (0, out.shape[dim] - source.shape[dim])]
         return out.copy_(torch.nn.functional.pad(source, padding))
 
-    def activated_product(x, weight, bias, activation, out: Tensor, gated: bool) -> Tensor:
-        product = activation_of(activation)(torch.nn.functional.linear(x, weight, bias))
-        return out.copy_(product * out if gated else product)
-
-    def product_with_residual(x, weight, bias, residual, out: Tensor) -> Tensor:
-        return out.copy_(torch.nn.functional.linear(x, weight, bias) + residual)
+    def product(x, weight, bias, out: Tensor, activation=None, gate=None, residual=None) -> Tensor:
+        result = torch.nn.functional.linear(x, weight, bias)
+        result = result if activation is None else activation_of(activation)(result)
+        result = result if gate is None else result * gate
+        return out.copy_(result if residual is None else result + residual)
 
     monkeypatch.setattr(workspace, "takes", lambda *matrices: request.param)
-    monkeypatch.setattr(workspace, "product_with_residual", product_with_residual)
+    monkeypatch.setattr(workspace, "product", product)
     monkeypatch.setattr(mlp_gpu, "multiplies", lambda *size: request.param)
-    monkeypatch.setattr(mlp_gpu, "activated_product", activated_product)
+    monkeypatch.setattr(mlp_gpu, "product", product)
     monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
     monkeypatch.setattr(mlp_gpu, "padded_copy", padded_copy)
     monkeypatch.setattr(mlp_gpu, "target_of", lambda device: KNOWN["sm_90"]._replace(processors=4))

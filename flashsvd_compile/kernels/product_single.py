@@ -1,0 +1,174 @@
+"""A product in float32 on tensor cores, and what follows it in one launch.
+
+    out = act(x @ weight.T + bias)        or        ... * gate        or        ... + residual
+
+Tensor cores round float32 to tf32, of 11 significant bits. An operand is therefore taken as the sum of its leading and
+its trailing bits, and three products of these give what float32 holds (Triton's ``tf32x3``). Each step's products are
+summed apart and then added to the sum so far by the vector units, because tensor cores truncate what they add up
+(Ootomo and Yokota, "Recovering single precision accuracy from Tensor Cores", 2022). So errors are a third or less of
+those of the library, which multiplies float32 in the vector units, at twice its speed (``benchmarks/NOTES.md``).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .activations import activate
+from .autotune import about, tuned
+from .launch import launch
+from .target import TRIPLE, Target, describable, occupies, target_of
+from .tiles import load_tile, store_tile, tile_views
+
+
+class Tile(NamedTuple):
+    """Launch configuration: rows and columns of the result, depth of a step, warps, pipeline depth."""
+
+    block_n: int
+    block_f: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+BLOCK = 64
+"""Rows and columns of a tile: as fast as 128 rows for large results, and a quarter faster for small ones (H100)."""
+GROUP = 8
+"""Blocks of rows whose tiles come together, to share operands in the L2."""
+
+
+def tile_of(target: Target) -> Tile:
+    """The fastest of seven at seven products of 3072 to 16384 rows on sm_90 (depths and widths of 192 to 3072);
+    elsewhere one whose addresses fit the registers.
+    """
+    return Tile(BLOCK, BLOCK, 64, 4, 2) if target.descriptors else Tile(BLOCK, BLOCK, 32, 8, 3)
+
+
+def takes(target: Target, rows: int, columns: int) -> bool:
+    """Whether the kernel is faster than the library: on the chip, and for a result of this size."""
+    exact = torch.get_float32_matmul_precision() == "highest"
+    return exact and target.triple_tf32 and occupies(target, triton.cdiv(rows, BLOCK) * triton.cdiv(columns, BLOCK))
+
+
+@triton.jit
+def product_single_kernel(
+    x, weight, bias, beside, out, rows, columns, depth,
+    stride_x, stride_xk, stride_weight, stride_weight_k, stride_beside, stride_out,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BESIDE: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result."""
+    index = tl.program_id(0)
+    column_blocks = tl.cdiv(columns, BLOCK_F)
+    first_block = index // (GROUP * column_blocks) * GROUP
+    together = tl.minimum(GROUP, tl.cdiv(rows, BLOCK_N) - first_block)
+    index -= first_block * column_blocks
+    row = (first_block + index % together) * BLOCK_N
+    column = index // together * BLOCK_F
+
+    result = tl.zeros([BLOCK_N, BLOCK_F], tl.float32)
+    for k in tl.range(0, depth, BLOCK_K, num_stages=STAGES):
+        left = load_tile(x, row, k, rows, depth, stride_x, stride_xk, BLOCK_N, BLOCK_K, DESCRIPTOR)
+        right = load_tile(weight, column, k, columns, depth, stride_weight, stride_weight_k, BLOCK_F, BLOCK_K,
+                          DESCRIPTOR)  # fmt: skip
+        result = tl.dot(left, right.T, result, input_precision=PRECISION)
+    c = column + tl.arange(0, BLOCK_F)
+    if HAS_BIAS:
+        result += tl.load(bias + c, mask=c < columns, other=0.0)[None, :]
+    if ACTIVATION is not None:
+        result = activate(result, ACTIVATION, False, False)
+    if BESIDE is not None:
+        other = load_tile(beside, row, column, rows, columns, stride_beside, 1, BLOCK_N, BLOCK_F, False)
+        result = result * other if BESIDE == "gate" else result + other
+    store_tile(out, result, row, column, rows, columns, stride_out, BLOCK_N, BLOCK_F)
+
+
+def product_single(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    activation: str | None = None,
+    gate: Tensor | None = None,
+    residual: Tensor | None = None,
+    tile: Tile | None = None,
+) -> None:
+    """Fill ``out[rows, columns]`` as above.
+
+    Args:
+        x: ``[rows, depth]``, float32, any strides.
+        weight: ``[columns, depth]``, any strides.
+        bias: ``[columns]`` or ``None``.
+        out: contiguous rows, apart from ``x``.
+        activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
+        gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
+        residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
+        tile: overrides the table.
+    """
+    (rows, depth), columns = x.shape, weight.shape[0]
+    target = target_of(x.device)
+    descriptor = target.descriptors and describable(x) and describable(weight)
+    tile = tile or _chosen_tile(target, x, weight, bias, activation, gate, residual, descriptor)
+    other = gate if gate is not None else residual
+    launch(
+        product_single_kernel,
+        (triton.cdiv(rows, tile.block_n) * triton.cdiv(columns, tile.block_f), 1),
+        *tile_views(x, [(tile.block_n, tile.block_k)], descriptor),
+        *tile_views(weight, [(tile.block_f, tile.block_k)], descriptor),
+        x if bias is None else bias.contiguous(),
+        out if other is None else other,
+        out,
+        rows,
+        columns,
+        depth,
+        *x.stride(),
+        *weight.stride(),
+        (out if other is None else other).stride(0),
+        out.stride(0),
+        BLOCK_N=tile.block_n,
+        BLOCK_F=tile.block_f,
+        BLOCK_K=tile.block_k,
+        GROUP=GROUP,
+        HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        BESIDE=None if other is None else "gate" if gate is not None else "residual",
+        DESCRIPTOR=descriptor,
+        PRECISION=TRIPLE,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+    )
+
+
+def _chosen_tile(
+    target: Target,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str | None,
+    gate: Tensor | None,
+    residual: Tensor | None,
+    descriptor: bool,
+) -> Tile:
+    (rows, depth), columns = x.shape, weight.shape[0]
+
+    def run(tile: Tile) -> list[Tensor]:
+        elsewhere = x.new_empty(rows, columns)  # what is beside may be out
+        product_single(x, weight, bias, elsewhere, activation, gate, residual, tile)
+        return [elsewhere]
+
+    return tuned(
+        "product_single",
+        [tile_of(target)],
+        run,
+        x,
+        rows=about(rows),
+        columns=columns,
+        depth=depth,
+        bias=bias is not None,
+        activation=str(activation),
+        beside=gate is not None or residual is not None,
+        descriptor=descriptor,
+    )
