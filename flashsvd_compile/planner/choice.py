@@ -109,17 +109,17 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
         offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
     for workspace in _workspaces(shape, device, options):
         bound = workspace.bytes_for(shape.input_elements)
-        needed = _at_most(memory.mlp_streamed(shape, bound), before)
+        needed = _at_most(memory.mlp_streamed(shape, device, bound), before)
         seconds = time.mlp_streamed(shape, device, bound)
         offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "the hidden layer passes in chunks"))
     dearer = _dearer(shape, {"out": shape.features["hidden"]})
     products = memory.products(shape, device, dearer)
     for workspace in _workspaces(shape, device, options, products) if dearer else ():
         bound = workspace.bytes_for(shape.input_elements)
-        needed = products + _at_most(memory.mlp_streamed(shape, bound), before)
+        needed = products + _at_most(memory.mlp_streamed(shape, device, bound), before)
         seconds = time.mlp_merged(shape, device, bound)
         offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
-    return _choice(shape, offered, time.mlp_kept(shape, device), before, options)
+    return _choice(shape, offered, time.mlp_kept(shape, device.as_written()), before, options)
 
 
 @remembered
@@ -144,7 +144,7 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
         needed = products + _at_most(memory.attention_streamed(merged, device, bound), before)
         seconds = time.attention_merged(shape, device, bound, merged)
         offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
-    kept = time.attention_kept(shape, device)
+    kept = time.attention_kept(shape, device.as_written())
     if not isinstance(shape.rank_space, RankSpace):
         return _choice(shape, offered, kept, before, options, {Strategy.ABSORBED: shape.rank_space})
     for workspace in _workspaces(shape, device, options):
@@ -169,7 +169,7 @@ def plan_linear(shape: LinearShape, options: Options) -> Plan:
     if dearer:
         seconds, weight = time.linear_merged(shape, device), memory.merged_weight(shape)
         offered.append(Candidate(Strategy.MERGED, offered[0].workspace, seconds, weight, _merging(dearer)))
-    return _choice(shape, offered, time.linear_kept(shape, device), before, options)
+    return _choice(shape, offered, time.linear_kept(shape, device.as_written()), before, options)
 
 
 def _dearer(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> dict[str, sympy.Expr | int]:

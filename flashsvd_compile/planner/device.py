@@ -9,6 +9,7 @@ class Device:
 
     Attributes:
         flops: operations a second of a large product, by bytes of an element; an addition and a multiplication are two.
+        library_single_flops: those of the library in float32, where our kernels are faster.
         bandwidth: bytes a second of what passes through memory, reads and writes counted; more than a copy reaches
             where some of it is still in the cache.
         chunk_seconds: what one more chunk of rows costs: its products fill the device and drain it again.
@@ -40,6 +41,12 @@ class Device:
     activation_seconds: tuple[tuple[int, float], ...] = ()
     full_rows: int = 0
     specialised: bool = False
+    library_single_flops: float | None = None
+
+    def as_written(self) -> "Device":
+        """The device as the model's own operations find it."""
+        single = self.library_single_flops
+        return self if single is None else replace(self, flops={**self.flops, 4: single})
 
     def head_size(self, features: int) -> int:
         """Features that attention computes for a head: on a GPU tiles are powers of two, of at least 16."""
@@ -54,19 +61,22 @@ _DEVICES = {
         least_workspace=4 * 2**20, grows=False, max_fused_rank=0, max_projected_rank=0,
     ),
     "H200": Device(
-        flops={4: 50e12, 2: 784e12}, bandwidth=4.28e12, chunk_seconds=15e-6, launch_seconds=1.75e-6,
-        least_workspace=2**20, grows=True, max_fused_rank=384, max_projected_rank=256,
-        max_single_head=64, full_rate_rank=192,
+        flops={4: 75e12, 2: 784e12}, library_single_flops=45e12, bandwidth=4.28e12,
+        chunk_seconds=15e-6, launch_seconds=1.75e-6, least_workspace=2**20, grows=True,
+        max_fused_rank=384, max_projected_rank=256, max_single_head=64, full_rate_rank=192,
         activation_seconds=((256, 0.43e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
         specialised=True,
     ),
 }  # fmt: skip
 
 
-_DEVICES["H100"] = replace(_DEVICES["H200"], flops={4: 50e12, 2: 830e12}, bandwidth=3.75e12)
-_ANY_GPU = _DEVICES["H200"]
+_DEVICES["H100"] = replace(_DEVICES["H200"], flops={4: 75e12, 2: 830e12}, bandwidth=3.75e12)
+_ANY_GPU = replace(_DEVICES["H200"].as_written(), max_single_head=0)
 
 
 def device_of(name: str) -> Device:
-    """The ceilings of ``"cpu"`` or of a GPU by its name; of one that was not measured, those of an H200."""
+    """The ceilings of ``"cpu"`` or of a GPU by its name.
+
+    Of a GPU that was not measured, those of an H200 that leaves float32 to the library.
+    """
     return next((device for known, device in _DEVICES.items() if known in name), _ANY_GPU)

@@ -71,24 +71,37 @@ def partial_sums(shape: MlpShape, device: Device) -> sympy.Expr:
     return sympy.Max(1, sympy.Min(most, sympy.floor(device.full_rows / shape.rows)))
 
 
-def mlp_streamed(shape: MlpShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The workspace of one chunk of rows."""
-    return sympy.ceiling(shape.rows / mlp_chunks(shape, workspace_bytes)) * _mlp_streamed_row(shape)
+SINGLE_COLUMNS = 768
+"""Of the hidden layer, that a GPU computes at a time in float32, so that many rows fit a workspace."""
 
 
-def mlp_chunks(shape: MlpShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
+def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """The workspace of one chunk of rows; all of the workspace where some columns pass at a time."""
+    chunk = sympy.ceiling(shape.rows / mlp_chunks(shape, device, workspace_bytes)) * _mlp_streamed_row(shape)
+    return smallest(workspace_bytes, chunk) if _columns(shape, device) < shape.features["hidden"] else chunk
+
+
+def mlp_chunks(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Chunks of rows, evenly cut."""
-    fitting = sympy.Max(1, sympy.floor(workspace_bytes / _mlp_streamed_row(shape)))
+    fitting = sympy.Max(1, sympy.floor(workspace_bytes / _mlp_streamed_row(shape, _columns(shape, device))))
     return sympy.ceiling(shape.rows / fitting)
 
 
-def _mlp_streamed_row(shape: MlpShape) -> int:
-    """Bytes of one row: its hidden layer, and what of its rank space does not fit where its result goes."""
+def _columns(shape: MlpShape, device: Device) -> int:
+    """Least of the hidden layer that is computed at a time; sums of half precision are not stored in between."""
+    width = shape.features["hidden"]
+    return min(width, SINGLE_COLUMNS) if device.grows and shape.itemsize == 4 else width
+
+
+def _mlp_streamed_row(shape: MlpShape, columns: int | None = None) -> int:
+    """Bytes of one row: ``columns`` of its hidden layer, or all, and what of its rank space does not fit where its
+    result goes.
+    """
     room = shape.features["out"] if shape.ranks["out"] is not None else 0
     beside = 0
     for rank in (shape.latent(role) for role in (*shape.into_hidden, "out")):
         room, beside = (room - rank, beside) if rank <= room else (room, beside + rank)
-    hidden = len(shape.into_hidden) * shape.features["hidden"]
+    hidden = len(shape.into_hidden) * (columns or shape.features["hidden"])
     return shape.itemsize * (beside + max(hidden, shape.latent("out")))
 
 

@@ -74,7 +74,7 @@ def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The same in chunks; where products are activated as they are computed, a gate still reads the hidden layer."""
     low_rank = all(rank is not None for rank in shape.ranks.values())
-    if device.specialised and low_rank and shape.itemsize == 2:
+    if device.specialised and (low_rank or shape.itemsize == 4):
         activation = _pass(shape, device, len(shape.into_hidden) - 1) + _shallow_activation(shape, device)
     else:
         activation = _activation_pass(shape, device)
@@ -270,7 +270,7 @@ def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr
 
 def _further_chunks(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """What chunks of rows after the first cost."""
-    return device.chunk_seconds * (memory.mlp_chunks(shape, workspace_bytes) - 1)
+    return device.chunk_seconds * (memory.mlp_chunks(shape, device, workspace_bytes) - 1)
 
 
 def _chunks(needed: sympy.Expr, workspace_bytes: sympy.Expr, chunk_seconds: float) -> sympy.Expr:

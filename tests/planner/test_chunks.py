@@ -11,8 +11,10 @@ from flashsvd_compile.kernels import projection as projection_kernel
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.ops.attention_gpu import _chunking, _come_together
 from flashsvd_compile.ops.attention_region import Attention
+from flashsvd_compile.ops.mlp import GPU_COLUMNS, tiling
+from flashsvd_compile.ops.mlp_region import Mlp
 from flashsvd_compile.ops.projection import Projection
-from flashsvd_compile.planner import AttentionShape, memory, time
+from flashsvd_compile.planner import AttentionShape, MlpShape, memory, time
 from flashsvd_compile.planner.device import device_of
 from tests.kernels.chips import running_on
 
@@ -45,17 +47,21 @@ def attention(heads: int, *ranks: int | None) -> Attention:
     rank=st.sampled_from([None, 300]),
     kib=st.integers(1, 20000),
     dtype=st.sampled_from([torch.bfloat16, torch.float32]),
+    gpu=st.sampled_from([("sm_90", "H100"), ("sm_80", "A100")]),
 )
-def test_keys_and_values_are_cut_as_predicted(batch, length, heads, rank, kib, dtype):
+def test_keys_and_values_are_cut_as_predicted(batch, length, heads, rank, kib, dtype, gpu):
+    """In float32 our kernel attends on the one, on the other the library, whose outputs need room."""
+    chip, name = gpu
     width = heads * DIM
     attn = attention(heads, None, rank, rank, None)
     context = torch.empty(batch, length, width, dtype=dtype, device="meta")
-    chunk = _chunking(length, context, attn, 1024 * kib // dtype.itemsize)
+    with running_on(KNOWN[chip]):
+        chunk = _chunking(length, context, attn, 1024 * kib // dtype.itemsize)
     ranks: dict[str, int | None] = {"q": None, "k": rank, "v": rank, "out": None}
     features: dict[str, int] = dict.fromkeys(("q", "k", "v", "out"), width)
     b, n = sympy.Integer(batch), sympy.Integer(length)
-    shape = AttentionShape(ranks, features, sympy.Integer(width), dtype.itemsize, "H100", {}, b, n, n, heads, heads)
-    predicted = memory.attention_chunks(shape, device_of("H100"), sympy.Integer(1024 * kib))
+    shape = AttentionShape(ranks, features, sympy.Integer(width), dtype.itemsize, name, {}, b, n, n, heads, heads)
+    predicted = memory.attention_chunks(shape, device_of(name), sympy.Integer(1024 * kib))
     assert predicted.bytes == dtype.itemsize * (chunk.elements + chunk.passing)
     assert predicted.number == -(-batch // chunk.items) * -(-heads // chunk.kv_heads)
 
@@ -82,3 +88,26 @@ def test_queries_come_with_keys_and_values_where_it_is_predicted(batch, length, 
     large = together or 2 * rows >= time.LARGE_SHARE * device.full_rows
     factor = time._by_blocks(shape, device, sympy.Integer(1024 * kib))
     assert factor == (time.LARGE_BLOCKS if large else 1)
+
+
+@given(
+    rows=st.integers(1, 100000),
+    width=st.integers(1, 5000),
+    rank=st.integers(1, 900),
+    features=st.integers(1, 2000),
+    gated=st.booleans(),
+    kib=st.integers(1, 100000),
+)
+def test_rows_are_cut_as_predicted(rows, width, rank, features, gated, kib):
+    """Of float32, whose hidden layer passes some columns at a time."""
+    into, out = projection(rank, width, features), projection(rank, features, width)
+    mlp = Mlp(into, into if gated else None, out)
+    tile = tiling(mlp, rows, 256 * kib, GPU_COLUMNS)
+    roles = ("hidden", "gate", "out") if gated else ("hidden", "out")
+    ranks: dict[str, int | None] = dict.fromkeys(roles, rank)
+    sizes: dict[str, int] = {role: features if role == "out" else width for role in roles}
+    shape = MlpShape(ranks, sizes, sympy.Integer(features), 4, "H100", {}, sympy.Integer(rows))
+    device, workspace = device_of("H100"), sympy.Integer(1024 * kib)
+    assert memory.mlp_chunks(shape, device, workspace) == -(-rows // tile.rows)
+    if tile.rows > 1:  # of one row there may be more than the workspace holds
+        assert 4 * tile.elements <= memory.mlp_streamed(shape, device, workspace) <= 1024 * kib
