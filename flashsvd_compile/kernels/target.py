@@ -18,8 +18,8 @@ class Target(NamedTuple):
         descriptors: tiles are best loaded through tensor descriptors (TMA).
         hardware_tanh: ``tanh.approx.f32`` exists.
         overlapping: a launch may begin before the one before it ends (programmatic dependent launch).
-        triple_tf32: tensor cores multiply float32 in three products of tf32 faster than the vector units do in one.
-            They do not on chips for graphics, nor is there a need where tensor cores take float32.
+        triple_tf32: tensor cores multiply float32, in three products of tf32, faster than the vector units do in one
+            and no less exactly. Of other chips than sm_90 it is not known how exactly they add.
     """
 
     name: str
@@ -35,11 +35,11 @@ class Target(NamedTuple):
 # CDNA 3: AMD instruction set reference, 64 KiB.
 _KIB = 1024
 KNOWN = {
-    "sm_80": Target("sm_80", 163 * _KIB, 108, False, True, triple_tf32=True),
+    "sm_80": Target("sm_80", 163 * _KIB, 108, False, True),
     "sm_86": Target("sm_86", 99 * _KIB, 84, False, True),
     "sm_89": Target("sm_89", 99 * _KIB, 128, False, True),
     "sm_90": Target("sm_90", 227 * _KIB, 132, True, True, True, triple_tf32=True),
-    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True, True, triple_tf32=True),
+    "sm_100": Target("sm_100", 227 * _KIB, 148, True, True, True),
     "sm_120": Target("sm_120", 99 * _KIB, 170, False, True, True),
     "gfx942": Target("gfx942", 64 * _KIB, 304, False, False),
     "interpreter": Target("interpreter", 227 * _KIB, 4, False, False),

@@ -96,7 +96,7 @@ def test_more_exact_than_the_library(scale):
     out = torch.empty(4096, 304, device="cuda")
     product_single(x, weight, None, out)
     exact = linear(*in_float64((x, weight)))
-    assert relative_error(out, exact) < 0.5 * relative_error(linear(x, weight), exact)
+    assert relative_error(out, exact) < 0.7 * relative_error(linear(x, weight), exact)
 
 
 def test_infinities():
