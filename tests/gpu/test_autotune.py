@@ -63,15 +63,6 @@ def operator_of(name: str) -> tuple[Any, Any, tuple, set[str]]:
     return operator, reference, arguments, kernels
 
 
-@pytest.fixture(autouse=True)
-def in_full_precision():
-    torch.manual_seed(0)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 @pytest.mark.parametrize("name", ["mlp", "few rows", "short attention", "attention"])
 def test_tuned_once_and_right(name, tmp_path):
     operator, reference, arguments, kernels = operator_of(name)

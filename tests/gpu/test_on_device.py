@@ -27,16 +27,6 @@ HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (*HALVES, torch.float32)
 
 
-@pytest.fixture(autouse=True)
-def unfused_in_full_precision():
-    """The reference must not round float32 to tf32, nor the fused form."""
-    torch.manual_seed(0)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def on_gpu(arguments: tuple) -> tuple:
     return tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
 

@@ -29,15 +29,6 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def exact():
-    """The reference must not round float32 to tf32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
 def random(*shape: int, **how) -> Tensor:
     return random_on_cpu(*shape, dtype=torch.float32, **how).cuda()
 
