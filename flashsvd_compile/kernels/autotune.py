@@ -23,6 +23,7 @@ from triton.errors import TritonError
 from ..measure import Times, times
 from .choices import Choices, Problem, folder_of_user
 from .launch import is_listened_to, listening
+from .target import allows_tf32
 
 logger = logging.getLogger(__name__)
 
@@ -199,8 +200,8 @@ def tuned(
     tuner = _tuner.get()
     if tuner is None:
         return tiles[0]
-    precision = torch.get_float32_matmul_precision() if like.dtype == torch.float32 else "highest"
-    where = {"kernel": kernel, **_environment(like.device), "dtype": str(like.dtype), "precision": precision}
+    rounded = like.dtype == torch.float32 and allows_tf32()
+    where = {"kernel": kernel, **_environment(like.device), "dtype": str(like.dtype), "rounded_to_tf32": rounded}
     return tuner.tile(where | problem, tiles, run, like.device)
 
 

@@ -10,7 +10,6 @@ summed apart and then added to the sum so far by the vector units, because tenso
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -18,7 +17,7 @@ from torch import Tensor
 from .activations import activate
 from .autotune import about, tuned
 from .launch import launch
-from .target import TRIPLE, Target, describable, occupies, target_of
+from .target import TRIPLE, Target, allows_tf32, describable, occupies, target_of
 from .tiles import load_tile, store_tile, tile_views
 
 
@@ -46,9 +45,8 @@ GROUP = 8
 
 def takes(target: Target, rows: int, columns: int) -> bool:
     """Whether the kernel is faster than the library: on the chip, and for a result of this size."""
-    exact = torch.get_float32_matmul_precision() == "highest"
     tiles = triton.cdiv(rows, TILE.block_n) * triton.cdiv(columns, TILE.block_f)
-    return exact and target.triple_tf32 and occupies(target, tiles)
+    return not allows_tf32() and target.triple_tf32 and occupies(target, tiles)
 
 
 @triton.jit

@@ -88,6 +88,14 @@ TRIPLE = "tf32x3"
 """``input_precision`` of ``tl.dot`` that multiplies float32 in three products of tf32."""
 
 
+def allows_tf32() -> bool:
+    """Whether products of float32 may be rounded to tf32, by whichever of PyTorch's interfaces the user said so.
+
+    ``torch.get_float32_matmul_precision`` raises an error where that was ``torch.backends``.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """``input_precision`` of ``tl.dot``: float32 is rounded to tf32 only where the user allows it."""
-    return "tf32" if dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest" else "ieee"
+    return "tf32" if dtype != torch.float32 or allows_tf32() else "ieee"

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.autotune import tuner_at_work
 from ..kernels.launch import Launch, listening
+from ..kernels.target import allows_tf32
 from .stack import call_with_room
 
 MAX_RECORDINGS = 1024
@@ -68,7 +69,7 @@ def replayed(implementation: Implementation) -> Implementation:
 def _key(arguments: tuple) -> tuple:
     """All that an implementation may look at, and which arguments are one and the same tensor."""
     seen: dict[int, int] = {}
-    parts: list[Any] = [torch.get_float32_matmul_precision(), tuner_at_work(), arguments[0].device]
+    parts: list[Any] = [allows_tf32(), tuner_at_work(), arguments[0].device]
     for argument in arguments:
         if isinstance(argument, Tensor):
             which, alignment = seen.setdefault(id(argument), len(seen)), argument.data_ptr() % ALIGNMENT
