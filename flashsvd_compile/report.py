@@ -17,6 +17,7 @@ class RefusalReason(StrEnum):
     MUTATED = "mutated"
     ALIASED = "aliased"
     MODE_CHANGED = "mode_changed"
+    TRANSFORMED = "transformed"
     RANK_NOT_LOW = "rank_not_low"
     LORA_SUM = "lora_sum"
     LIVE_DROPOUT = "live_dropout"

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -316,3 +317,54 @@ def test_inference_mode_computes_as_the_plain_model(block):
     with torch.inference_mode():
         torch.testing.assert_close(model(sample()), block(sample()))
     assert latest().count("attention") == latest().count("mlp") == 2
+
+
+def two_layers():
+    torch.manual_seed(0)
+    return nn.Sequential(LowRank(FEATURES, WIDTH), nn.GELU(), LowRank(WIDTH, FEATURES))
+
+
+def tangent(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+TRANSFORMS = {
+    "grad": lambda function, x: torch.func.grad(lambda x: function(x).square().sum())(x),
+    "jvp": lambda function, x: torch.func.jvp(function, (x,), (x.cos(),))[1],
+    "vmap": lambda function, x: torch.func.vmap(lambda x: function(x))(x),
+    "jacrev": lambda function, x: torch.func.jacrev(lambda x: function(x).square().sum((0, 1)))(x),
+    "hessian": lambda function, x: torch.func.hessian(lambda x: function(x).square().sum())(x[0, 0]),
+    "forward mode": tangent,
+}
+
+
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_what_is_transformed_in_the_graph_is_left_alone(name):
+    """Operators have gradients, and no rules beyond that; forward mode would drop their tangents without a word."""
+    mlp, transform, x = two_layers(), TRANSFORMS[name], sample()
+    expected = transform(mlp, x)
+    torch.testing.assert_close(compiled(lambda x: transform(mlp, x), inner="aot_eager")(x), expected)
+    assert latest().count("mlp") == latest().count("linear") == 0
+    assert RefusalReason.TRANSFORMED in {refusal.reason for refusal in latest().refusals} or name == "hessian"
+
+
+def test_a_transformed_mask_is_no_transformed_region():
+    """As transformers makes its masks: the region that comes after is rewritten."""
+
+    def function(model, x):
+        visible = torch.func.vmap(lambda position: position >= 0)(torch.arange(x.shape[1]))
+        return model(x) * visible[:, None]
+
+    model, x = two_layers(), sample()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(lambda x: function(model, x))(x), function(model, x))
+    assert latest().count("mlp") == 1
+
+
+@pytest.mark.parametrize("shape", [(0, 7), (2, 0)])
+def test_empty_inputs(block, shape):
+    with torch.no_grad():
+        x = sample(*shape)
+        torch.testing.assert_close(compiled(block, inner="inductor")(x), block(x))
+    assert latest().count("attention") == latest().count("mlp") == 0

@@ -1,6 +1,6 @@
 """A graph's nodes in the order of execution, and which of them do more than compute a result."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -17,6 +17,11 @@ _MODE_SWITCHES = {
     "_saved_tensors_hooks_enable",
 }
 
+_TRANSFORMS = {
+    f"_{transform}_increment_nesting": f"_{transform}_decrement_nesting" for transform in ("grad", "jvp", "vmap")
+} | {"_enter_dual_level": "_exit_dual_level"}
+"""Where ``torch.func`` and forward-mode differentiation begin and end."""
+
 
 @dataclass(frozen=True)
 class Order:
@@ -29,15 +34,35 @@ class Order:
         position: number of each node.
         writers: nodes that overwrite some of their arguments, in order.
         switches: nodes that change a mode of PyTorch, in order.
+        transformed: nodes whose operations are differentiated or batched within the graph.
     """
 
     position: dict[Node, int]
     writers: tuple[Node, ...]
     switches: tuple[Node, ...]
+    transformed: frozenset[Node]
 
     @classmethod
     def of(cls, nodes: Iterable[Node]) -> "Order":
         """The order of a graph's nodes."""
         position = {node: number for number, node in enumerate(nodes)}
-        switches = (node for node in position if getattr(node.target, "__name__", "") in _MODE_SWITCHES)
-        return cls(position, tuple(filter(mutated_arguments, position)), tuple(switches))
+        switches = (node for node in position if _name(node) in _MODE_SWITCHES)
+        writers = filter(mutated_arguments, position)
+        return cls(position, tuple(writers), tuple(switches), frozenset(_transformed(position)))
+
+
+def _name(node: Node) -> str:
+    """Of the function that a node calls."""
+    return getattr(node.target, "__name__", "")
+
+
+def _transformed(nodes: Iterable[Node]) -> Iterator[Node]:
+    ends: list[str] = []
+    for node in nodes:
+        name = _name(node)
+        if name in _TRANSFORMS:
+            ends.append(_TRANSFORMS[name])
+        elif ends and name == ends[-1]:
+            ends.pop()
+        elif ends:
+            yield node

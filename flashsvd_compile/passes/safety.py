@@ -30,15 +30,25 @@ DEVICES = ("cpu", "cuda")
 def obstacle_to(region: Region, order: Order) -> Obstacle | None:
     """The first reason not to replace ``region``."""
     return (
-        other_user(region)
+        emptiness(region)
+        or other_user(region)
         or tensor_subclass(region)
         or dropout(region)
         or mode_change(region, order)
+        or transform(region, order)
         or mutation(region, order)
         or device(region)
         or dtype(region)
         or features(region)
     )
+
+
+def emptiness(region: Region) -> Obstacle | None:
+    """No rows, or no items: there is nothing to plan for."""
+    result = tensor_of(region.output)
+    if result is not None and any(isinstance(size, int) and size == 0 for size in result.shape):
+        return Obstacle(RefusalReason.UNPROFITABLE, f"{region.output.name!r} has no elements")
+    return None
 
 
 def other_user(region: Region) -> Obstacle | None:
@@ -69,6 +79,14 @@ def mode_change(region: Region, order: Order) -> Obstacle | None:
         if first < order.position[node] < last:
             sentence = f"{node.name!r} changes a mode of PyTorch before {region.output.name!r}"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)
+    return None
+
+
+def transform(region: Region, order: Order) -> Obstacle | None:
+    """A transform of ``torch.func`` in the graph: operators have gradients and no other rules."""
+    if region.output in order.transformed:
+        sentence = f"{region.output.name!r} is inside a transform of torch.func or forward-mode differentiation"
+        return Obstacle(RefusalReason.TRANSFORMED, sentence)
     return None
 
 
