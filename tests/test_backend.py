@@ -1,5 +1,6 @@
 """The backend end to end, on small modules with factored linear layers."""
 
+import functools
 import logging
 import subprocess
 import sys
@@ -347,6 +348,19 @@ def test_what_is_transformed_in_the_graph_is_left_alone(name):
     torch.testing.assert_close(compiled(lambda x: transform(mlp, x), inner="aot_eager")(x), expected)
     assert latest().count("mlp") == latest().count("linear") == 0
     assert RefusalReason.TRANSFORMED in {refusal.reason for refusal in latest().refusals} or name == "hessian"
+
+
+def test_a_branch_within_a_transform_is_left_alone():
+    model, x = two_layers(), sample()
+
+    def function(x):
+        branch = functools.partial(torch.cond, true_fn=model, false_fn=lambda x: model(2 * x))
+        return torch.func.vmap(lambda x: branch(x.sum() > 0, operands=(x,)))(x)
+
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(function, inner="aot_eager")(x), function(x))
+    assert latest().count("mlp") == 0
+    assert RefusalReason.TRANSFORMED in {refusal.reason for refusal in latest().refusals}
 
 
 def test_a_transformed_mask_is_no_transformed_region():

@@ -43,12 +43,13 @@ class Order:
     transformed: frozenset[Node]
 
     @classmethod
-    def of(cls, nodes: Iterable[Node]) -> "Order":
-        """The order of a graph's nodes."""
+    def of(cls, nodes: Iterable[Node], transformed: bool = False) -> "Order":
+        """The order of a graph's nodes, the graph being the body of a ``transformed`` operator or not."""
         position = {node: number for number, node in enumerate(nodes)}
         switches = (node for node in position if _name(node) in _MODE_SWITCHES)
         writers = filter(mutated_arguments, position)
-        return cls(position, tuple(writers), tuple(switches), frozenset(_transformed(position)))
+        within = position if transformed else _transformed(position)
+        return cls(position, tuple(writers), tuple(switches), frozenset(within))
 
 
 def _name(node: Node) -> str:

@@ -60,15 +60,18 @@ def rewrite(
         UnknownOptionError, InvalidOptionError: bad options.
     """
     options = options if isinstance(options, Options) else Options.parse(options)
-    report = RewriteReport()
-    for body in graph_module.children():
-        if isinstance(body, GraphModule):  # of a higher-order operator, such as activation checkpointing
-            report += rewrite(body, None, options)
-    graph = graph_module.graph
+    return _rewrite(graph_module, options, transformed=False)
+
+
+def _rewrite(graph_module: GraphModule, options: Options, transformed: bool) -> RewriteReport:
+    """Of a graph that runs within a transform of ``torch.func`` or not."""
+    report, graph = RewriteReport(), graph_module.graph
+    for body, within in _bodies(graph_module).items():
+        report += _rewrite(body, options, transformed or within)
     follow_in_place_results(graph)
     for name, rule in rules().items():
         if name not in options.disable:
-            report += _apply(rule, graph, options)
+            report += _apply(rule, graph, options, transformed)
     if PACKING not in options.disable:
         pack_projections(graph)
     if RESIDUAL not in options.disable:
@@ -82,10 +85,20 @@ def rewrite(
     return report
 
 
-def _apply(rule: Rule, graph: Graph, options: Options) -> RewriteReport:
+def _bodies(graph_module: GraphModule) -> dict[GraphModule, bool]:
+    """Of higher-order operators, such as activation checkpointing, and whether these are within a transform."""
+    bodies = {name: body for name, body in graph_module.named_children() if isinstance(body, GraphModule)}
+    if not bodies:
+        return {}
+    transformed = Order.of(graph_module.graph.nodes).transformed
+    read_there = {read.target for node in transformed for read in node.all_input_nodes if read.op == "get_attr"}
+    return {body: name in read_there for name, body in bodies.items()}
+
+
+def _apply(rule: Rule, graph: Graph, options: Options, transformed: bool) -> RewriteReport:
     """Run one rule at every node, last node first: the outermost projection sees the whole region."""
     report = RewriteReport()
-    order = Order.of(graph.nodes)
+    order = Order.of(graph.nodes, transformed)
     for node in reversed(order.position):
         found = None if node._erased else rule(node)
         outcome = _replace(found, graph, order, options) if isinstance(found, Region) else found
