@@ -44,6 +44,12 @@ def gelu(x, APPROXIMATE: tl.constexpr, HARDWARE: tl.constexpr):
 
 
 @triton.jit
+def relu(x):
+    """The larger of ``x`` and 0, of NaN NaN."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def activate(x, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, HARDWARE: tl.constexpr):
     """Apply the activation of that name (see ``ops/activation.py`` for the reference) to float32 ``x``."""
     if ACTIVATION == "gelu":
@@ -56,8 +62,8 @@ def activate(x, ACTIVATION: tl.constexpr, APPROXIMATE: tl.constexpr, HARDWARE: t
     elif ACTIVATION == "quick_gelu":
         return x * sigmoid(1.702 * x, HARDWARE and APPROXIMATE)
     elif ACTIVATION == "relu":
-        return tl.maximum(x, 0.0)
+        return relu(x)
     else:
         tl.static_assert(ACTIVATION == "relu_squared")
-        positive = tl.maximum(x, 0.0)
+        positive = relu(x)
         return positive * positive
