@@ -382,3 +382,25 @@ def test_empty_inputs(block, shape):
         x = sample(*shape)
         torch.testing.assert_close(compiled(block, inner="inductor")(x), block(x))
     assert latest().count("attention") == latest().count("mlp") == 0
+
+
+class Named(torch.Tensor):
+    """A subclass that changes nothing."""
+
+
+class NamedParameter(nn.Parameter):
+    """A parameter that changes nothing."""
+
+
+@pytest.mark.parametrize("which", ["input", "weight"])
+def test_subclasses_by_name_only(which):
+    model, x = two_layers(), sample()
+    first = model[0]
+    assert isinstance(first, LowRank)
+    with torch.no_grad():
+        expected = model(x)
+        if which == "weight":
+            first.up.weight = NamedParameter(first.up.weight)
+        given = x.as_subclass(Named) if which == "input" else x
+        torch.testing.assert_close(compiled(model, inner="inductor")(given).as_subclass(torch.Tensor), expected)
+    assert RefusalReason.TENSOR_SUBCLASS in {refusal.reason for refusal in latest().refusals}

@@ -133,12 +133,21 @@ def _tensors(region: Region) -> list[tuple[str, Tensor]]:
 
 
 def tensor_subclass(region: Region) -> Obstacle | None:
-    """DTensor and the like, whose operations mean more than their local tensors'."""
+    """DTensor and the like, whose operations mean more than their local tensors'; and those by name only, which look
+    like tensors in the graph but come to the operator as they are.
+    """
     for name, tensor in _tensors(region):
-        wrapped = is_traceable_wrapper_subclass(tensor)
-        if wrapped or type(tensor) not in (Tensor, torch.nn.Parameter, FakeTensor):
+        if is_traceable_wrapper_subclass(tensor) or not _is_plain(tensor):
             return Obstacle(RefusalReason.TENSOR_SUBCLASS, f"{name!r} is a {type(tensor).__name__}")
+    for node in (*region.inputs.values(), *(leaf for weight in region.weights for leaf in weight.leaves)):
+        given = getattr(node.meta.get("grapharg"), "example", None)  # what Dynamo was called with
+        if isinstance(given, Tensor) and not _is_plain(given):
+            return Obstacle(RefusalReason.TENSOR_SUBCLASS, f"{node.name!r} is a {type(given).__name__}")
     return None
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return type(tensor) in (Tensor, torch.nn.Parameter, FakeTensor)
 
 
 def device(region: Region) -> Obstacle | None:
