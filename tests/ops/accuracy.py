@@ -18,7 +18,7 @@ def relative_error(actual: Tensor, exact: Tensor) -> float:
     return float((actual.double() - exact).norm() / exact.norm().clamp(min=torch.finfo(torch.float64).tiny))
 
 
-def assert_within_error_rule(actual: Tensor, reference: Callable, arguments: tuple, *, ulps: int = 1) -> None:
+def assert_within_error_rule(actual: Tensor, reference: Callable, arguments: tuple, *, ulps: float = 1) -> None:
     """``actual`` may err 1.25 times as much as ``reference`` does in the arguments' dtype.
 
     A few numbers round luckily; so an error of ``ulps`` of the dtype's resolution passes whatever the reference's is.

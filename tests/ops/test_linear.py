@@ -10,7 +10,7 @@ from flashsvd_compile.errors import ShapeError
 from flashsvd_compile.ops.linear import reference
 from flashsvd_compile.ops.packed_linear import reference as packed_reference
 
-from .accuracy import assert_within_error_rule
+from .accuracy import assert_within_error_rule, in_float64
 from .regions import LAYOUTS, linear_arguments, packed_linear_arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,8 +29,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
     workspace_bytes=st.integers(1, 500),
 )
 def test_equals_reference(shape, features, out_features, rank, **how):
+    """Multiplied factors are another order of summation, which differs the more the more its terms cancel."""
     arguments = linear_arguments(*shape, features, out_features=out_features, rank=rank, **how)
-    assert_within_error_rule(ops.linear(*arguments), reference, arguments, ulps=8)
+    ulps = 8 * cancellation(arguments) if how["strategy"] == "merged" else 8
+    assert_within_error_rule(ops.linear(*arguments), reference, arguments, ulps=ulps)
+
+
+def cancellation(arguments: tuple) -> float:
+    """Norm of the sums of the terms' magnitudes over that of the sums: what rounding a term by an ulp may come to."""
+    exact = in_float64(arguments)
+    magnitudes = tuple(a.abs() if isinstance(a, torch.Tensor) else a for a in exact)
+    sums = reference(*exact).norm()
+    return float(reference(*magnitudes).norm() / sums) if sums > 0 else 1.0
 
 
 @pytest.mark.parametrize("workspace_bytes", [1, 20, 40, 60, 100, 10_000])
