@@ -40,7 +40,7 @@ def tile_of(target: Target, dim: int, itemsize: int) -> Tile | None:
     if dim > MAX_HEAD_DIM:
         return None
     if itemsize == 4:
-        return _float32_tile(target, dim)
+        return _triple_tile(dim) if triples(target, dim) else _float32_tile(target, dim)
     if target.shared_memory < _AMPLE:
         return Tile(64, 16, 4, 1) if dim <= 128 else Tile(32, 16, 4, 1)
     if not target.descriptors:
@@ -59,8 +59,6 @@ def _float32_tile(target: Target, dim: int) -> Tile | None:
     """Without tensor cores a thread holds whole rows of its operands: long rows leave it few scores."""
     if target.shared_memory < _AMPLE:
         return None
-    if triples(target, dim):
-        return TRIPLE_TILE if dim == triton.next_power_of_2(dim) else TRIPLE_TILE_BY_POINTER
     if dim <= 32:
         return Tile(64, 32, 4, 1)
     if not target.descriptors:
@@ -81,6 +79,10 @@ TRIPLE_TILE_BY_POINTER = Tile(64, 32, 8, 2)
 def triples(target: Target, dim: int) -> bool:
     """Whether float32 is multiplied by tensor cores, in three products of tf32 whether or not one would be allowed."""
     return target.triple_tf32 and target.descriptors and dim <= TRIPLE_DIM
+
+
+def _triple_tile(dim: int) -> Tile:
+    return TRIPLE_TILE if dim == triton.next_power_of_2(dim) else TRIPLE_TILE_BY_POINTER
 
 
 @triton.jit
@@ -302,7 +304,7 @@ def attention(
         return
     block_d, block_v = triton.next_power_of_2(max(head_dim, 16)), triton.next_power_of_2(max(value_dim, 16))
     descriptor &= (head_dim, value_dim) == (block_d, block_v)
-    widest = max(head_dim, value_dim)
+    triple = q.dtype == torch.float32 and triples(target, max(head_dim, value_dim))
     how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
     how |= {"window_left": window_left, "window_right": window_right}
     tile = tile or _chosen_tile(target, q, k, v, out, descriptor, how)
@@ -335,7 +337,7 @@ def attention(
         VALUE_DIM=value_dim,
         BLOCK_V=block_v,
         DESCRIPTOR=descriptor,
-        PRECISION=TRIPLE if q.dtype == torch.float32 and triples(target, widest) else precision_of(q.dtype),
+        PRECISION=TRIPLE if triple else precision_of(q.dtype),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
         overlapping=True,

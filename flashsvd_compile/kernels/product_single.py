@@ -45,8 +45,9 @@ GROUP = 8
 
 def takes(target: Target, rows: int, columns: int) -> bool:
     """Whether the kernel is faster than the library: on the chip, and for a result of this size."""
-    tiles = triton.cdiv(rows, TILE.block_n) * triton.cdiv(columns, TILE.block_f)
-    return not allows_tf32() and target.triple_tf32 and occupies(target, tiles)
+    if not target.triple_tf32 or allows_tf32():
+        return False
+    return occupies(target, triton.cdiv(rows, TILE.block_n) * triton.cdiv(columns, TILE.block_f))
 
 
 @triton.jit

@@ -16,7 +16,7 @@ from . import norm
 from . import projection as proj
 from .attention_region import Attention, rotate_
 from .sdpa import Core, passing_elements
-from .workspace import Workspace, affine_into, lift_heads, rows_that_fit
+from .workspace import Workspace, add_product, affine_into, lift_heads, rows_that_fit
 
 LIBRARY_TILE = 256 * 512
 """Scores that the library's kernel holds for each thread, beside as many rows of outputs."""
@@ -56,7 +56,7 @@ def _one_item(out: Tensor, x: Tensor, context: Tensor, attn: Attention, elements
         if first == 0:
             affine_into(sums, heads, down, attn.out.down_bias)
         else:
-            sums.addmm_(heads, down.t())
+            add_product(sums, heads, down)
     workspace.reset()
     total = workspace.take(*sums.shape).copy_(sums)  # out of the way of the result
     affine_into(out, total, attn.out.up, attn.out.up_bias)

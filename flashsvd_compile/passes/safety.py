@@ -12,7 +12,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..report import RefusalReason
 from .affine import read_affine
@@ -137,7 +136,7 @@ def tensor_subclass(region: Region) -> Obstacle | None:
     like tensors in the graph but come to the operator as they are.
     """
     for name, tensor in _tensors(region):
-        if is_traceable_wrapper_subclass(tensor) or not _is_plain(tensor):
+        if not _is_plain(tensor):
             return Obstacle(RefusalReason.TENSOR_SUBCLASS, f"{name!r} is a {type(tensor).__name__}")
     for node in (*region.inputs.values(), *(leaf for weight in region.weights for leaf in weight.leaves)):
         given = getattr(node.meta.get("grapharg"), "example", None)  # what Dynamo was called with
