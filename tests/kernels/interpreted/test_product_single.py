@@ -1,6 +1,7 @@
 """``kernels.product_single`` against its formula; that it multiplies by tensor cores shows on a GPU only."""
 
 from functools import partial
+from math import inf, nan
 from typing import Any
 
 import pytest
@@ -67,3 +68,13 @@ def test_blocks_of_rows_come_in_groups(rows):
     out = torch.full((rows, 200), float("nan"))
     product_single(x, weight, None, out)
     assert_within_error_rule(out, linear, (x, weight), ulps=2)
+
+
+@pytest.mark.parametrize("value", [inf, -inf, nan])
+def test_infinities_and_nan(value):
+    """They come out as of products in float32, though an infinity less its leading bits is NaN."""
+    x, weight, out = random(70, 40), random(40, 40), torch.full((70, 40), float("nan"))
+    x[3, 5], weight[7, 11] = value, value
+    x[9].view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that GPUs make
+    product_single(x, weight, None, out)
+    torch.testing.assert_close(out, linear(x, weight), equal_nan=True)
