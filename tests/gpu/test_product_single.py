@@ -89,7 +89,7 @@ def test_more_exact_than_the_library(scale):
     exact = linear(*in_float64((x, weight)))
     assert relative_error(out, exact) < 0.7 * relative_error(linear(x, weight), exact)
     share = (out.double() * exact).sum() / exact.square().sum() - 1
-    assert abs(share) < 4e-8, "sums come out larger or smaller, which adds up over layers"
+    assert abs(share) < 7e-8, "sums come out larger or smaller, which adds up over layers"
 
 
 def test_infinities():
