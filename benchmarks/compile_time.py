@@ -31,26 +31,34 @@ def case_of(cache: str, session: Session) -> Case:
     return Case(f"{cache} {model.name}", model.shape, model.ranks, model.unit_elements, "units", target=model.target)
 
 
-def measure(session: Session, backend: str) -> list[Row]:
-    """Processes one after the other on caches of their own: the first finds them empty."""
-    rows = []
-    name = next(key for key, value in BACKENDS.items() if value == backend)
-    with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {variable: f"{folder}/{variable}" for variable in CACHES}
-        for cache in TARGETS:
-            row = Row.of(case_of(cache, session), name, session.dtype_name, ours=backend == "flashsvd")
-            command = [sys.executable, "-m", "benchmarks.compile_time", "--device", session.device.type]
-            command += ["--first-call", backend, *(["--smoke"] if session.smoke else [])]
-            runs = 1 if session.smoke else RUNS[cache]
-            done = [subprocess.run(command, env=environment, capture_output=True, text=True) for _ in range(runs)]
-            failed = [run for run in done if run.returncode != 0]
-            if failed:
-                row.failure = " ".join(failed[0].stderr.split())[-300:]
-            else:
-                row.first_call_s = median(float(run.stdout.split()[-1]) for run in done)
-                row.time_ms = row.first_call_s * 1e3
-            rows.append(row)
-    return rows
+def measure(session: Session, folder: str) -> None:
+    """The backends by turns, a process for each first call; each backend's first process finds its caches empty."""
+    for cache in TARGETS:
+        seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
+        rows = {
+            name: Row.of(case_of(cache, session), name, session.dtype_name, ours=backend == "flashsvd")
+            for name, backend in BACKENDS.items()
+        }
+        session.rows += rows.values()
+        for _ in range(1 if session.smoke else RUNS[cache]):
+            for name, backend in BACKENDS.items():
+                run = _first_call_elsewhere(session, backend, folder)
+                if run.returncode != 0:
+                    rows[name].failure = " ".join(run.stderr.split())[-300:]
+                    continue
+                seconds[name].append(float(run.stdout.split()[-1]))
+                so_far = median(seconds[name])
+                rows[name].first_call_s, rows[name].time_ms = so_far, so_far * 1e3
+                session.save()
+        console.print(f"{cache}: {seconds}", highlight=False)
+
+
+def _first_call_elsewhere(session: Session, backend: str, folder: str) -> subprocess.CompletedProcess[str]:
+    """A process whose last line is the seconds of its first call, on the backend's caches in ``folder``."""
+    environment = os.environ | {variable: f"{folder}/{backend}/{variable}" for variable in CACHES}
+    command = [sys.executable, "-m", "benchmarks.compile_time", "--device", session.device.type]
+    command += ["--first-call", backend, *(["--smoke"] if session.smoke else [])]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 def first_call(session: Session, backend: str) -> float:
@@ -80,10 +88,9 @@ def main() -> None:
     if session.extra.first_call:
         print(first_call(session, session.extra.first_call))
         return
-    for name, backend in BACKENDS.items():
-        session.rows += measure(session, backend)
-        session.save()
-        console.print(f"{name}: {[row.first_call_s for row in session.rows[-2:]]}", highlight=False)
+    with tempfile.TemporaryDirectory() as folder:
+        measure(session, folder)
+    session.save()
     session.show()
 
 

@@ -89,7 +89,7 @@ PLANS: dict[str, list[Step]] = {
         Step("sweep", 200, ("--rows", "attention rank"), "sweep_attention_ranks"),
         Step("sweep", 200, ("--rows", "attention length"), "sweep_attention_lengths"),
     ],
-    "compile-time": [Step("compile_time", 240, compilers=0)],
+    "compile-time": [Step("compile_time", 420, compilers=0)],
     "smoke": [
         Step(script, 240, ("--smoke",), compilers=0)
         for script in ("mlp_region", "attention_region", "bert", "llama", "decode", "sweep", "compile_time")
