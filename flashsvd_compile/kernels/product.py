@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from . import product_single
+from .product_single import Product
 from .target import Target, describable, occupies, speaks_gluon, target_of
 
 SECTOR = 16
@@ -31,7 +32,7 @@ def takes(x: Tensor, weight: Tensor, *results: Tensor) -> bool:
     """Whether a kernel computes ``x @ weight.T`` from and to these matrices, ``results`` being like the result."""
     target, rows, columns = target_of(x.device), x.shape[0], weight.shape[0]
     if x.dtype == torch.float32:
-        fitting = product_single.takes(target, rows, columns) and describable(x) and describable(weight)
+        fitting = product_single.takes(target, (rows, columns)) and describable(x) and describable(weight)
         return fitting and all(result.stride(1) == 1 for result in results)
     if x.element_size() != 2 or not multiplies(target, rows, columns):
         return False
@@ -41,6 +42,15 @@ def takes(x: Tensor, weight: Tensor, *results: Tensor) -> bool:
 def multiplies_faster(x: Tensor, weight: Tensor, out: Tensor) -> bool:
     """Whether a kernel's product alone is faster than the library's."""
     return x.dtype == torch.float32 and takes(x, weight, out)
+
+
+def multiplies_pair_faster(first: Product, second: Product) -> bool:
+    """Whether one launch of both products is faster than one after the other by the library."""
+    if any(matrix.dtype != torch.float32 for product in (first, second) for matrix in product if matrix is not None):
+        return False
+    read = all(describable(product.x) and describable(product.weight) for product in (first, second))
+    written = all(product.out.stride(1) == 1 for product in (first, second))
+    return read and written and product_single.takes(target_of(first.x.device), first.out.shape, second.out.shape)
 
 
 def product(

@@ -1,4 +1,4 @@
-"""A product in float32 on tensor cores, and what follows it in one launch.
+"""A product in float32 on tensor cores, and what follows it in one launch; or two products that nothing follows.
 
     out = act(x @ weight.T + bias)        or        ... * gate        or        ... + residual
 
@@ -9,6 +9,7 @@ for each step and then added to the sum so far by the vector units, because tens
 but looks for NaN and infinities in every step, which takes an eighth longer; here a tile that met one is done again.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import triton
@@ -40,15 +41,29 @@ Truncation makes sums of 16 products smaller by 5e-8 of themselves, of 32 by 9e-
 are. Errors of one sign add up from layer to layer, where those of rounding cancel: BERT errs 1.00, 1.33 and 2.04 times
 as much as by the library, and takes 40, 34 and 34 ms (H100, 32x512; by the library 48).
 """
-GROUP = 8
+GROUP = tl.constexpr(8)
 """Blocks of rows whose tiles come together, to share operands in the L2."""
 
 
-def takes(target: Target, rows: int, columns: int) -> bool:
-    """Whether the kernel is faster than the library: on the chip, and for a result of this size."""
+class Product(NamedTuple):
+    """``out[rows, columns] = x[rows, depth] @ weight[columns, depth].T + bias``, each as in :func:`product_single`."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    out: Tensor
+
+
+def takes(target: Target, *shapes: Sequence[int]) -> bool:
+    """Whether a launch is faster than the library: on the chip, and for results of these ``[rows, columns]``."""
     if not target.triple_tf32 or allows_tf32():
         return False
-    return occupies(target, triton.cdiv(rows, TILE.block_n) * triton.cdiv(columns, TILE.block_f))
+    return occupies(target, sum(_tiles(shape, TILE) for shape in shapes))
+
+
+def _tiles(shape: Sequence[int], tile: Tile) -> int:
+    rows, columns = shape
+    return triton.cdiv(rows, tile.block_n) * triton.cdiv(columns, tile.block_f)
 
 
 @triton.jit
@@ -61,14 +76,12 @@ def _leading(x):
 
 
 @triton.jit
-def product_single_kernel(
-    x, weight, bias, beside, out, rows, columns, depth,
+def _one_tile(
+    index, x, weight, bias, beside, out, rows, columns, depth,
     stride_x, stride_xk, stride_weight, stride_weight_k, stride_beside, stride_out,
-    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DEPTH: tl.constexpr, GROUP: tl.constexpr, HAS_BIAS: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr, BESIDE: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the result."""
-    index = tl.program_id(0)
     column_blocks = tl.cdiv(columns, BLOCK_F)
     first_block = index // (GROUP * column_blocks) * GROUP
     together = tl.minimum(GROUP, tl.cdiv(rows, BLOCK_N) - first_block)
@@ -106,6 +119,46 @@ def product_single_kernel(
     store_tile(out, result, row, column, rows, columns, stride_out, BLOCK_N, BLOCK_F)
 
 
+@triton.jit
+def product_single_kernel(
+    x, weight, bias, beside, out, rows, columns, depth,
+    stride_x, stride_xk, stride_weight, stride_weight_k, stride_beside, stride_out,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DEPTH: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BESIDE: tl.constexpr, DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of the result."""
+    _one_tile(
+        tl.program_id(0), x, weight, bias, beside, out, rows, columns, depth,
+        stride_x, stride_xk, stride_weight, stride_weight_k, stride_beside, stride_out,
+        BLOCK_N, BLOCK_F, DEPTH, HAS_BIAS, ACTIVATION, BESIDE, DESCRIPTOR, STAGES,
+    )  # fmt: skip
+
+
+@triton.jit
+def product_pair_kernel(
+    x_a, weight_a, bias_a, out_a, rows_a, columns_a, depth_a,
+    stride_x_a, stride_xk_a, stride_weight_a, stride_weight_k_a, stride_out_a,
+    x_b, weight_b, bias_b, out_b, rows_b, columns_b, depth_b,
+    stride_x_b, stride_xk_b, stride_weight_b, stride_weight_k_b, stride_out_b, tiles_a,
+    BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DEPTH: tl.constexpr, BIAS_A: tl.constexpr, BIAS_B: tl.constexpr,
+    DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One tile of the first result or of the second."""
+    index = tl.program_id(0)
+    if index < tiles_a:
+        _one_tile(
+            index, x_a, weight_a, bias_a, out_a, out_a, rows_a, columns_a, depth_a,
+            stride_x_a, stride_xk_a, stride_weight_a, stride_weight_k_a, 0, stride_out_a,
+            BLOCK_N, BLOCK_F, DEPTH, BIAS_A, None, None, DESCRIPTOR, STAGES,
+        )  # fmt: skip
+    else:
+        _one_tile(
+            index - tiles_a, x_b, weight_b, bias_b, out_b, out_b, rows_b, columns_b, depth_b,
+            stride_x_b, stride_xk_b, stride_weight_b, stride_weight_k_b, 0, stride_out_b,
+            BLOCK_N, BLOCK_F, DEPTH, BIAS_B, None, None, DESCRIPTOR, STAGES,
+        )  # fmt: skip
+
+
 def product_single(
     x: Tensor,
     weight: Tensor,
@@ -135,7 +188,7 @@ def product_single(
     other = gate if gate is not None else residual
     launch(
         product_single_kernel,
-        (triton.cdiv(rows, tile.block_n) * triton.cdiv(columns, tile.block_f), 1),
+        (_tiles(out.shape, tile), 1),
         *tile_views(x, [(tile.block_n, DEPTH)], descriptor),
         *tile_views(weight, [(tile.block_f, DEPTH)], descriptor),
         x if bias is None else bias.contiguous(),
@@ -151,13 +204,51 @@ def product_single(
         BLOCK_N=tile.block_n,
         BLOCK_F=tile.block_f,
         DEPTH=DEPTH,
-        GROUP=GROUP,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         BESIDE=None if other is None else "gate" if gate is not None else "residual",
         DESCRIPTOR=descriptor,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
+    )
+
+
+def product_pair(first: Product, second: Product) -> None:
+    """Fill both results in one launch, for products too small to occupy the chip one after the other."""
+    tile, pair = TILE, (first, second)
+    matrices = [matrix for product in pair for matrix in (product.x, product.weight)]
+    descriptor = target_of(first.x.device).descriptors and all(map(describable, matrices))
+
+    def arguments(product: Product) -> list:
+        x, weight, bias, out = product
+        return [
+            *tile_views(x, [(tile.block_n, DEPTH)], descriptor),
+            *tile_views(weight, [(tile.block_f, DEPTH)], descriptor),
+            x if bias is None else bias.contiguous(),
+            out,
+            *out.shape,
+            x.shape[1],
+            *x.stride(),
+            *weight.stride(),
+            out.stride(0),
+        ]
+
+    tiles = [_tiles(product.out.shape, tile) for product in pair]
+    launch(
+        product_pair_kernel,
+        (sum(tiles), 1),
+        *arguments(first),
+        *arguments(second),
+        tiles[0],
+        BLOCK_N=tile.block_n,
+        BLOCK_F=tile.block_f,
+        DEPTH=DEPTH,
+        BIAS_A=first.bias is not None,
+        BIAS_B=second.bias is not None,
+        DESCRIPTOR=descriptor,
+        STAGES=tile.num_stages,
+        num_warps=tile.num_warps,
+        maxnreg=128,
     )
 
 

@@ -19,6 +19,7 @@ from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
+from ..kernels.product_single import Product
 from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
 from . import norm
@@ -27,7 +28,7 @@ from .attention_region import UNLIMITED, Attention
 from .projection import Projection
 from .residual import plus
 from .sdpa import attend_at_once, is_causal
-from .workspace import Workspace, affine_into, elements_per_row, project_rows, rows_that_fit
+from .workspace import Workspace, affine_into, affines_into, elements_per_row, project_rows, rows_that_fit
 
 MAX_PROJECTED_RANK = 256
 """Above it the library's two products are faster: 102 us against 174 at rank 304, 16384 rows of 768 (H100)."""
@@ -189,9 +190,8 @@ def _queries_and_rank_space(queries: Tensor, rows: Tensor, attn: Attention, elem
     latents = [rows.new_empty(len(rows), proj.rank(projection)) for projection in (attn.k, attn.v)]
 
     def project(some: slice, normalised: Tensor) -> None:
-        for latent, projection in zip(latents, (attn.k, attn.v), strict=True):
-            assert projection.down is not None
-            affine_into(latent[some], normalised, projection.down, projection.down_bias)
+        k, v = (latent[some] for latent in latents)
+        affines_into(_into_rank_space(normalised, attn.k, k), _into_rank_space(normalised, attn.v, v))
         rank_space = Workspace(len(normalised) * proj.rank(attn.q), like=normalised)
         project_rows(queries[some], normalised, attn.q, rank_space)
 
@@ -377,8 +377,7 @@ def _lifter(
     """
     items, rows = context.shape[0], _rows(context)
     if not _fused(context, attn.k, attn.v):
-        latents = [_latent(rows, projection, workspace) for projection in (attn.k, attn.v)]
-        return _lifter_of(latents, items, attn, workspace)
+        return _lifter_of(_latents(rows, attn, workspace), items, attn, workspace)
 
     def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
         k, v = _take(items, len(rows) // items, count, attn, workspace)
@@ -402,10 +401,13 @@ def _lifter_of(latents: list[Tensor], items: int, attn: Attention, workspace: Wo
 
     def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
         lifted = _take(items, rows // items, count, attn, workspace)
-        for out, latent, projection in zip(lifted, latents, (attn.k, attn.v), strict=True):
+
+        def product(out: Tensor, latent: Tensor, projection: Projection[Tensor]) -> Product:
             some = _features(first, count, out.shape[-1])
             bias = None if projection.up_bias is None else projection.up_bias[some]
-            affine_into(out.view(rows, -1), latent, projection.up[some], bias)
+            return Product(latent, projection.up[some], bias, out.view(rows, -1))
+
+        affines_into(*map(product, lifted, latents, (attn.k, attn.v)))
         return lifted
 
     return lift
@@ -423,12 +425,22 @@ def _features(first: int, count: int, dim: int) -> slice:
     return slice(first * dim, (first + count) * dim)
 
 
-def _latent(rows: Tensor, projection: Projection[Tensor], workspace: Workspace) -> Tensor:
-    """``[rows, rank]``; the rows themselves for a dense projection."""
-    if projection.down is None:
-        return rows
-    latent = workspace.take(len(rows), proj.rank(projection))
-    return affine_into(latent, rows, projection.down, projection.down_bias)
+def _latents(rows: Tensor, attn: Attention, workspace: Workspace) -> list[Tensor]:
+    """``[rows, rank]`` of keys and of values; the rows themselves for a dense projection."""
+    latents, products = [], []
+    for projection in (attn.k, attn.v):
+        latent = rows
+        if projection.down is not None:
+            latent = workspace.take(len(rows), proj.rank(projection))
+            products.append(_into_rank_space(rows, projection, latent))
+        latents.append(latent)
+    affines_into(*products)
+    return latents
+
+
+def _into_rank_space(rows: Tensor, projection: Projection[Tensor], latent: Tensor) -> Product:
+    assert projection.down is not None
+    return Product(rows, projection.down, projection.down_bias, latent)
 
 
 def _rotate_(heads: Tensor, attn: Attention) -> Tensor:

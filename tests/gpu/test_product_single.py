@@ -9,11 +9,11 @@ from torch.nn.functional import linear
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.launch import listening
-from flashsvd_compile.kernels.product_single import product_single, takes
+from flashsvd_compile.kernels.product_single import Product, product_pair, product_single, takes
 from flashsvd_compile.kernels.target import target_of
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
 from flashsvd_compile.ops.mlp import reference as mlp_reference
-from flashsvd_compile.ops.workspace import activated_into, add_product, affine_into, affine_plus
+from flashsvd_compile.ops.workspace import activated_into, add_product, affine_into, affine_plus, affines_into
 from tests.ops.accuracy import assert_within_error_rule, in_float64, relative_error
 from tests.ops.regions import mlp_arguments
 from tests.ops.regions import random as random_on_cpu
@@ -77,7 +77,37 @@ def test_what_the_library_is_replaced_by():
     assert_within_error_rule(activated, reference, (x, weight, bias, "gelu", None, None))
     assert_within_error_rule(added, reference, (x, weight, None, None, None, out))
     torch.set_float32_matmul_precision("high")
-    assert not takes(target_of(x.device), *out.shape)
+    assert not takes(target_of(x.device), out.shape)
+
+
+@pytest.mark.parametrize("shapes", [((3072, 768, 192), (3072, 768, 192)), ((129, 300, 65), (4000, 9, 304))])
+@pytest.mark.parametrize("biases", [(False, True), (True, False)])
+def test_two_at_once(shapes, biases):
+    """Each of ``[rows, depth] -> [rows, columns]``."""
+    products = [
+        Product(
+            random(rows, depth),
+            random(columns, depth, scale=depth**-0.5),
+            random(columns) if bias else None,
+            torch.full((rows, columns), torch.nan, device="cuda"),
+        )
+        for (rows, depth, columns), bias in zip(shapes, biases, strict=True)
+    ]
+    product_pair(*products)
+    for product in products:
+        assert_within_error_rule(product.out, linear, product[:3], ulps=2)
+
+
+def test_two_small_products_are_one_launch():
+    """Where each alone is left to the library, as its tiles do not occupy the chip."""
+    products = [Product(random(1024, 768), random(256, 768, scale=0.04), None, random(1024, 256)) for _ in range(2)]
+    assert not takes(target_of(products[0].out.device), products[0].out.shape)
+    launches = []
+    with listening(lambda launch, tensors: launches.append(launch)):
+        affines_into(*products)
+    assert len(launches) == 1
+    for product in products:
+        assert_within_error_rule(product.out, linear, product[:3])
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e15])

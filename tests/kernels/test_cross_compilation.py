@@ -104,9 +104,20 @@ def multiply(form: str) -> None:
 
 
 def multiply_single(form: str, depth: int) -> None:
-    if product_single.takes(gating.target_of(DEVICE), 4096, 1024):
+    if product_single.takes(gating.target_of(DEVICE), (4096, 1024)):
         out = matrix(4096, 1024, SINGLE)
         after(form, matrix(4096, depth, SINGLE), matrix(1024, depth, SINGLE), torch.empty(1024), out)
+
+
+def multiply_pair(depth: int) -> None:
+    products = [
+        product_single.Product(
+            matrix(4096, depth, SINGLE), matrix(1024, depth, SINGLE), bias, matrix(4096, 1024, SINGLE)
+        )
+        for bias in (torch.empty(1024), None)
+    ]
+    if product.multiplies_pair_faster(*products):
+        product_single.product_pair(*products)
 
 
 def after(form: str, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
@@ -156,6 +167,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         for depth in (304, 305):
             name = f"product {form} of depth {depth} float32"
             yield name, lambda form=form, depth=depth: multiply_single(form, depth)
+    for depth in (192, 768):
+        yield f"two products of depth {depth} float32", lambda depth=depth: multiply_pair(depth)
     yield "gating", lambda: drop(gating.gate_("silu", matrix(512, 512), matrix(512, 512)))
     yield "rotation", lambda: rotate(HALF, False)
     yield "interleaved rotation float32", lambda: rotate(SINGLE, True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashsvd_compile.kernels.product_single import product_single
+from flashsvd_compile.kernels.product_single import Product, product_pair, product_single
 from flashsvd_compile.ops.activation import ACTIVATIONS
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
@@ -78,3 +78,25 @@ def test_infinities_and_nan(value):
     x[9].view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that GPUs make
     product_single(x, weight, None, out)
     torch.testing.assert_close(out, linear(x, weight), equal_nan=True)
+
+
+@given(
+    rows=st.tuples(st.integers(1, 300), st.integers(1, 300)),
+    columns=st.tuples(st.integers(4, 150), st.integers(4, 150)),
+    depths=st.tuples(st.integers(1, 100), st.integers(1, 100)),
+    biases=st.tuples(st.booleans(), st.booleans()),
+    layout=st.sampled_from(LAYOUTS),
+    chip=st.sampled_from(tuple(INTERPRETED)),
+)
+def test_two_at_once(rows, columns, depths, biases, layout, chip):
+    """Of any two shapes; each result is the middle of a wider matrix, whose borders stay as they are."""
+    products, wides = [], []
+    for n, f, depth, bias in zip(rows, columns, depths, biases, strict=True):
+        x, weight = random(n, depth, layout=layout), random(f, depth, scale=depth**-0.5)
+        wides.append(torch.full((n, f + 8), nan))
+        products.append(Product(x, weight, random(f) if bias else None, wides[-1][:, 4:-4]))
+    with running_on(INTERPRETED[chip]):
+        product_pair(*products)
+    for product, wide in zip(products, wides, strict=True):
+        assert wide[:, :4].isnan().all() and wide[:, -4:].isnan().all()
+        assert_within_error_rule(product.out.contiguous(), linear, product[:3], ulps=2)
