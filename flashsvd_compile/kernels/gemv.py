@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .activations import activate
 from .launch import launch, take_turn
+from .operands import Product
 from .target import Target, target_of
 from .tiles import aligned_columns
 
@@ -44,22 +45,6 @@ class Tile(NamedTuple):
     num_warps: int
     num_stages: int
     split: int = 1
-
-
-class Product(NamedTuple):
-    """One product.
-
-    Attributes:
-        x: ``[rows, depth]``, at most :data:`MAX_ROWS` rows, contiguous rows; or its :func:`shifted_rows`.
-        weight: ``[features, depth]``, contiguous rows.
-        bias: ``[features]`` or ``None``.
-        out: ``[rows, features]``, contiguous rows; or its :func:`shifted_rows`, all of which are written.
-    """
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    out: Tensor
 
 
 def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int, gated: bool) -> Tile:
@@ -268,7 +253,9 @@ def multiply(
     """Fill each product's ``out``.
 
     Args:
-        products: up to three, of one dtype and one number of rows; what :func:`supported` says yes to.
+        products: up to three, of one dtype and one number of rows, at most :data:`MAX_ROWS`; what :func:`supported`
+            says yes to. Matrices have contiguous rows; ``x`` and ``out`` may be :func:`shifted_rows`, all of which are
+            written.
         activation: applied to the one product, or to the first of a gated pair.
         gated: the pair's first result times its second, as wide, into the first one's ``out``.
         follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import product_single
-from .product_single import Product
+from .operands import Product
 from .target import Target, describable, occupies, speaks_gluon, target_of
 
 SECTOR = 16
@@ -28,20 +28,21 @@ def reads_fast(matrix: Tensor) -> bool:
     return describable(matrix) and matrix.stride(0) % SECTOR == 0
 
 
-def takes(x: Tensor, weight: Tensor, *results: Tensor) -> bool:
-    """Whether a kernel computes ``x @ weight.T`` from and to these matrices, ``results`` being like the result."""
+def takes(product: Product, *beside: Tensor) -> bool:
+    """Whether a kernel computes the product, and what is beside it can be read."""
+    x, weight, _, out = product
     target, rows, columns = target_of(x.device), x.shape[0], weight.shape[0]
     if x.dtype == torch.float32:
         fitting = product_single.takes(target, (rows, columns)) and describable(x) and describable(weight)
-        return fitting and all(result.stride(1) == 1 for result in results)
+        return fitting and all(result.stride(1) == 1 for result in (out, *beside))
     if x.element_size() != 2 or not multiplies(target, rows, columns):
         return False
-    return reads_fast(x) and reads_fast(weight) and all(map(describable, results))
+    return reads_fast(x) and reads_fast(weight) and all(map(describable, (out, *beside)))
 
 
-def multiplies_faster(x: Tensor, weight: Tensor, out: Tensor) -> bool:
+def multiplies_faster(product: Product) -> bool:
     """Whether a kernel's product alone is faster than the library's."""
-    return x.dtype == torch.float32 and takes(x, weight, out)
+    return product.x.dtype == torch.float32 and takes(product)
 
 
 def multiplies_pair_faster(first: Product, second: Product) -> bool:
@@ -53,29 +54,24 @@ def multiplies_pair_faster(first: Product, second: Product) -> bool:
     return read and written and product_single.takes(target_of(first.x.device), first.out.shape, second.out.shape)
 
 
-def product(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
+def multiply(
+    product: Product,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """Fill and return ``out[rows, columns]``: ``act(x @ weight.T + bias) * gate + residual``.
+    """Fill and return the product's ``out``: ``act(x @ weight.T + bias) * gate + residual``.
 
     Args:
-        x, weight: ``[rows, depth]`` and ``[columns, depth]``, what a kernel :func:`takes`; or of half precision, what
-            :func:`reads_fast`.
-        bias: ``[columns]`` or ``None``.
-        out: of half precision with rows 16-byte aligned, of a multiple of 8 columns.
+        product: what a kernel :func:`takes`; or of half precision, of operands that it :func:`reads_fast`, to rows that
+            are 16-byte aligned, of a multiple of 8 columns.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate, residual: like ``out``, may be ``out`` itself; one of the two may be given.
     """
-    if x.dtype == torch.float32:
-        product_single.product_single(x, weight, bias, out, activation, gate, residual)
+    if product.x.dtype == torch.float32:
+        product_single.product_single(product, activation, gate, residual)
     else:
         from .product_hopper import product_hopper
 
-        product_hopper(x, weight, bias, out, activation, gate, residual)
-    return out
+        product_hopper(product, activation, gate, residual)
+    return product.out

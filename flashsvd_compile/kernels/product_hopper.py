@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activations import activate
 from .launch import launch
+from .operands import Product
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 
@@ -192,25 +193,20 @@ def product_hopper_kernel(
 
 
 def product_hopper(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
+    product: Product,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
 ) -> None:
-    """Fill ``out[rows, columns]`` as above.
+    """Fill the product's ``out`` as above.
 
     Args:
-        x: ``[rows, depth]``, half precision; matrices have contiguous rows of 16-byte aligned addresses.
-        weight: ``[columns, depth]``.
-        bias: ``[columns]`` or ``None``.
-        out: in the dtype of ``x`` and apart from it.
+        product: of half precision; matrices have contiguous rows of 16-byte aligned addresses.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
         residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
     """
+    x, weight, bias, out = product
     (rows, depth), columns = x.shape, weight.shape[0]
     row_blocks, column_blocks = triton.cdiv(rows, 2 * _SIDE), triton.cdiv(columns, _COLUMNS)
     tile_bytes = 2 * _SIDE * _SIDE

@@ -19,6 +19,7 @@ from torch import Tensor
 from .activations import activate
 from .autotune import about, tuned
 from .launch import launch
+from .operands import Product
 from .target import Target, allows_tf32, describable, occupies, target_of
 from .tiles import load_tile, store_tile, tile_views
 
@@ -43,15 +44,6 @@ as much as by the library, and takes 40, 34 and 34 ms (H100, 32x512; by the libr
 """
 GROUP = tl.constexpr(8)
 """Blocks of rows whose tiles come together, to share operands in the L2."""
-
-
-class Product(NamedTuple):
-    """``out[rows, columns] = x[rows, depth] @ weight[columns, depth].T + bias``, each as in :func:`product_single`."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    out: Tensor
 
 
 def takes(target: Target, *shapes: Sequence[int]) -> bool:
@@ -136,10 +128,10 @@ def product_single_kernel(
 
 @triton.jit
 def product_pair_kernel(
-    x_a, weight_a, bias_a, out_a, rows_a, columns_a, depth_a,
-    stride_x_a, stride_xk_a, stride_weight_a, stride_weight_k_a, stride_out_a,
-    x_b, weight_b, bias_b, out_b, rows_b, columns_b, depth_b,
-    stride_x_b, stride_xk_b, stride_weight_b, stride_weight_k_b, stride_out_b, tiles_a,
+    x_a, weight_a, bias_a, beside_a, out_a, rows_a, columns_a, depth_a,
+    stride_x_a, stride_xk_a, stride_weight_a, stride_weight_k_a, stride_beside_a, stride_out_a,
+    x_b, weight_b, bias_b, beside_b, out_b, rows_b, columns_b, depth_b,
+    stride_x_b, stride_xk_b, stride_weight_b, stride_weight_k_b, stride_beside_b, stride_out_b, tiles_a,
     BLOCK_N: tl.constexpr, BLOCK_F: tl.constexpr, DEPTH: tl.constexpr, BIAS_A: tl.constexpr, BIAS_B: tl.constexpr,
     DESCRIPTOR: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -147,66 +139,47 @@ def product_pair_kernel(
     index = tl.program_id(0)
     if index < tiles_a:
         _one_tile(
-            index, x_a, weight_a, bias_a, out_a, out_a, rows_a, columns_a, depth_a,
-            stride_x_a, stride_xk_a, stride_weight_a, stride_weight_k_a, 0, stride_out_a,
+            index, x_a, weight_a, bias_a, beside_a, out_a, rows_a, columns_a, depth_a,
+            stride_x_a, stride_xk_a, stride_weight_a, stride_weight_k_a, stride_beside_a, stride_out_a,
             BLOCK_N, BLOCK_F, DEPTH, BIAS_A, None, None, DESCRIPTOR, STAGES,
         )  # fmt: skip
     else:
         _one_tile(
-            index - tiles_a, x_b, weight_b, bias_b, out_b, out_b, rows_b, columns_b, depth_b,
-            stride_x_b, stride_xk_b, stride_weight_b, stride_weight_k_b, 0, stride_out_b,
+            index - tiles_a, x_b, weight_b, bias_b, beside_b, out_b, rows_b, columns_b, depth_b,
+            stride_x_b, stride_xk_b, stride_weight_b, stride_weight_k_b, stride_beside_b, stride_out_b,
             BLOCK_N, BLOCK_F, DEPTH, BIAS_B, None, None, DESCRIPTOR, STAGES,
         )  # fmt: skip
 
 
 def product_single(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    out: Tensor,
+    product: Product,
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
     tile: Tile | None = None,
 ) -> None:
-    """Fill ``out[rows, columns]`` as above.
+    """Fill the product's ``out`` as above.
 
     Args:
-        x: ``[rows, depth]``, float32, any strides.
-        weight: ``[columns, depth]``, any strides.
-        bias: ``[columns]`` or ``None``.
-        out: contiguous rows, apart from ``x``.
+        product: of float32; operands of any strides, ``out`` with contiguous rows.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
         residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
         tile: overrides the table.
     """
-    (rows, depth), columns = x.shape, weight.shape[0]
-    target = target_of(x.device)
-    descriptor = target.descriptors and describable(x) and describable(weight)
-    tile = tile or _chosen_tile(x, weight, bias, activation, gate, residual, descriptor)
-    other = gate if gate is not None else residual
+    out, descriptor = product.out, _is_described(product)
+    tile = tile or _chosen_tile(product, activation, gate, residual, descriptor)
+    beside = gate if gate is not None else residual
     launch(
         product_single_kernel,
         (_tiles(out.shape, tile), 1),
-        *tile_views(x, [(tile.block_n, DEPTH)], descriptor),
-        *tile_views(weight, [(tile.block_f, DEPTH)], descriptor),
-        x if bias is None else bias.contiguous(),
-        out if other is None else other,
-        out,
-        rows,
-        columns,
-        depth,
-        *x.stride(),
-        *weight.stride(),
-        (out if other is None else other).stride(0),
-        out.stride(0),
+        *_arguments(product, tile, descriptor, out if beside is None else beside),
         BLOCK_N=tile.block_n,
         BLOCK_F=tile.block_f,
         DEPTH=DEPTH,
-        HAS_BIAS=bias is not None,
+        HAS_BIAS=product.bias is not None,
         ACTIVATION=activation,
-        BESIDE=None if other is None else "gate" if gate is not None else "residual",
+        BESIDE=None if beside is None else "gate" if gate is not None else "residual",
         DESCRIPTOR=descriptor,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
@@ -215,30 +188,13 @@ def product_single(
 
 def product_pair(first: Product, second: Product) -> None:
     """Fill both results in one launch, for products too small to occupy the chip one after the other."""
-    tile, pair = TILE, (first, second)
-    matrices = [matrix for product in pair for matrix in (product.x, product.weight)]
-    descriptor = target_of(first.x.device).descriptors and all(map(describable, matrices))
-
-    def arguments(product: Product) -> list:
-        x, weight, bias, out = product
-        return [
-            *tile_views(x, [(tile.block_n, DEPTH)], descriptor),
-            *tile_views(weight, [(tile.block_f, DEPTH)], descriptor),
-            x if bias is None else bias.contiguous(),
-            out,
-            *out.shape,
-            x.shape[1],
-            *x.stride(),
-            *weight.stride(),
-            out.stride(0),
-        ]
-
-    tiles = [_tiles(product.out.shape, tile) for product in pair]
+    tile, descriptor = TILE, _is_described(first, second)
+    tiles = [_tiles(product.out.shape, tile) for product in (first, second)]
     launch(
         product_pair_kernel,
         (sum(tiles), 1),
-        *arguments(first),
-        *arguments(second),
+        *_arguments(first, tile, descriptor, first.out),
+        *_arguments(second, tile, descriptor, second.out),
         tiles[0],
         BLOCK_N=tile.block_n,
         BLOCK_F=tile.block_f,
@@ -248,35 +204,53 @@ def product_pair(first: Product, second: Product) -> None:
         DESCRIPTOR=descriptor,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        maxnreg=128,
+        maxnreg=128,  # or the two branches take 136, and a program fewer fits on a processor
     )
 
 
+def _is_described(*products: Product) -> bool:
+    """Whether tiles of all operands come through descriptors."""
+    described = all(describable(product.x) and describable(product.weight) for product in products)
+    return target_of(products[0].x.device).descriptors and described
+
+
+def _arguments(product: Product, tile: Tile, descriptor: bool, beside: Tensor) -> list:
+    """The kernels' leading arguments."""
+    x, weight, bias, out = product
+    return [
+        *tile_views(x, [(tile.block_n, DEPTH)], descriptor),
+        *tile_views(weight, [(tile.block_f, DEPTH)], descriptor),
+        x if bias is None else bias.contiguous(),
+        beside,
+        out,
+        *out.shape,
+        x.shape[1],
+        *x.stride(),
+        *weight.stride(),
+        beside.stride(0),
+        out.stride(0),
+    ]
+
+
 def _chosen_tile(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str | None,
-    gate: Tensor | None,
-    residual: Tensor | None,
-    descriptor: bool,
+    product: Product, activation: str | None, gate: Tensor | None, residual: Tensor | None, descriptor: bool
 ) -> Tile:
-    (rows, depth), columns = x.shape, weight.shape[0]
+    (rows, depth), columns = product.x.shape, product.weight.shape[0]
 
     def run(tile: Tile) -> list[Tensor]:
-        elsewhere = x.new_empty(rows, columns)  # what is beside may be out
-        product_single(x, weight, bias, elsewhere, activation, gate, residual, tile)
+        elsewhere = product.x.new_empty(rows, columns)  # what is beside may be out
+        product_single(product._replace(out=elsewhere), activation, gate, residual, tile)
         return [elsewhere]
 
     return tuned(
         "product_single",
         [TILE],
         run,
-        x,
+        product.x,
         rows=about(rows),
         columns=columns,
         depth=depth,
-        bias=bias is not None,
+        bias=product.bias is not None,
         activation=str(activation),
         beside=gate is not None or residual is not None,
         descriptor=descriptor,

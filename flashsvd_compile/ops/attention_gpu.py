@@ -19,7 +19,7 @@ from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
-from ..kernels.product_single import Product
+from ..kernels.operands import Product
 from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
 from . import norm

@@ -7,7 +7,7 @@ launch reads its weights while the one before it ends: an operator has at most f
 from torch import Tensor
 
 from ..kernels import gemv
-from ..kernels.gemv import Product
+from ..kernels.operands import Product
 from . import projection as proj
 from .mlp_region import Mlp
 from .projection import Projection

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..kernels.operands import Product
 from ..kernels.padding import padded_copy
-from ..kernels.product import SECTOR, multiplies, product, reads_fast
+from ..kernels.product import SECTOR, multiplies, multiply, reads_fast
 from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
@@ -267,7 +268,8 @@ class _Chunks:
         into, hidden = self._mlp.into_hidden, _view(self._hidden, rows, columns)
         if self._activated_at_once:
             gate = self._lift(hidden, latents[0], into[0], features) if len(into) > 1 else None
-            return product(*self._lifting(latents[-1], into[-1], features), hidden, self._activation, gate)
+            last = Product(*self._lifting(latents[-1], into[-1], features), hidden)
+            return multiply(last, self._activation, gate)
         if len(into) == 1:
             return activate_(self._activation, self._lift(hidden, latents[0], into[0], features))
         beside = self._lift(_view(self._beside, rows, columns), latents[0], into[0], features)

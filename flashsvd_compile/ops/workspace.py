@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidOptionError
-from ..kernels.product import multiplies_faster, multiplies_pair_faster, product, takes
-from ..kernels.product_single import Product, product_pair
+from ..kernels.operands import Product
+from ..kernels.product import multiplies_faster, multiplies_pair_faster, multiply, takes
+from ..kernels.product_single import product_pair
 from ..options import Strategy
 from .activation import activate_
 from .projection import Projection, rank
@@ -70,8 +71,9 @@ class Workspace:
 
 def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """``out = x @ weight.T + bias`` for ``x[rows, in]``, ``weight[out, in]``, ``out[rows, out]``."""
-    if multiplies_faster(x, weight, out):
-        return product(x, weight, bias, out)
+    product = Product(x, weight, bias, out)
+    if multiplies_faster(product):
+        return multiply(product)
     if bias is None:
         return torch.mm(x, weight.t(), out=out)
     return torch.addmm(bias, x, weight.t(), out=out)
@@ -87,22 +89,25 @@ def affines_into(*products: Product) -> None:
 
 def affine_plus(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None) -> Tensor:
     """``out = x @ weight.T + bias + residual``, the last like ``out``: in one launch if there is a kernel for that."""
-    if residual is not None and takes(x, weight, out, residual):
-        return product(x, weight, bias, out, residual=residual)
+    product = Product(x, weight, bias, out)
+    if residual is not None and takes(product, residual):
+        return multiply(product, residual=residual)
     return plus(affine_into(out, x, weight, bias), residual)
 
 
 def activated_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     """``out = act(x @ weight.T + bias)``: in one launch if there is a kernel for that."""
-    if takes(x, weight, out):
-        return product(x, weight, bias, out, activation)
+    product = Product(x, weight, bias, out)
+    if takes(product):
+        return multiply(product, activation)
     return activate_(activation, affine_into(out, x, weight, bias))
 
 
 def add_product(total: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """``total += x @ weight.T``."""
-    if multiplies_faster(x, weight, total):
-        return product(x, weight, None, total, residual=total)
+    product = Product(x, weight, None, total)
+    if multiplies_faster(product):
+        return multiply(product, residual=total)
     return total.addmm_(x, weight.t())
 
 

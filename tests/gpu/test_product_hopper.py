@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.launch import listening
+from flashsvd_compile.kernels.operands import Product
 from flashsvd_compile.kernels.product_hopper import product_hopper
 from flashsvd_compile.ops import workspace
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
@@ -48,7 +49,7 @@ def filled(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, activati
     """Multiply into a matrix of any contents, and check it; what is beside the product is random."""
     beside = random(*out.shape, dtype=out.dtype).cuda()
     out.copy_(beside) if form == "gate" else out.fill_(torch.nan)
-    product_hopper(x, weight, bias, out, activation, *beside_of(form, out, beside))
+    product_hopper(Product(x, weight, bias, out), activation, *beside_of(form, out, beside))
     given = x, weight, bias, activation, *beside_of(form, beside, beside)
     assert_within_error_rule(out.contiguous(), reference, given)
     return out
@@ -97,7 +98,7 @@ def test_the_same_again_and_again(form):
     beside = random(5000, 2816, dtype=torch.bfloat16).cuda()
     outs = [beside.clone() for _ in range(20)]
     for out in outs:
-        product_hopper(x, weight, bias, out, None, *beside_of(form, out, beside))
+        product_hopper(Product(x, weight, bias, out), None, *beside_of(form, out, beside))
     assert all(torch.equal(out, outs[0]) for out in outs)
 
 
@@ -105,7 +106,7 @@ def test_residual_in_place():
     x, weight, bias = operands(5000, 2816, 1496, torch.bfloat16, bias=True)
     residual = random(5000, 2816, dtype=torch.bfloat16).cuda()
     out = residual.clone()
-    product_hopper(x, weight, bias, out, residual=out)
+    product_hopper(Product(x, weight, bias, out), residual=out)
     assert_within_error_rule(out, reference, (x, weight, bias, None, None, residual))
 
 
@@ -150,7 +151,7 @@ def test_streamed_mlp_with_residual(gated, rank, workspace_bytes):
     residual = random(1, 9000, 2048, dtype=torch.bfloat16)
     given = (*given[:RESIDUAL], residual, *given[RESIDUAL + 1 :])
     arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in given)
-    with patch.object(workspace, "product", wraps=workspace.product) as multiplied:
+    with patch.object(workspace, "multiply", wraps=workspace.multiply) as multiplied:
         result = ops.mlp(*arguments)
     assert multiplied.called
     assert_within_error_rule(result, mlp_reference, arguments)
@@ -165,5 +166,5 @@ def test_nothing_spills(columns, activation, bias, form):
     out = empty(128, columns, torch.bfloat16)
     given = operands(128, columns, 1024, torch.bfloat16, bias)
     with one_launch() as launches:
-        product_hopper(*given, out, activation, *beside_of(form, out, out))
+        product_hopper(Product(*given, out), activation, *beside_of(form, out, out))
     assert launches[0].compiled.n_spills == 0

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.launch import listening
-from flashsvd_compile.kernels.product_single import Product, product_pair, product_single, takes
+from flashsvd_compile.kernels.operands import Product
+from flashsvd_compile.kernels.product_single import product_pair, product_single, takes
 from flashsvd_compile.kernels.target import target_of
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
 from flashsvd_compile.ops.mlp import reference as mlp_reference
@@ -48,7 +49,7 @@ def test_shapes(rows, columns, depth, form):
     x, weight, bias = random(rows, depth), random(columns, depth, scale=depth**-0.5), random(columns)
     beside, out = random(rows, columns), torch.full((rows, columns), torch.nan, device="cuda")
     after: dict[str, Any] = {} if form == "alone" else {form: beside}
-    product_single(x, weight, bias, out, "gelu", **after)
+    product_single(Product(x, weight, bias, out), "gelu", **after)
     given = x, weight, bias, "gelu", after.get("gate"), after.get("residual")
     assert_within_error_rule(out, reference, given, ulps=2)
 
@@ -58,7 +59,7 @@ def test_shapes(rows, columns, depth, form):
 def test_activations_and_layouts(activation, layout):
     x, weight, bias = random(3000, 304, layout=layout), random(768, 304, scale=0.06, layout=layout), random(768)
     out = torch.full((3000, 768), torch.nan, device="cuda")
-    product_single(x, weight, bias, out, activation)
+    product_single(Product(x, weight, bias, out), activation)
     assert_within_error_rule(out, reference, (x, weight, bias, activation, None, None))
 
 
@@ -115,7 +116,7 @@ def test_more_exact_than_the_library(scale):
     """Sums of 3072 products, also where trailing bits are below or products near the ends of float32's range."""
     x, weight = random(4096, 3072, scale=scale), random(304, 3072)
     out = torch.empty(4096, 304, device="cuda")
-    product_single(x, weight, None, out)
+    product_single(Product(x, weight, None, out))
     exact = linear(*in_float64((x, weight)))
     assert relative_error(out, exact) < 0.7 * relative_error(linear(x, weight), exact)
     share = (out.double() * exact).sum() / exact.square().sum() - 1
@@ -128,7 +129,7 @@ def test_infinities():
     x[3, 5], x[700, 11], x[1000, 0] = torch.inf, -torch.inf, torch.nan
     x[1001].view(torch.int32)[7] = 0x7FFFFFFF  # which the GPU's own arithmetic makes
     out = torch.empty(2048, 768, device="cuda")
-    product_single(x, weight, None, out)
+    product_single(Product(x, weight, None, out))
     assert (out[3] == torch.inf).all() and (out[700] == -torch.inf).all() and out[1000:1002].isnan().all()
     assert int((~out.isfinite()).any(1).sum()) == 4
 

@@ -24,6 +24,7 @@ from flashsvd_compile.kernels import (
     rotary,
     short_attention,
 )
+from flashsvd_compile.kernels.operands import Product
 from flashsvd_compile.kernels.short_attention import Factors
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
@@ -85,7 +86,7 @@ def attend_to_short(dim: int, rank: int, length: int = 128) -> None:
 def multiply_few(rows: int, *depths: int, gated: bool = False, features: int = 4096, dtype: torch.dtype = HALF) -> None:
     bias = torch.empty(features, dtype=dtype)
     out = matrix(rows, features, dtype)
-    products = [gemv.Product(matrix(rows, d, dtype), matrix(features, d, dtype), bias, out) for d in depths]
+    products = [Product(matrix(rows, d, dtype), matrix(features, d, dtype), bias, out) for d in depths]
     gemv.multiply(*products, gated=gated, activation="silu" if gated else None, follows=True)
 
 
@@ -111,9 +112,7 @@ def multiply_single(form: str, depth: int) -> None:
 
 def multiply_pair(depth: int) -> None:
     products = [
-        product_single.Product(
-            matrix(4096, depth, SINGLE), matrix(1024, depth, SINGLE), bias, matrix(4096, 1024, SINGLE)
-        )
+        Product(matrix(4096, depth, SINGLE), matrix(1024, depth, SINGLE), bias, matrix(4096, 1024, SINGLE))
         for bias in (torch.empty(1024), None)
     ]
     if product.multiplies_pair_faster(*products):
@@ -124,7 +123,7 @@ def after(form: str, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> No
     """A product with what follows it."""
     activation = None if form == "residual" else "gelu" if x.dtype == SINGLE else "silu"
     beside = {form: out} if form in ("gate", "residual") else {}
-    product.product(x, weight, bias, out, activation, **beside)
+    product.multiply(Product(x, weight, bias, out), activation, **beside)
 
 
 def configurations() -> Iterator[tuple[str, Callable[[], None]]]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from flashsvd_compile.kernels.operands import Product
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.ops import mlp_gpu, workspace
 from flashsvd_compile.ops.activation import activation_of
@@ -38,16 +39,16 @@ def on_cpu(request, monkeypatch):
         padding = [size for dim in (1, 0) for size in (0, out.shape[dim] - source.shape[dim])]
         return out.copy_(torch.nn.functional.pad(source, padding))
 
-    def product(x, weight, bias, out: Tensor, activation=None, gate=None, residual=None) -> Tensor:
-        result = torch.nn.functional.linear(x, weight, bias)
+    def multiply(product: Product, activation=None, gate=None, residual=None) -> Tensor:
+        result = torch.nn.functional.linear(*product[:3])
         result = result if activation is None else activation_of(activation)(result)
         result = result if gate is None else result * gate
-        return out.copy_(result if residual is None else result + residual)
+        return product.out.copy_(result if residual is None else result + residual)
 
-    monkeypatch.setattr(workspace, "takes", lambda *matrices: request.param)
-    monkeypatch.setattr(workspace, "product", product)
+    monkeypatch.setattr(workspace, "takes", lambda product, *beside: request.param)
+    monkeypatch.setattr(workspace, "multiply", multiply)
     monkeypatch.setattr(mlp_gpu, "multiplies", lambda *size: request.param)
-    monkeypatch.setattr(mlp_gpu, "product", product)
+    monkeypatch.setattr(mlp_gpu, "multiply", multiply)
     monkeypatch.setattr(mlp_gpu, "_add_product", add_product)
     monkeypatch.setattr(mlp_gpu, "padded_copy", padded_copy)
     monkeypatch.setattr(mlp_gpu, "target_of", lambda device: KNOWN["sm_90"]._replace(processors=4))

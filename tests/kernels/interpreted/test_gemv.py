@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from flashsvd_compile.kernels import gemv
-from flashsvd_compile.kernels.gemv import Product
+from flashsvd_compile.kernels.operands import Product
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import random

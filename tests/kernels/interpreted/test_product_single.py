@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import linear
 
-from flashsvd_compile.kernels.product_single import Product, product_pair, product_single
+from flashsvd_compile.kernels.operands import Product
+from flashsvd_compile.kernels.product_single import product_pair, product_single
 from flashsvd_compile.ops.activation import ACTIVATIONS
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
@@ -49,7 +50,7 @@ def test_any_shape(rows, columns, depth, bias, layouts, activation, form, replac
     other = out.copy_(beside) if replaced else beside
     after: dict[str, Any] = {} if form is None else {form: other}
     with running_on(INTERPRETED[chip]):
-        product_single(x, weight, vector, out, activation, **after)
+        product_single(Product(x, weight, vector, out), activation, **after)
     assert wide[:, :4].isnan().all() and wide[:, -4:].isnan().all()
     assert_within_error_rule(out.contiguous(), reference, (x, weight, vector, beside, activation, form), ulps=2)
 
@@ -58,7 +59,7 @@ def test_any_shape(rows, columns, depth, bias, layouts, activation, form, replac
 def test_activations(activation):
     x, weight, bias, gate = random(70, 40), random(40, 40, scale=0.2), random(40), random(70, 40)
     out = torch.full((70, 40), float("nan"))
-    product_single(x, weight, bias, out, activation, gate=gate)
+    product_single(Product(x, weight, bias, out), activation, gate=gate)
     assert_within_error_rule(out, reference, (x, weight, bias, gate, activation, "gate"), ulps=2)
 
 
@@ -66,7 +67,7 @@ def test_activations(activation):
 def test_blocks_of_rows_come_in_groups(rows):
     x, weight = random(rows, 20), random(200, 20)
     out = torch.full((rows, 200), float("nan"))
-    product_single(x, weight, None, out)
+    product_single(Product(x, weight, None, out))
     assert_within_error_rule(out, linear, (x, weight), ulps=2)
 
 
@@ -76,7 +77,7 @@ def test_infinities_and_nan(value):
     x, weight, out = random(70, 40), random(40, 40), torch.full((70, 40), float("nan"))
     x[3, 5], weight[7, 11] = value, value
     x[9].view(torch.int32)[0] = 0x7FFFFFFF  # the NaN that GPUs make
-    product_single(x, weight, None, out)
+    product_single(Product(x, weight, None, out))
     torch.testing.assert_close(out, linear(x, weight), equal_nan=True)
 
 
