@@ -9,7 +9,7 @@ class Device:
 
     Attributes:
         flops: operations a second of a large product, by bytes of an element; an addition and a multiplication are two.
-        library_single_flops: those of the library in float32, where our kernels are faster.
+        library_single_flops: those of the library in float32, where our kernels are faster; else ``None``.
         bandwidth: bytes a second of what passes through memory, reads and writes counted; more than a copy reaches
             where some of it is still in the cache.
         chunk_seconds: what one more chunk of rows costs: its products fill the device and drain it again.
@@ -46,7 +46,7 @@ class Device:
     def as_written(self) -> "Device":
         """The device as the model's own operations find it."""
         single = self.library_single_flops
-        return self if single is None else replace(self, flops={**self.flops, 4: single})
+        return self if single is None else replace(self, flops={**self.flops, 4: single}, library_single_flops=None)
 
     def head_size(self, features: int) -> int:
         """Features that attention computes for a head: on a GPU tiles are powers of two, of at least 16."""

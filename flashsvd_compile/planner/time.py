@@ -74,7 +74,8 @@ def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The same in chunks; where products are activated as they are computed, a gate still reads the hidden layer."""
     low_rank = all(rank is not None for rank in shape.ranks.values())
-    if device.specialised and (low_rank or shape.itemsize == 4):
+    by_kernel = device.library_single_flops is not None if shape.itemsize == 4 else device.specialised and low_rank
+    if by_kernel:
         activation = _pass(shape, device, len(shape.into_hidden) - 1) + _shallow_activation(shape, device)
     else:
         activation = _activation_pass(shape, device)

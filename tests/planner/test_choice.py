@@ -69,7 +69,7 @@ def test_float32_is_faster_than_written_where_tensor_cores_multiply_it(region):
         return [shape.at_hints(candidate.seconds / plan.candidates[-1].seconds) for candidate in plan.candidates[:-1]]
 
     assert max(shares("NVIDIA H100 80GB HBM3")) < 0.9
-    assert min(shares("NVIDIA A100-SXM4-80GB")) > 0.9
+    assert min(shares("NVIDIA A100-SXM4-80GB")) > 0.98
 
 
 def test_few_rows_split_the_hidden_layer_as_far_as_memory_allows():
