@@ -10,8 +10,11 @@ After::
 
     y = flashsvd.attention_v5(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
-The output projection joins in when the heads go nowhere else. Between projection and scores queries and keys may be
-normalised, then rotated, then scaled; where they are neither of the first two, ``absorbed.py`` has another form.
+The output projection joins in when the heads go nowhere else. Keys and values may: what fills a cache stays in the
+graph, and the operator computes it again for itself, a chunk at a time, where that is planned to be faster.
+
+Between projection and scores queries and keys may be normalised, then rotated, then scaled; where they are neither of
+the first two, ``absorbed.py`` has another form.
 """
 
 from functools import partial
@@ -100,6 +103,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     if obstacle is not None:
         return obstacle
     nodes = (*q.nodes, *k.nodes, *v.nodes, *core.nodes, *out_nodes)
+    shared = _shared({"k": k, "v": v}, q, nodes)
     inputs = {"x": q.factored.source}
     if k.factored.source is not q.factored.source:
         inputs["context"] = k.factored.source
@@ -114,10 +118,25 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
         members=members,
         constants=constants,
         nodes=tuple(dict.fromkeys(nodes)),
-        plan=partial(plan_attention, _shape(q, k, members, core, constants, space)),
+        plan=partial(plan_attention, _shape(q, k, members, core, constants, space, shared)),
         output=output,
         absorb=partial(absorb, space) if isinstance(space, RankSpace) else None,
+        shared=frozenset(chain(*shared.values())),
     )
+
+
+def _shared(members: dict[str, Member], q: Member, nodes: tuple[Node, ...]) -> dict[str, list[Node]]:
+    """What something outside of the region's nodes reads of keys and of values, by role; of what queries are made of
+    nothing may be. They are there, too, where what stays is a part of one projection of all three.
+    """
+    inside, shared = set(nodes), {}
+    for role, member in members.items():
+        read = [node for node in member.nodes if node not in q.nodes and not inside.issuperset(node.users)]
+        if read:
+            shared[role] = read
+            if not set(q.factored.nodes).isdisjoint(member.factored.nodes):
+                shared["q"] = []
+    return shared
 
 
 def _mismatch(node: Node, q: Member, k: Member, v: Member) -> Obstacle | None:
@@ -185,6 +204,7 @@ def _shape(
     core: Core,
     constants: dict[str, Any],
     space: RankSpace | str,
+    shared: dict[str, list[Node]],
 ) -> AttentionShape:
     queries, keys = shape_of(q.factored.source), shape_of(k.factored.source)
     assert queries is not None
@@ -199,6 +219,7 @@ def _shape(
         masked=bool(core.masks),
         causal=constants.get("window_right") == 0,
         rank_space=space,
+        shared=tuple(role for role in "qkv" if role in shared),
         products=sum(weight.value.numel() for weight in _matrices(members) if weight.is_made),
     )
 

@@ -53,6 +53,7 @@ class Region:
         plan: asks the planner for a strategy.
         output: the one of the nodes that is the result.
         absorb: makes the region that the strategy ``absorbed`` stands for, or ``None`` where it has no such form.
+        shared: those of the nodes that something else may read, too: they stay, and the operator computes them again.
     """
 
     kind: str
@@ -64,6 +65,7 @@ class Region:
     plan: Callable[[Options], Plan]
     output: Node
     absorb: Callable[["Region"], "Region"] | None = None
+    shared: frozenset[Node] = frozenset()
 
     @property
     def weights(self) -> list[Weight]:

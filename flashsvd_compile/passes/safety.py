@@ -1,8 +1,8 @@
 """What must hold before a region may be replaced.
 
-The operator runs where the region's last node stood and reads its inputs there. That is the same computation only if no
-intermediate is wanted elsewhere and nothing that the region reads or computes is overwritten between its first node and
-its last.
+The operator runs where the region's last node stood and reads its inputs there. That is the same computation only if
+nothing that the region reads or computes is overwritten between its first node and its last. It is a gain only if no
+intermediate is wanted elsewhere, except what the region is planned to share.
 """
 
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ def other_user(region: Region) -> Obstacle | None:
     """An intermediate that something outside the region reads."""
     inside = set(region.nodes)
     for node in region.nodes:
-        if node is region.output:
+        if node is region.output or node in region.shared:
             continue
         for user in node.users:
             if user not in inside:

@@ -165,6 +165,8 @@ def read_view(node: Node) -> View | None:
     call = read(node)
     if call is None:
         return None
+    if call.op == "cat":
+        return _joined_with_nothing(node, call)
     if call.op == "getitem" and isinstance(call.input, Node) and not isinstance(value_of(call.input), torch.Tensor):
         return _member_of_tuple(node, call)
     source = call.input
@@ -173,6 +175,17 @@ def read_view(node: Node) -> View | None:
         return None
     steps = _steps(call, before, after, node)
     return None if steps is None else View(source, steps, (node,))
+
+
+def _joined_with_nothing(node: Node, call: Call) -> View | None:
+    """One tensor and empty ones, as the first keys of a cache are, or what a rotation of all columns leaves."""
+    parts = {part: sympy.S.Zero in (shape_of(part) or ()) for part in call["tensors"]}
+    whole = [part for part, empty in parts.items() if not empty]
+    before = shape_of(whole[0]) if len(whole) == 1 else None
+    if before is None or before != shape_of(node) or not _keeps_type(whole[0], node):
+        return None
+    empty = (part for part in parts if part is not whole[0] and part.op in ("call_function", "call_method"))
+    return View(whole[0], (Regroup(before),), (node, *empty))
 
 
 _REGROUPING = {
@@ -185,7 +198,7 @@ _CONVERSIONS = {"to", "float", "half", "bfloat16", "type_as"}
 
 def _steps(call: Call, before: tuple[Size, ...], after: tuple[Size, ...], node: Node) -> tuple[Step, ...] | None:
     rank = len(before)
-    if call.op in _REGROUPING | _UNCHANGED or (call.op in _CONVERSIONS and _converts_nothing(call, node)):
+    if call.op in _REGROUPING | _UNCHANGED or (call.op in _CONVERSIONS and _keeps_type(call.input, node)):
         return (Regroup(before),)
     if call.op == "transpose":
         return _transposed(rank, call["dim0"], call["dim1"])
@@ -213,8 +226,8 @@ def _steps(call: Call, before: tuple[Size, ...], after: tuple[Size, ...], node: 
     return None
 
 
-def _converts_nothing(call: Call, node: Node) -> bool:
-    before, after = tensor_of(call.input), tensor_of(node)
+def _keeps_type(source: Node, node: Node) -> bool:
+    before, after = tensor_of(source), tensor_of(node)
     return before is not None and after is not None and (before.dtype, before.device) == (after.dtype, after.device)
 
 

@@ -1,7 +1,7 @@
 """The strategy for a region: the fastest, and of equally fast ones the one with the least memory."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from types import MappingProxyType
@@ -144,15 +144,22 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
         needed = products + _at_most(memory.attention_streamed(merged, device, bound), before)
         seconds = time.attention_merged(shape, device, bound, merged)
         offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
-    kept = time.attention_kept(shape, device.as_written())
-    if not isinstance(shape.rank_space, RankSpace):
-        return _choice(shape, offered, kept, before, options, {Strategy.ABSORBED: shape.rank_space})
-    for workspace in _workspaces(shape, device, options):
-        bound = workspace.bytes_for(shape.input_elements)
-        seconds, needed = time.attention_absorbed(shape, device, bound), memory.attention_absorbed(shape, device, bound)
+    obstacles: dict[Strategy, str] = {}
+    if isinstance(shape.rank_space, RankSpace):
         how = f"scores and values are taken in rank space, heads of {shape.rank_space.head_dim}"
-        offered.append(Candidate(Strategy.ABSORBED, workspace, seconds, needed, how))
-    return _choice(shape, offered, kept, before, options)
+        for workspace in _workspaces(shape, device, options):
+            bound = workspace.bytes_for(shape.input_elements)
+            seconds = time.attention_absorbed(shape, device, bound)
+            needed = memory.attention_absorbed(shape, device, bound)
+            offered.append(Candidate(Strategy.ABSORBED, workspace, seconds, needed, how))
+    else:
+        obstacles[Strategy.ABSORBED] = shape.rank_space
+    if shape.shared:
+        again = time.attention_again(shape, device)
+        how = f"; {', '.join(shape.shared)} are computed again for what else reads them"
+        offered = [replace(c, seconds=c.seconds + again, how=c.how + how) for c in offered]
+    kept = time.attention_kept(shape, device.as_written())
+    return _choice(shape, offered, kept, before - memory.shared(shape), options, obstacles)
 
 
 @remembered

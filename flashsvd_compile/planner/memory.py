@@ -113,6 +113,11 @@ def attention_as_written(shape: AttentionShape) -> sympy.Expr:
     return shape.itemsize * elements
 
 
+def shared(shape: AttentionShape) -> sympy.Expr:
+    """Keys or values that exist whichever way the region is computed."""
+    return shape.itemsize * shape.batch * shape.kv_len * sum(shape.features[role] for role in shape.shared)
+
+
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The workspace, or as much of it as chunks of even size take; where the output projection changes the width, it
     holds the heads too, at least those of one item and one head of keys and values.

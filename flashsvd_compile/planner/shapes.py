@@ -108,6 +108,8 @@ class AttentionShape(RegionShape):
         rank_space: the heads of the absorbed form, or why there is none.
         products: elements of dense weights that the graph multiplies out of factors for this region, and that exist
             while it runs.
+        shared: roles of projections that something else reads, too: the graph computes them for that, the region for
+            itself again.
     """
 
     batch: sympy.Expr
@@ -119,6 +121,7 @@ class AttentionShape(RegionShape):
     causal: bool = False
     rank_space: RankSpace | str = "the factors are not known"
     products: int = 0
+    shared: tuple[str, ...] = ()
 
     def with_dense(self, roles: Iterable[str]) -> "AttentionShape":
         """The region with the factors of some projections multiplied."""

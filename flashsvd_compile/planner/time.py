@@ -122,6 +122,12 @@ def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
     return _attention_projections(shape, device, _projection) + core + operations * device.launch_seconds
 
 
+def attention_again(shape: AttentionShape, device: Device) -> sympy.Expr:
+    """Projections that the graph computes besides the region."""
+    rows, shared = shape.batch * shape.kv_len, shape.shared
+    return sympy.Add(*(_projection(shape, device, role, rows, shape.in_features) for role in shared))
+
+
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Keys and values in chunks."""
     limit = device.full_rate_rank

@@ -515,15 +515,83 @@ def test_heads_with_another_user_stay_out_of_the_output_projection():
     result.assert_same_result()
 
 
-def test_keys_and_values_that_a_cache_keeps_stay_whole():
+def stays(x):
+    return x
+
+
+def joined_with_nothing(x):
+    """As transformers' cache takes its first keys."""
+    return torch.cat([torch.tensor([], dtype=x.dtype), x], dim=-2)
+
+
+def joined_with_no_rows(x):
+    return torch.cat([x, x[:, :, :0]], dim=2)
+
+
+@pytest.mark.parametrize("kept", [stays, joined_with_nothing, joined_with_no_rows])
+def test_keys_and_values_that_fill_a_cache_are_computed_for_it_and_for_the_region(kept):
     def function(x, a, b, c, d, e, f, g, h):
-        k, v = heads_of(low_rank(x, c, d)), heads_of(low_rank(x, e, f))
+        k, v = kept(heads_of(low_rank(x, c, d))), kept(heads_of(low_rank(x, e, f)))
         return low_rank(merge(sdpa(heads_of(low_rank(x, a, b)), k, v)), g, h), k, v
 
     result = rewritten(function, X, *ALL)
+    assert result.count("attention") == 1
+    assert result.count("linear") == 2
+    (match,) = (match for match in result.report.matches if match.kind == "attention")
+    assert match.ranks == RANKS
+    assert "k, v are computed again for what else reads them" in match.reason
+    result.assert_same_result()
+
+
+def test_keys_packed_with_queries_and_values_that_fill_a_cache():
+    """What is packed stays as a whole, and the plan counts it as computed twice."""
+
+    def function(x, down, up):
+        packed = low_rank(x, down, up)
+        q, k, v = (heads_of(packed[..., first : first + WIDTH]) for first in (0, WIDTH, 2 * WIDTH))
+        return merge(sdpa(q, k, v)), k
+
+    result = rewritten(function, X, tensor(5, WIDTH, seed=53), tensor(3 * WIDTH, 5, seed=54))
+    assert result.count("attention") == result.count("linear") == 1
+    (match,) = (match for match in result.report.matches if match.kind == "attention")
+    assert "q, k are computed again for what else reads them" in match.reason
+    result.assert_same_result()
+
+
+def test_a_cache_that_holds_something_already_is_read_as_it_is():
+    def function(x, past, a, b, c, d, e, f, g, h):
+        k, v = (torch.cat([past, heads_of(low_rank(x, *factors))], dim=2) for factors in ((c, d), (e, f)))
+        return low_rank(merge(sdpa(heads_of(low_rank(x, a, b)), k, v)), g, h), k, v
+
+    result = rewritten(function, X, tensor(BATCH, HEADS, 3, WIDTH // HEADS, seed=52), *ALL)
     assert result.count("attention") == 0
-    assert result.count("linear") == 4
+    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("which", ["queries", "scores"])
+def test_what_else_is_wanted_of_a_region_leaves_it_as_it_is(which):
+    def function(x, a, b, c, d, e, f, g, h):
+        q, k, v = heads_of(low_rank(x, a, b)), heads_of(low_rank(x, c, d)), heads_of(low_rank(x, e, f))
+        scores = q @ k.mT / q.shape[-1] ** 0.5
+        return low_rank(merge(scores.softmax(-1) @ v), g, h), q if which == "queries" else scores
+
+    result = rewritten(function, X, *ALL)
+    assert result.count("attention") == 0
     assert RefusalReason.OTHER_USER in result.reasons
+    result.assert_same_result()
+
+
+def test_a_cache_that_is_overwritten_before_it_is_read_leaves_the_region_as_it_is():
+    def function(x, a, b, c, d, e, f, g, h):
+        q, k, v = heads_of(low_rank(x, a, b)), heads_of(low_rank(x, c, d)), heads_of(low_rank(x, e, f)).contiguous()
+        k = k.contiguous()
+        other = k.view(-1)
+        other.mul_(2.0)
+        return low_rank(merge(sdpa(q, k, v)), g, h), other, v
+
+    result = rewritten(function, X, *ALL)
+    assert result.count("attention") == 0
     result.assert_same_result()
 
 

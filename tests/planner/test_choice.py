@@ -72,6 +72,25 @@ def test_float32_is_faster_than_written_where_tensor_cores_multiply_it(region):
     assert min(shares("NVIDIA A100-SXM4-80GB")) > 0.98
 
 
+@pytest.mark.parametrize(("device", "itemsize"), [("NVIDIA H100 80GB HBM3", 2), ("cpu", 4)])
+def test_keys_and_values_for_a_cache_are_computed_twice_where_that_beats_a_dense_mask(device, itemsize):
+    """What the cache holds is no saving."""
+    causal = replace(attention(1, 4096, 192, device, itemsize), masked=True, causal=True)
+    plan, shared = (plan_attention(shape, AUTO) for shape in (causal, replace(causal, shared=("k", "v"))))
+    assert plan.strategy == shared.strategy == Strategy.STREAMED
+    assert plan.transient_before - shared.transient_before == 2 * itemsize * 4096 * 768
+    pairs = zip(shared.candidates, plan.candidates, strict=True)
+    *again, nothing = (causal.at_hints(a.seconds - b.seconds) for a, b in pairs)
+    assert again == pytest.approx([again[0]] * len(again)) and again[0] > 0 and nothing == 0
+
+
+def test_keys_and_values_for_a_cache_are_not_computed_twice_where_that_takes_longer():
+    """Without a mask a CPU has nothing to gain."""
+    plain = attention(4, 512, 192)
+    assert plan_attention(plain, AUTO).strategy == Strategy.STREAMED
+    assert plan_attention(replace(plain, shared=("k", "v")), AUTO).strategy == Strategy.KEPT
+
+
 def test_few_rows_split_the_hidden_layer_as_far_as_memory_allows():
     """At rank 304 rank space and three partial sums are as large as the result and three fifths of the input."""
     shapes = {rows: mlp(rows, 304) for rows in (4096, 8192, 16384)}
