@@ -179,13 +179,13 @@ def read_view(node: Node) -> View | None:
 
 def _joined_with_nothing(node: Node, call: Call) -> View | None:
     """One tensor and empty ones, as the first keys of a cache are, or what a rotation of all columns leaves."""
-    parts = {part: sympy.S.Zero in (shape_of(part) or ()) for part in call["tensors"]}
-    whole = [part for part, empty in parts.items() if not empty]
+    parts = call["tensors"] if isinstance(call["tensors"], list | tuple) else ()
+    whole = [part for part in parts if sympy.S.Zero not in (shape_of(part) or ())]
     before = shape_of(whole[0]) if len(whole) == 1 else None
     if before is None or before != shape_of(node) or not _keeps_type(whole[0], node):
         return None
-    empty = (part for part in parts if part is not whole[0] and part.op in ("call_function", "call_method"))
-    return View(whole[0], (Regroup(before),), (node, *empty))
+    made = (part for part in parts if part is not whole[0] and part.op in ("call_function", "call_method"))
+    return View(whole[0], (Regroup(before),), (node, *made))
 
 
 _REGROUPING = {

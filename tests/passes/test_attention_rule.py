@@ -543,6 +543,16 @@ def test_keys_and_values_that_fill_a_cache_are_computed_for_it_and_for_the_regio
     result.assert_same_result()
 
 
+def test_a_join_of_what_is_no_list_in_the_graph_is_not_read():
+    def function(x, a, b, c, d, e, f, g, h):
+        q, k, v = heads_of(low_rank(x, a, b)), heads_of(low_rank(x, c, d)), heads_of(low_rank(x, e, f))
+        return low_rank(merge(sdpa(q, torch.cat(k.chunk(2, dim=2), dim=2), v)), g, h)
+
+    result = rewritten(function, X, *ALL)
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
 def test_keys_packed_with_queries_and_values_that_fill_a_cache():
     """What is packed stays as a whole, and the plan counts it as computed twice."""
 
