@@ -126,8 +126,10 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
 
 
 def _shared(members: dict[str, Member], q: Member, nodes: tuple[Node, ...]) -> dict[str, list[Node]]:
-    """What something outside of the region's nodes reads of keys and of values, by role; of what queries are made of
-    nothing may be. They are there, too, where what stays is a part of one projection of all three.
+    """Nodes of keys and of values that something outside of the region's reads, by role.
+
+    What queries are made of is not among them. ``"q"`` is there, without nodes, where queries come out of one
+    projection with what stays.
     """
     inside, shared = set(nodes), {}
     for role, member in members.items():
