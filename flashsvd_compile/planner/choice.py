@@ -11,7 +11,7 @@ import sympy
 from ..options import AUTO, Options, Strategy
 from . import memory, time
 from .device import Device, device_of
-from .shapes import AttentionShape, LinearShape, MlpShape, RankSpace, RegionShape, is_bound_by_launches
+from .shapes import AttentionShape, LinearShape, MlpShape, RankSpace, RegionShape
 
 NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
@@ -164,11 +164,7 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
 
 @remembered
 def plan_linear(shape: LinearShape, options: Options) -> Plan:
-    """Streamed; merged where multiplying the factors pays off for this many rows; or kept.
-
-    An operator's call costs what a launch does, except for few rows, which have kernels of their own. So a projection
-    whose rank space would fit the workspace as a whole is kept.
-    """
+    """Streamed; merged where multiplying the factors pays off for this many rows; or kept."""
     device = device_of(shape.device)
     before = memory.linear_as_written(shape)
     offered: list[Candidate] = []
@@ -180,8 +176,6 @@ def plan_linear(shape: LinearShape, options: Options) -> Plan:
     if dearer:
         seconds, weight = time.linear_merged(shape, device), memory.merged_weight(shape)
         offered.append(Candidate(Strategy.MERGED, offered[0].workspace, seconds, weight, _merging(dearer)))
-    if not is_bound_by_launches(sympy.Integer(shape.at_hints(shape.rows))):
-        offered = [replace(c, seconds=c.seconds + device.launch_seconds) for c in offered]
     return _choice(shape, offered, time.linear_kept(shape, device.as_written()), before, options)
 
 
