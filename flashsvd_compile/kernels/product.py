@@ -31,13 +31,20 @@ def reads_fast(matrix: Tensor) -> bool:
 def takes(product: Product, *beside: Tensor) -> bool:
     """Whether a kernel computes the product, and what is beside it can be read."""
     x, weight, _, out = product
-    target, rows, columns = target_of(x.device), x.shape[0], weight.shape[0]
+    target = target_of(x.device)
     if x.dtype == torch.float32:
-        fitting = product_single.takes(target, (rows, columns)) and describable(x) and describable(weight)
-        return fitting and all(result.stride(1) == 1 for result in (out, *beside))
-    if x.element_size() != 2 or not multiplies(target, rows, columns):
+        return product_single.takes(target, out.shape) and _is_single(product, *beside)
+    if x.element_size() != 2 or not multiplies(target, *out.shape):
         return False
     return reads_fast(x) and reads_fast(weight) and all(map(describable, (out, *beside)))
+
+
+def _is_single(product: Product, *beside: Tensor) -> bool:
+    """Whether the kernels of float32 read and write these matrices."""
+    x, weight, _, out = product
+    single = all(matrix.dtype == torch.float32 for matrix in (*product, *beside) if matrix is not None)
+    by_rows = all(result.stride(1) == 1 for result in (out, *beside))
+    return single and by_rows and describable(x) and describable(weight)
 
 
 def multiplies_faster(product: Product) -> bool:
@@ -47,11 +54,8 @@ def multiplies_faster(product: Product) -> bool:
 
 def multiplies_pair_faster(first: Product, second: Product) -> bool:
     """Whether one launch of both products is faster than one after the other by the library."""
-    if any(matrix.dtype != torch.float32 for product in (first, second) for matrix in product if matrix is not None):
-        return False
-    read = all(describable(product.x) and describable(product.weight) for product in (first, second))
-    written = all(product.out.stride(1) == 1 for product in (first, second))
-    return read and written and product_single.takes(target_of(first.x.device), first.out.shape, second.out.shape)
+    faster = product_single.takes(target_of(first.x.device), first.out.shape, second.out.shape)
+    return faster and _is_single(first) and _is_single(second)
 
 
 def multiply(
