@@ -22,7 +22,7 @@ from triton.errors import TritonError
 
 from ..measure import Times, times
 from .choices import Choices, Problem, folder_of_user
-from .launch import is_listened_to, listening
+from .launch import Launch, is_listened_to, listening
 from .target import allows_tf32
 
 logger = logging.getLogger(__name__)
@@ -116,15 +116,17 @@ class _Attempt:
 
     def __init__(self, run: Callable[[Any], list[Tensor]], tile: Any):
         self.tile = tile
-        self._launches: list[tuple] = []
-        with listening(lambda launch, tensors: self._launches.append((launch, tensors))):
+        launches: list[tuple[Launch, list[Tensor]]] = []
+        with listening(lambda launch, tensors: launches.append((launch, tensors))):
             self.results = run(tile)
+        self._calls = [launch.on(tensors) for launch, tensors in launches]
+        self._alive = [tensors for _, tensors in launches]
 
     def again(self) -> None:
         """The kernel alone: the Python around it takes longer than a short kernel."""
         for _ in range(LAUNCHES):
-            for launch, tensors in self._launches:
-                launch.again(*([t.data_ptr() for t in tensors] if launch.by_address else tensors))
+            for function, arguments in self._calls:
+                function(*arguments)
 
 
 def _attempt(run: Callable[[T], list[Tensor]], tile: T) -> _Attempt | None:

@@ -8,10 +8,10 @@ before it on the stream still runs: its programs take the processors that become
 and wait in :func:`take_turn`. Where there is nothing to read ahead this gains little (``benchmarks/NOTES.md``).
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from functools import lru_cache
+from functools import lru_cache, partial
 from inspect import getclosurevars
 from typing import Any, NamedTuple
 
@@ -28,7 +28,7 @@ Listener = Callable[["Launch", list[Tensor]], None]
 """Called with a launch and its tensors, each once."""
 
 REMEMBERED = 256
-"""Sets of addresses that one launch keeps its arguments for: a few calls in each of the layers that share it."""
+"""Sets of addresses that arguments are kept for: a few calls in each of the layers that share a recording."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
@@ -86,28 +86,76 @@ def is_listened_to() -> bool:
     return _listener.get() is not None
 
 
+class Call(NamedTuple):
+    """What is left of a launch once all is known: ``function(*arguments)``."""
+
+    function: Callable[..., None]
+    arguments: tuple
+
+
 class Launch:
     """One launch apart from where its tensors are. It holds no tensor.
 
     Attributes:
         kernel, compiled: the kernel, and what Triton made of it; ``None`` under its interpreter.
-        by_address: whether ``again`` takes addresses; Triton's interpreter needs the tensors.
-        again: launches for other tensors of the same shapes, strides, dtypes and alignment, each given once and in the
-            same order: takes their addresses, or themselves.
+        by_address: whether ``prepare`` takes addresses; Triton's interpreter needs the tensors.
+        prepare: the call for a stream and other tensors of the same shapes, strides, dtypes and alignment, each given
+            once and in the same order: takes their addresses, or themselves.
     """
 
     def __init__(self, kernel: Any, compiled: Any, grid: tuple[int, int], arguments: tuple, constants: dict[str, Any]):
         self.kernel, self.compiled = kernel, compiled
         self.by_address = compiled is not None
+        self.prepare: Callable[..., Call]
         if self.by_address:
             # What a compiled kernel takes: all of the kernel's parameters in their order, no compiler's options.
             rest = kernel.arg_names[len(arguments) :]
             arguments = (*arguments, *(constants[name] for name in rest))
-            starter = _beneath_descriptors if _is_known(triton.__version__) else _as_published
-            self.again: Callable[..., None] = starter(compiled, (*grid, 1), _without_tensors(arguments))
+            by_interface = _beneath_descriptors if _is_known(triton.__version__) else _as_published
+            self.prepare = by_interface(compiled, (*grid, 1), _without_tensors(arguments))
         else:
-            template = _without_tensors(arguments)
-            self.again = lambda *operands: kernel[grid](*_filled(template, operands), **constants)
+            template, start = _without_tensors(arguments), partial(kernel[grid], **constants)
+            self.prepare = lambda stream, *operands: Call(start, tuple(_filled(template, operands)))
+
+    def on(self, tensors: Sequence[Tensor]) -> Call:
+        """The call for these tensors, which have to be alive when it is made, on the current stream."""
+        if self.by_address:
+            return self.prepare(current_stream(), *(tensor.data_ptr() for tensor in tensors))
+        return self.prepare(0, *tensors)
+
+    def again(self, *tensors: Tensor) -> None:
+        """Launch for these tensors."""
+        function, arguments = self.on(tensors)
+        function(*arguments)
+
+
+def current_stream() -> int:
+    """The current device's current stream, as kernels take it."""
+    return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
+
+
+def in_turn(launches: Sequence[tuple[Launch, Sequence[tuple[int, int]]]]) -> Callable[..., None]:
+    """Launches one after the other, as a function of a few addresses.
+
+    A model's tensors are mostly where they were at the last call. So what the launches are given is kept for sets of
+    addresses, and one look brings all of them.
+
+    Args:
+        launches: each with its operands: which of the addresses, and bytes behind it.
+    """
+
+    @lru_cache(REMEMBERED)
+    def prepared(stream: int, *addresses: int) -> list[Call]:
+        return [
+            launch.prepare(stream, *(addresses[which] + offset for which, offset in operands))
+            for launch, operands in launches
+        ]
+
+    def start(*addresses: int) -> None:
+        for function, arguments in prepared(current_stream(), *addresses):
+            function(*arguments)
+
+    return start
 
 
 def _is_descriptor(argument: Any) -> bool:
@@ -169,15 +217,10 @@ def _at(descriptor: Any, operand: Any) -> Any:
     return moved
 
 
-def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., None]:
-    """By a compiled kernel's own interface, which encodes descriptors each time."""
+def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., Call]:
+    """By a compiled kernel's own interface, which asks for the current stream and encodes descriptors each time."""
     start = compiled[grid]
-
-    @lru_cache(REMEMBERED)
-    def arguments(operands: tuple) -> list:
-        return _filled(template, operands)
-
-    return lambda *operands: start(*arguments(operands))
+    return lambda stream, *operands: Call(start, tuple(_filled(template, operands)))
 
 
 def _is_known(version: str) -> bool:
@@ -185,35 +228,30 @@ def _is_known(version: str) -> bool:
     return version.split(".")[:2] == ["3", "6"] and torch.version.hip is None
 
 
-def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., None]:
-    """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once an address.
+def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., Call]:
+    """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once.
 
     ``CudaLauncher.launch`` is that function, or a closure that encodes descriptors before it calls it.
     """
     launcher = compiled.run
-    encode, metadata, raw = None, iter(()), launcher.launch
+    encode, metadata, raw = None, (), launcher.launch
     if any(map(_is_descriptor, template)):
         from triton.backends.nvidia.driver import make_tensordesc_arg as encode
 
         closure = getclosurevars(launcher.launch).nonlocals
         metadata, raw = closure["tensordesc_meta"], closure["launcher"]
-    once = launcher.launch_cooperative_grid, launcher.launch_pdl, None, None  # no scratch memory
     if launcher.global_scratch_size or launcher.profile_scratch_size:
         return _as_published(compiled, grid, template)
+    no_scratch, no_hooks = (None, None), (None, None, None)
+    options = (launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch, compiled.packed_metadata, *no_hooks)
 
-    @lru_cache(REMEMBERED)
-    def arguments(operands: tuple) -> list:
+    def prepare(stream: int, *operands: int) -> Call:
         flat, of_descriptor = [], iter(metadata)
         for argument in _filled(template, operands):
             if _is_descriptor(argument):
                 flat += encode(argument, next(of_descriptor))  # pyright: ignore[reportOptionalCall]
             else:
                 flat.append(argument)
-        return flat
+        return Call(raw, (*grid, stream, compiled.function, *options, *flat))
 
-    def start(*operands: int) -> None:
-        stream = torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
-        compiled_once = (stream, compiled.function, *once, compiled.packed_metadata, None, None, None)
-        raw(*grid, *compiled_once, *arguments(operands))
-
-    return start
+    return prepare

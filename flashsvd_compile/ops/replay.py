@@ -4,8 +4,8 @@ A region takes up to a hundred launches or library calls, and the Python that cu
 several times as long as a GPU works, and a twentieth of what a CPU does. All of it depends on shapes, strides, dtypes,
 alignment and plain numbers only. So the second call of a combination is recorded: every library operation and every
 kernel launch, with each tensor as a view of an argument or of something allocated on the way. Later calls allocate,
-compute addresses and launch. Nothing is kept of the tensors themselves; unlike a CUDA graph, a recording has neither
-memory nor addresses of its own.
+look up what launches are given at this call's addresses, and launch. Nothing is kept of the tensors themselves; unlike
+a CUDA graph, a recording has neither memory nor addresses of its own.
 
 What a recording cannot hold (an operation whose result's shape depends on values, a tensor from elsewhere, a look at
 values) is never replayed; the operator runs as written each time.
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.autotune import tuner_at_work
-from ..kernels.launch import Launch, listening
+from ..kernels.launch import Launch, in_turn, listening
 from ..kernels.target import allows_tf32
 from .stack import call_with_room
 
@@ -69,9 +69,12 @@ def replayed(implementation: Implementation) -> Implementation:
 def _key(arguments: tuple) -> tuple:
     """All that an implementation may look at, and which arguments are one and the same tensor."""
     seen: dict[int, int] = {}
-    parts: list[Any] = [allows_tf32(), tuner_at_work(), arguments[0].device]
+    first = arguments[0]
+    parts: list[Any] = [first.dtype == torch.float32 and allows_tf32(), tuner_at_work(), first.device]
     for argument in arguments:
-        if isinstance(argument, Tensor):
+        if argument is None:  # half of them
+            parts.append(None)
+        elif isinstance(argument, Tensor):
             which, alignment = seen.setdefault(id(argument), len(seen)), argument.data_ptr() % ALIGNMENT
             parts += which, argument.dtype, argument.shape, argument.stride(), alignment
         else:
@@ -109,21 +112,21 @@ class OtherLayoutError(Exception):
 
 
 class Step(NamedTuple):
-    """A library operation, or a launch of one of our kernels.
+    """A library operation, or launches of our kernels one after the other.
 
     Attributes:
-        function: the library's, or a launch's ``again``.
+        function: the library's, or :func:`in_turn`'s.
         operands: those by position, then those by keyword; tensors are :class:`Reference`.
         keywords: the names of the latter.
-        by_address: a launch of a kernel that takes addresses in place of tensors.
+        bases: in place of operands, the tensors whose addresses launches take.
         produced: strides of each fresh tensor that an operation returns.
         finished: bases that nothing needs after it.
     """
 
     function: Callable
-    operands: tuple
+    operands: tuple = ()
     keywords: tuple[str, ...] = ()
-    by_address: bool = False
+    bases: tuple[int, ...] = ()
     produced: tuple[tuple[int, ...], ...] = ()
     finished: tuple[int, ...] = ()
 
@@ -150,31 +153,32 @@ class Recording:
         """
         tensors: list[Any] = list(arguments)
         for step in self.steps:
-            operands = []
-            for operand in step.operands:
-                if type(operand) is Reference:  # as Reference.of
-                    base, layout, offset_bytes = operand
-                    operand = tensors[base]
-                    if step.by_address:
-                        operand = operand.data_ptr() + offset_bytes
-                    elif layout is not None:
-                        shape, strides, offset = layout
-                        operand = operand.as_strided(shape, strides, operand.storage_offset() + offset)
-                operands.append(operand)
-            positional = len(operands) - len(step.keywords)
-            keywords = dict(zip(step.keywords, operands[positional:], strict=True))
-            result = step.function(*operands[:positional], **keywords)
-            tensor = None
-            if step.produced:
-                known = len(tensors)
-                for tensor in result if isinstance(result, tuple | list) else (result,):
-                    if isinstance(tensor, Tensor):
-                        if tensor.stride() != step.produced[len(tensors) - known]:
-                            raise OtherLayoutError
-                        tensors.append(tensor)
+            if step.bases:
+                step.function(*[tensors[base].data_ptr() for base in step.bases])
+            else:
+                operands = []
+                for operand in step.operands:
+                    if type(operand) is Reference:  # as Reference.of
+                        base, layout, _ = operand
+                        operand = tensors[base]
+                        if layout is not None:
+                            shape, strides, offset = layout
+                            operand = operand.as_strided(shape, strides, operand.storage_offset() + offset)
+                    operands.append(operand)
+                positional = len(operands) - len(step.keywords)
+                keywords = dict(zip(step.keywords, operands[positional:], strict=True))
+                result = step.function(*operands[:positional], **keywords)
+                tensor = None
+                if step.produced:
+                    known = len(tensors)
+                    for tensor in result if isinstance(result, tuple | list) else (result,):
+                        if isinstance(tensor, Tensor):
+                            if tensor.stride() != step.produced[len(tensors) - known]:
+                                raise OtherLayoutError
+                            tensors.append(tensor)
+                operands = operand = keywords = result = tensor = None  # let go of what is finished
             for base in step.finished:
                 tensors[base] = None
-            operands = operand = keywords = result = tensor = None  # let go of what is finished
         assert self.result is not None
         return self.result.of(tensors)
 
@@ -202,9 +206,21 @@ def record(recording: Recording, implementation: Implementation, arguments: tupl
     if reference is None or reference.base < len(arguments):
         recording.possible = False
     else:
-        recording.steps = _without_leftovers(recorder.steps, reference.base, len(arguments))
+        steps = [_together(step) if isinstance(step, list) else step for step in recorder.steps]
+        recording.steps = _without_leftovers(steps, reference.base, len(arguments))
         recording.result = reference
     return result
+
+
+Launched = tuple[Launch, Sequence[Reference]]
+"""A launch that takes addresses, and its tensors."""
+
+
+def _together(launches: list[Launched]) -> Step:
+    """One step for launches that nothing comes between."""
+    bases = tuple(dict.fromkeys(tensor.base for _, tensors in launches for tensor in tensors))
+    at_bases = [(launch, [(bases.index(t.base), t.offset_bytes) for t in tensors]) for launch, tensors in launches]
+    return Step(in_turn(at_bases), bases=bases)
 
 
 def _without_leftovers(steps: list[Step], result: int, count: int) -> list[Step]:
@@ -214,7 +230,8 @@ def _without_leftovers(steps: list[Step], result: int, count: int) -> list[Step]
     for index, step in enumerate(steps):
         last |= dict.fromkeys(range(produced, produced + len(step.produced)), index)
         produced += len(step.produced)
-        last |= {operand.base: index for operand in step.operands if isinstance(operand, Reference)}
+        read = (operand.base for operand in step.operands if isinstance(operand, Reference))
+        last |= dict.fromkeys((*read, *step.bases), index)
     finished: list[list[int]] = [[] for _ in steps]
     for base, index in last.items():
         if base >= count and base != result:
@@ -227,7 +244,7 @@ class _Recorder(TorchDispatchMode):
 
     def __init__(self, arguments: tuple):
         super().__init__()
-        self.steps: list[Step] = []
+        self.steps: list[Step | list[Launched]] = []
         self.possible = True
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._offsets: list[int] = []  # of each base in its storage, in elements
@@ -240,10 +257,14 @@ class _Recorder(TorchDispatchMode):
 
     def take_launch(self, launch: Launch, tensors: list[Tensor]) -> None:
         """A launch of one of our kernels."""
-        references = [self.reference(tensor) for tensor in tensors]
-        if None in references:
-            self.possible = False
-        self.steps.append(Step(launch.again, tuple(references), by_address=launch.by_address))
+        references = [reference for tensor in tensors if (reference := self.reference(tensor)) is not None]
+        self.possible &= len(references) == len(tensors)
+        if not launch.by_address:
+            self.steps.append(Step(launch.again, tuple(references)))
+        elif self.steps and isinstance(self.steps[-1], list):
+            self.steps[-1].append((launch, references))
+        else:
+            self.steps.append([(launch, references)])
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -274,8 +295,11 @@ class _Recorder(TorchDispatchMode):
             self.possible = False
         for output in fresh:
             self._enter(output)
-        if fresh or func._schema.is_mutable:
-            produced = tuple(tensor.stride() for tensor in fresh)
+        produced = tuple(tensor.stride() for tensor in fresh)
+        if func is torch.ops.aten.new_empty.default:  # a third of the time through PyTorch's own binding
+            operands = (tuple(fresh[0].shape), produced[0], fresh[0].dtype, fresh[0].device)
+            self.steps.append(Step(torch.empty_strided, operands, ("dtype", "device"), produced=produced))
+        elif fresh or func._schema.is_mutable:
             self.steps.append(Step(func._op, operands, tuple(kwargs), produced=produced))  # func itself is Python
 
     def _referring(self, values: Iterable) -> tuple:

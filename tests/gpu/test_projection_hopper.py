@@ -191,8 +191,8 @@ def test_launched_again_for_other_tensors(maps):
     with listening(lambda launch, tensors: recorded.append((launch, tensors))):
         project(first[0], *(as_map(p, out) for p, out in zip(projections, first[1:], strict=True)))
     ((again, tensors),) = recorded
-    others = {one.data_ptr(): other.data_ptr() for one, other in zip(first, second, strict=True)}
-    again.again(*(others.get(t.data_ptr(), t.data_ptr()) for t in tensors))
+    others = {one.data_ptr(): other for one, other in zip(first, second, strict=True)}
+    again.again(*(others.get(tensor.data_ptr(), tensor) for tensor in tensors))
     for p, out in zip(projections, second[1:], strict=True):
         assert_within_error_rule(out, reference, (second[0], *p))
 

@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flashsvd_compile import ops
 from flashsvd_compile.kernels import launch as launching
 from flashsvd_compile.kernels.autotune import Tuner, tuner_at_work, tuning
-from flashsvd_compile.kernels.launch import is_listened_to
+from flashsvd_compile.kernels.launch import Call, is_listened_to
 from flashsvd_compile.ops.attention import _cpu as attention_cpu
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, reads_values, replayed
@@ -135,26 +135,41 @@ class AddOne:
 
     by_address = True
 
-    def again(self, address: int) -> None:
+    def __init__(self):
+        self.prepared: list[tuple[int, int]] = []
+
+    def prepare(self, stream: int, address: int) -> Call:
+        self.prepared.append((stream, address))
+        return Call(self.start, (address,))
+
+    def start(self, address: int) -> None:
         numbers = (ctypes.c_float * 4).from_address(address)
         for i in range(4):
             numbers[i] += 1
 
 
-def add_one(tensor: Tensor) -> None:
-    AddOne().again(tensor.data_ptr())
+def add_one(tensor: Tensor, launch: AddOne) -> None:
+    launch.start(tensor.data_ptr())
     listener = launching._listener.get()
     if listener is not None:
-        listener(AddOne(), [tensor])  # pyright: ignore[reportArgumentType]
+        listener(launch, [tensor])  # pyright: ignore[reportArgumentType]
 
 
-def test_launches_take_addresses_of_this_calls_tensors():
+@pytest.fixture
+def stream(monkeypatch) -> list[int]:
+    """The current stream, where there is no GPU to have one."""
+    current = [0]
+    monkeypatch.setattr(launching, "current_stream", lambda: current[0])
+    return current
+
+
+def test_launches_take_addresses_of_this_calls_tensors(stream):
     def implementation(x: Tensor) -> Tensor:
         memory = x.new_empty(20)
         doubled = torch.mul(x, 2, out=memory[3:7])
-        add_one(doubled)
+        add_one(doubled, AddOne())
         out = memory[9:13].copy_(doubled)
-        add_one(out)
+        add_one(out, AddOne())
         return out.clone()
 
     call = replayed(implementation)
@@ -163,6 +178,29 @@ def test_launches_take_addresses_of_this_calls_tensors():
     assert all(len(recording.steps) == 6 for recording in recordings(call).values())
     for x, result in zip(inputs, results, strict=True):
         assert torch.equal(result, 2 * x + 1 + 1)
+
+
+def test_launches_with_nothing_between_them_are_one_step_prepared_once_a_stream_and_place(stream):
+    def implementation(x: Tensor) -> Tensor:
+        out = x.repeat(3)
+        for part in (out[:4], out[8:], out[4:8], out[8:]):
+            add_one(part, launch)
+        return out
+
+    call, x, launch = replayed(implementation), torch.randn(4), AddOne()
+    expected = x.repeat(3) + torch.tensor([1.0, 1, 2]).repeat_interleave(4)
+    for _ in range(2):
+        call(x)
+    (recording,) = recordings(call).values()
+    assert len(recording.steps) == 2 and not launch.prepared
+    places, kept = set(), []
+    for stream[0] in (3, 3, 4, 4, 4):
+        kept.append(call(x))  # so that the next result is elsewhere
+        places.add((stream[0], kept[-1].data_ptr()))
+        assert torch.equal(kept[-1], expected)
+    address = kept[0].data_ptr()
+    assert launch.prepared[:4] == [(3, address + offset) for offset in (0, 32, 16, 32)]
+    assert len(launch.prepared) == 4 * len(places)
 
 
 ELSEWHERE = torch.ones(3)
