@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashsvd_compile import ops
 from flashsvd_compile.ops import projection as proj
+from flashsvd_compile.ops import sdpa
 from flashsvd_compile.ops.attention import reference
 from flashsvd_compile.ops.projection import Projection
 
@@ -133,6 +134,14 @@ def test_bert_base_shape():
     check(attention_arguments(4, 128, features=768, key_padding=padding(128, 112, 1, 77, total=128), **how))
 
 
+@pytest.fixture(params=["by themselves", "together"])
+def short_items(request, monkeypatch):
+    """Padding of short items is left out as that of long ones is, or masked."""
+    if request.param == "by themselves":
+        monkeypatch.setattr(sdpa, "WORTH_A_CALL", 0)
+
+
+@pytest.mark.usefixtures("short_items")
 class TestMasks:
     @pytest.mark.parametrize(
         "key_padding",
