@@ -1,7 +1,11 @@
-"""Tests marked ``gpu`` are skipped on a machine without one."""
+"""Tests marked ``gpu`` are skipped on a machine without one; the planner has small regions rewritten."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
+
+from flashsvd_compile.planner import choice
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -9,3 +13,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))
+
+
+@pytest.fixture(autouse=True)
+def small_regions_are_rewritten(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small regions on a CPU are rewritten like large ones, which would take long to look at.
+
+    A test of the planner as users have it asks for the fixture :func:`small_regions_stay`.
+    """
+    if "small_regions_stay" not in request.fixturenames:
+        monkeypatch.setattr(choice, "_computes_as_written", lambda *_: False)
+
+
+@pytest.fixture
+def small_regions_stay() -> Iterator[None]:
+    """Plans are made anew and forgotten afterwards."""
+    plans = choice.plan_attention, choice.plan_mlp, choice.plan_linear
+    for plan in plans:
+        plan.cache_clear()
+    yield
+    for plan in plans:
+        plan.cache_clear()

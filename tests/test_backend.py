@@ -1,5 +1,6 @@
 """The backend end to end, on small modules with factored linear layers."""
 
+import copy
 import functools
 import logging
 import subprocess
@@ -318,6 +319,21 @@ def test_inference_mode_computes_as_the_plain_model(block):
     with torch.inference_mode():
         torch.testing.assert_close(model(sample()), block(sample()))
     assert latest().count("attention") == latest().count("mlp") == 2
+
+
+@pytest.mark.usefixtures("small_regions_stay")
+def test_small_regions_on_a_cpu_are_left_to_inductor_unless_they_keep_intermediates_for_gradients(block):
+    model = compiled(block, inner="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(model(sample()), block(sample()))
+        assert not latest().matches
+        assert {refusal.reason for refusal in latest().refusals} == {RefusalReason.UNPROFITABLE}
+    torch.testing.assert_close(model(sample()), block(sample()))
+    assert latest().count("attention") == latest().count("mlp") == 2
+    torch._dynamo.reset()
+    frozen = copy.deepcopy(block).requires_grad_(False)
+    torch.testing.assert_close(compiled(frozen, inner="aot_eager")(sample()), frozen(sample()))
+    assert not latest().matches
 
 
 def two_layers():

@@ -199,7 +199,19 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
         "itemsize": tensor.element_size(),
         "device": _name_of(tensor.device),
         "hints": {symbol: hint for node in (x, context or x) for symbol, hint in hints_of(node).items()},
+        "differentiated": torch.is_grad_enabled() and any(map(_requires_grad, _leaves(x, members))),
     }
+
+
+def _leaves(x: Node, members: dict[str, Factored]) -> list[Node]:
+    """What projections of ``x`` read."""
+    weights = (weight for member in members.values() for weight in member.projection if weight is not None)
+    return [x, *(leaf for weight in weights for leaf in weight.leaves)]
+
+
+def _requires_grad(node: Node) -> bool:
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.requires_grad
 
 
 def rows_of(node: Node) -> sympy.Expr:

@@ -212,12 +212,28 @@ def _choice(
     if named:
         chosen, reason = named[0], f"strategy {forced!s} was asked for"
     else:
-        chosen = _best(shape, candidates, options.memory_budget)
+        gainful = [candidate for candidate in offered if not _computes_as_written(shape, candidate, before)]
+        chosen = _best(shape, (*gainful, kept), options.memory_budget)
         reason = f"{chosen.how}; {_comparison(shape, chosen, kept)}"
+        if chosen is kept and len(gainful) < len(offered):
+            reason += (
+                f"; as all intermediates fit in {offered[0].workspace.least / 2**20:.3g} MiB, it would do the same"
+            )
         if forced is not None:
             obstacle = obstacles.get(forced)
             reason += f"; {forced!s} is not offered here" + (f": {obstacle}" if obstacle else "")
     return Plan(chosen.strategy, chosen.workspace, reason, kept.transient, chosen.transient, candidates)
+
+
+def _computes_as_written(shape: RegionShape, candidate: Candidate, before: sympy.Expr) -> bool:
+    """Whether the operator's implementation would do what the model does, and its call, 0.1 ms, gains nothing.
+
+    On a CPU, whose workspace does not grow, an operator computes as a whole what fits. Not where sizes may grow, nor
+    where gradients may be asked for: the model's own intermediates would be kept for them, those of all layers.
+    """
+    if device_of(shape.device).grows or shape.differentiated or candidate.strategy != Strategy.STREAMED:
+        return False
+    return before.is_number and bool(before <= candidate.workspace.least)
 
 
 def _best(shape: RegionShape, candidates: tuple[Candidate, ...], budget: int | None) -> Candidate:

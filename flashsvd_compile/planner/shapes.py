@@ -26,6 +26,7 @@ class RegionShape:
         itemsize: bytes of an element.
         device: ``"cpu"`` or the name of a GPU.
         hints: sizes that the symbols had when the graph was traced. A choice is made for these and holds for all.
+        differentiated: whether gradients may be asked for, and the model's own operations thus keep what they compute.
     """
 
     ranks: dict[str, int | None] = field(hash=False)
@@ -34,6 +35,7 @@ class RegionShape:
     itemsize: int
     device: str
     hints: Mapping[sympy.Symbol, int] = field(hash=False)
+    differentiated: bool = field(kw_only=True, default=False)
 
     @property
     def input_elements(self) -> sympy.Expr:

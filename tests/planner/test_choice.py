@@ -12,6 +12,7 @@ from flashsvd_compile.planner import (
     Candidate,
     LinearShape,
     MlpShape,
+    Plan,
     RankSpace,
     memory,
     plan_attention,
@@ -19,6 +20,7 @@ from flashsvd_compile.planner import (
     plan_mlp,
 )
 from flashsvd_compile.planner.device import device_of
+from flashsvd_compile.planner.shapes import RegionShape
 
 ROWS = sympy.Symbol("s0", positive=True, integer=True)
 AUTO = Options()
@@ -372,3 +374,45 @@ def test_a_budget_bounds_the_workspace_of_the_absorbed_form():
     plan = plan_attention(in_rank_space(32, 512, 512, 32), Options(strategy="absorbed", memory_budget=2**21))
     assert plan.strategy == Strategy.ABSORBED
     assert plan.workspace.least == 2**21
+
+
+@pytest.mark.usefixtures("small_regions_stay")
+class TestSmallRegionsOnACpu:
+    """Where all intermediates fit the workspace that an operator may always use, it would do what the model does."""
+
+    @pytest.fixture(params=["mlp", "attention", "linear"])
+    def shape(self, request):
+        return {"mlp": mlp(128, 192, "cpu", 4), "attention": attention(1, 128, 192), "linear": linear(512, 192)}[
+            request.param
+        ]
+
+    @staticmethod
+    def plan(shape: RegionShape, options: Options = AUTO) -> Plan:
+        plans = {MlpShape: plan_mlp, AttentionShape: plan_attention, LinearShape: plan_linear}
+        return plans[type(shape)](shape, options)
+
+    def test_stay_as_written(self, shape):
+        plan = self.plan(shape)
+        assert plan.strategy == Strategy.KEPT
+        assert "as all intermediates fit in 4 MiB, it would do the same" in plan.reason
+
+    def test_are_streamed_where_gradients_would_keep_them(self, shape):
+        plan = self.plan(replace(shape, differentiated=True))
+        assert plan.strategy == Strategy.STREAMED
+
+    def test_are_streamed_within_a_budget(self, shape):
+        assert self.plan(shape, Options(memory_budget=100_000)).strategy == Strategy.STREAMED
+
+    def test_are_streamed_where_that_is_asked_for(self, shape):
+        assert self.plan(shape, Options(strategy="streamed")).strategy == Strategy.STREAMED
+
+    @pytest.mark.parametrize("large", [mlp(2048, 192, "cpu", 4), mlp(512, 192, "cpu", 4), attention(4, 512, 192)])
+    def test_larger_ones_are_streamed(self, large):
+        assert self.plan(large).strategy == Strategy.STREAMED
+
+    @pytest.mark.parametrize("hint", [16, 2048])
+    def test_what_may_grow_is_streamed(self, hint):
+        assert plan_mlp(mlp(ROWS, 192, "cpu", 4, hints={ROWS: hint}), AUTO).strategy == Strategy.STREAMED
+
+    def test_a_gpu_makes_its_calls_ahead(self):
+        assert plan_mlp(mlp(128, 192, "NVIDIA H100 80GB HBM3"), AUTO).strategy == Strategy.FUSED
