@@ -1,4 +1,4 @@
-"""Llama-7B-like prefill: four layers, RoPE, causal, no cache; without padding and padded on the right."""
+"""Llama-7B-like prefill: four layers, RoPE, causal; without padding and padded on the right, and filling a cache."""
 
 import torch
 from torch import nn
@@ -34,9 +34,11 @@ CASES = [
     for mask in ("causal", "causal padded")
     for (batch, length), time in SHAPES.items()
 ]
+CASES += [case(1, 4096, mask, RANKS, BASE, Target(1.0, 12.0)) for mask in ("cached", "cached padded")]
+"""A cache holds a unit of keys and one of values for each layer."""
 SMOKE_CASES = [
     case(2, 24, mask, Ranks(attention=8, output=8, mlp=8), TINY, Target(1.0, 12.0))
-    for mask in ("causal", "causal padded")
+    for mask in ("causal", "causal padded", "cached")
 ]
 
 
@@ -51,7 +53,7 @@ def measure(session: Session, case: Case) -> None:
     mask = padding(batch, length, session.device).long() if "padded" in case.mask else None
 
     def call(model: nn.Module) -> torch.Tensor:
-        return model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        return model(input_ids=ids, attention_mask=mask, use_cache="cached" in case.mask).last_hidden_state
 
     measure_case(session, case, standard(model, dense_of(model), call), float64_reference(model, call))
 

@@ -61,7 +61,6 @@ PLANS: dict[str, list[Step]] = {
         Step("bert", 150, ("--rows", "1x8192 none"), "bert_unmasked_long"),
     ],
     "bert-published": [Step("bert", 300, ("--rows", "a head,whole"), "bert_published_ranks")],
-    "bert-published-whole": [Step("bert", 150, ("--rows", "48*12 whole"), "bert_published_whole")],
     "bert-micro": [
         Step(
             "bert",
@@ -82,7 +81,8 @@ PLANS: dict[str, list[Step]] = {
         Step("bert", 200, ("--rows", "32x512 padded 192,32x512 none 192", "--dtype", "float32"), "bert_float32"),
         Step("bert", 200, ("--rows", "32x512 padded 192", "--dtype", "float32", "--tf32"), "bert_tf32"),
     ],
-    "llama": [Step("llama", 300)],
+    "llama": [Step("llama", 300, ("--rows", "causal"))],
+    "llama-cached": [Step("llama", 150, ("--rows", "cached"), "llama_cached")],
     "decode": [Step("decode", 150)],
     "sweep-mlp": [Step("sweep", 300, ("--rows", "mlp"), "sweep_mlp")],
     "sweep-attention": [

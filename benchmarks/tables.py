@@ -32,12 +32,12 @@ TITLES = {
     "bert_unmasked": "BERT-base without a mask",
     "bert_unmasked_long": "BERT-base without a mask, one long sequence",
     "bert_published_ranks": "BERT-base at the published ranks",
-    "bert_published_whole": "BERT-base at the published ranks, with less workspace beside products of factors",
     "bert_reduce_overhead": "BERT-base, padded, with `reduce-overhead`",
     "bert_micro_batched": "BERT-base, padded, against micro-batches",
     "bert_float32": "BERT-base in float32",
     "bert_tf32": "BERT-base in float32, tf32 allowed",
     "llama": "Llama-like prefill",
+    "llama_cached": "Llama-like prefill that fills a cache",
     "decode": "Decoding, one token at a time",
     "cpu": "BERT-base on a CPU",
 }
