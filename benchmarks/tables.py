@@ -32,7 +32,6 @@ TITLES = {
     "bert_unmasked": "BERT-base without a mask",
     "bert_unmasked_long": "BERT-base without a mask, one long sequence",
     "bert_published_ranks": "BERT-base at the published ranks",
-    "bert_published_whole": "BERT-base at the published ranks, factors of whole matrices",
     "bert_reduce_overhead": "BERT-base, padded, with `reduce-overhead`",
     "bert_micro_batched": "BERT-base, padded, against micro-batches",
     "bert_float32": "BERT-base in float32",

@@ -95,7 +95,8 @@ def streamed(
     if not together:
         _project(_rows(result), _rows(x), for_use(attn.q), elements)
         _rotate_(heads, attn)
-    _attend_by_chunks(heads, context, attn, elements, together, merging)
+        attn = attn._replace(k=for_use(attn.k), v=for_use(attn.v))
+    _attend_by_chunks(heads, context, attn, elements, together)
     return _out_of(result, None if attn.out is None else for_use(attn.out), elements, residual)
 
 
@@ -122,35 +123,23 @@ def _come_together(x: Tensor, attn: Attention, elements: int) -> bool:
     return enough and chunk.kv_heads == attn.num_kv_heads
 
 
-def _attend_by_chunks(
-    heads: Tensor, context: Tensor, attn: Attention, elements: int, together: bool, merging: bool
-) -> None:
+def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements: int, together: bool) -> None:
     """Attention of ``heads[batch, q_len, heads, head_dim]`` in place, keys and values out of ``context``.
 
-    Args:
-        elements: of memory for keys and values.
-        together: the queries, which are to go to ``heads``, come out of ``context``, too.
-        merging: dearer factors of keys and values are multiplied; beside the chunks, but in one piece of memory, as an
-            allocator rounds pieces up.
+    ``together``: the queries, which are to go there, too.
     """
     batch, q_len = heads.shape[:2]
-    if not merging and _is_short(q_len, context, attn):
+    if _is_short(q_len, context, attn):
         chunk = _short_chunking(context, attn, elements)
         workspace = Workspace(chunk.elements, like=heads)
         for items, part, _ in _parts(attn, batch, chunk.items):
             workspace.reset()
             _attend_in_rank_space(heads[items], context[items], part, workspace)
         return
-    merged = [p for p in (attn.k, attn.v) if merging and proj.is_dearer(p)]
-    chunk = _chunking(q_len, context, attn, elements, merging)
-    products = sum(proj.out_features(p) * proj.in_features(p) for p in merged)
-    workspace = Workspace(products + chunk.elements, like=heads, aligned=2 + len(merged))
-    if merged:
-        k, v = (proj.merge_if_dearer(p, lambda *shape: workspace.aligned().take(*shape)) for p in (attn.k, attn.v))
-        attn = attn._replace(k=k, v=v)
-    mark = workspace.mark()
+    chunk = _chunking(q_len, context, attn, elements)
+    workspace = Workspace(chunk.elements, like=heads, aligned=2)
     for items, part, bounds in _parts(attn, batch, chunk.items, _key_bounds(attn, chunk)):
-        workspace.reset(mark)
+        workspace.reset()
         queries = heads[items] if together else None
         lift = _lifter(context[items], part, workspace, queries, follows=items.start > 0 or not together)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
@@ -294,15 +283,10 @@ class _Chunk(NamedTuple):
     passing: int = 0
 
 
-def _chunking(q_len: int, context: Tensor, attn: Attention, elements: int, merging: bool = False) -> _Chunk:
-    """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group.
-
-    With ``merging`` dearer factors are multiplied and have no rank space.
-    """
+def _chunking(q_len: int, context: Tensor, attn: Attention, elements: int) -> _Chunk:
+    """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group."""
     batch, kv_len, _ = context.shape
-    of_factors = [p for p in (attn.k, attn.v) if not (merging and proj.is_dearer(p))]
-    on_chip = len(of_factors) == 2 and _fused(context, attn.k, attn.v)
-    latent = 0 if on_chip else kv_len * sum(map(proj.rank, of_factors))
+    latent = 0 if _fused(context, attn.k, attn.v) else kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
     lifted = kv_len * (attn.head_dim + attn.value_dim)
     passing = q_len * attn.value_dim if _library_is_faster(q_len, context, attn) else 0
     item = latent + attn.num_kv_heads * (lifted + passing)

@@ -1,6 +1,5 @@
 """An affine map in factored form, the one currency of passes and operators."""
 
-from collections.abc import Callable
 from typing import Generic, NamedTuple, TypeVar
 
 import torch
@@ -71,31 +70,22 @@ def apply(x: Tensor, projection: Projection[Tensor]) -> Tensor:
     return torch.nn.functional.linear(x, projection.up, projection.up_bias)
 
 
-def is_dearer(projection: Projection[Tensor]) -> bool:
-    """Whether two factors cost at least as much as their product: ``rank * (in + out) >= in * out``."""
-    m, n = out_features(projection), in_features(projection)
-    return projection.down is not None and rank(projection) * (m + n) >= m * n
-
-
-def merge_if_dearer(
-    projection: Projection[Tensor], take: Callable[[int, int], Tensor] | None = None
-) -> Projection[Tensor]:
-    """The dense projection where its factors are dearer.
+def merge_if_dearer(projection: Projection[Tensor]) -> Projection[Tensor]:
+    """The dense projection where two factors cost at least as much: ``rank * (in + out) >= in * out``.
 
     Its weight is ``up @ down`` and its bias ``up @ down_bias + up_bias``.
-
-    Args:
-        take: gives memory for a weight of so many rows and columns; a fresh tensor without.
     """
     down, down_bias, up, up_bias = projection
-    if down is None or not is_dearer(projection):
+    if down is None:
+        return projection
+    (rank, n), m = down.shape, up.shape[0]
+    if rank * (m + n) < m * n:
         return projection
     bias = up_bias
     if down_bias is not None:
         lifted = up @ down_bias
         bias = lifted if up_bias is None else lifted + up_bias
-    weight = up @ down if take is None else torch.mm(up, down, out=take(len(up), down.shape[1]))
-    return Projection(None, None, weight, bias)
+    return Projection(None, None, up @ down, bias)
 
 
 def validate(role: str, projection: Projection[Tensor], in_features: int, dtype: torch.dtype) -> None:

@@ -17,13 +17,15 @@ NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
 SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
-SHARE_FOR_PRODUCTS = Fraction(1, 10)
+SHARE_FOR_PRODUCTS = Fraction(1, 11)
 """Of the input, what products of factors may take beside a workspace; what they take beyond it comes off that.
 
 A region's peak is its input, its result, the workspace and those products: with the least workspace at most
-1 + 1 + 1/2 + 1/10 = 2.6 inputs. BERT's keys and values of 32x512 are 2 inputs of 24 MiB, a 16th of an input an item. In
-12 MiB they come by 8 items; the two weights of 768x768 that the operator has multiplied at a time, 2.3 MiB, make that
-2.59 inputs. With three that the graph multiplies out, 3.4 MiB, they come by 7 in 11 MiB, which is one chunk more.
+1 + 1 + 1/2 + 1/11 = 2.59 inputs; a 10th would leave no room for what an allocator rounds up (0.4 MiB measured). BERT's
+keys and values of 32x512 are 2 inputs of 24 MiB, a 16th of an input an item. In 12 MiB they come by 8 items, and three
+weights of 768x768 that the graph multiplies out, 3.4 MiB, make that 2.64 inputs; in 14.2 - 3.4 = 10.8 MiB they come by
+7, which is 2.58 inputs and one chunk more. Of those that the operator multiplies two exist at a time, 2.3 MiB, and
+leave room for 7 items at 2.53 inputs.
 """
 
 

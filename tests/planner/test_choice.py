@@ -162,28 +162,28 @@ def published(rank: int | None, products: int = 0) -> AttentionShape:
 @pytest.mark.parametrize(
     ("shape", "strategy", "weights", "items"),
     [
-        (published(576), Strategy.MERGED, 2, 8),
-        (published(480), Strategy.MERGED, 2, 8),
+        (published(576), Strategy.MERGED, 2, 7),
+        (published(480), Strategy.MERGED, 2, 7),
         (published(None, 3 * 768 * 768), Strategy.STREAMED, 3, 7),
     ],
 )
 def test_products_of_factors_leave_their_memory_to_no_workspace(shape, strategy, weights, items):
-    """Input, result, two or three weights and chunks of 8 or 7 of 32 items stay within 2.6 inputs."""
+    """Input, result, two or three weights and chunks of 7 of 32 items stay within 2.59 inputs: allocators round."""
     plan = plan_attention(shape, AUTO)
     weights, items = 2 * weights * 768 * 768, 2 * items * 512 * 1536
     assert plan.strategy == strategy
     assert plan.transient_after == weights + items
     one = 2 * shape.at_hints(shape.input_elements)
-    assert 2 * one + shape.at_hints(plan.transient_after) <= 2.6 * one
+    assert 2 * one + shape.at_hints(plan.transient_after) <= 2.59 * one
     seconds = [shape.at_hints(c.seconds) for c in plan.candidates if c.strategy == strategy]
     assert seconds[0] <= 1.08 * min(seconds)
 
 
-def test_a_workspace_is_only_as_much_smaller_as_products_exceed_a_tenth_of_the_input():
+def test_a_workspace_is_only_as_much_smaller_as_products_exceed_an_eleventh_of_the_input():
     elements = 32 * 512 * 768
     few, many = (plan_attention(published(None, n), AUTO).workspace for n in (64, 3 * 768 * 768))
     assert few.bytes_for(sympy.Integer(elements)) == elements
-    assert many.bytes_for(sympy.Integer(elements)) == 6 * elements // 5 - 2 * 3 * 768 * 768
+    assert many.bytes_for(sympy.Integer(elements)) == 13 * elements // 11 - 2 * 3 * 768 * 768
 
 
 def test_small_inputs_do_not_pay_for_products_with_chunks_that_leave_a_gpu_idle():
