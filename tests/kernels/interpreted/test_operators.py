@@ -72,6 +72,10 @@ ATTENTIONS = {
     "output of another width": {"out_features": 40},
     "output of another width, left padded": {"out_features": 72, "key_padding": padding(33, 23, total=33, left=True)},
     "output of another width, nothing visible": {"out_features": 40, "key_padding": padding(33, 0, total=33)},
+    "merged": {"ranks": (40, 40, 44, 48), "strategy": "merged", "rotary_dim": 16, "residual": True},
+    "merged keys": {"ranks": (12, 40, 10, 11), "strategy": "merged", "down_bias": True},
+    "merged values": {"ranks": (40, None, 40, 11), "strategy": "merged", "x_norm": norm("rms", 64)},
+    "nothing to merge": {"strategy": "merged"},
     "absorbed": {
         "ranks": (12, None, None, 11),
         "num_kv_heads": 1,
