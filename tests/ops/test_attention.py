@@ -1,5 +1,7 @@
 """``attention_v5`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given
@@ -127,6 +129,28 @@ def test_every_chunk_boundary(workspace_bytes, num_kv_heads):
 def test_several_blocks_of_queries(window):
     """Longer than a block of queries, and no multiple of it."""
     check(attention_arguments(1, 1200, num_heads=2, window=window, key_padding=torch.rand(1, 1200) < 0.8))
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"out": False},
+        {"out_features": 80, "residual": True},
+        {"window": (-1, 0), "rotary_dim": 16, "num_kv_heads": 2},
+        {"key_padding": padding(64, 30, 64, 1, total=64), "down_bias": True},
+        {"ranks": (20, 20, 20, None)},
+    ],
+    ids=["plain", "no output", "other width", "grouped causal", "padded", "dense output"],
+)
+def test_rank_space_of_all_items_comes_at_once_over_the_result(how, monkeypatch):
+    """Where items come one by one, and rank space fits beside what each needs."""
+    implementation, together = sys.modules["flashsvd_compile.ops.attention"], []
+    of_all = implementation._all_latents
+    monkeypatch.setattr(implementation, "_all_latents", lambda *a: together.append(len(a[0])) or of_all(*a))
+    shape = {"num_heads": 4, "head_dim": 16, "ranks": (20, 20, 20, 12), "workspace_bytes": 90_000}
+    check(attention_arguments(4, 64, features=64, **(shape | how)))
+    assert together == [4]
 
 
 def test_bert_base_shape():
