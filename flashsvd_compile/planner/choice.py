@@ -214,11 +214,11 @@ def _choice(
     else:
         gainful = [candidate for candidate in offered if not _computes_as_written(shape, candidate, before)]
         chosen = _best(shape, (*gainful, kept), options.memory_budget)
-        reason = f"{chosen.how}; {_comparison(shape, chosen, kept)}"
+        why = _comparison(shape, chosen, kept)
         if chosen is kept and len(gainful) < len(offered):
-            reason += (
-                f"; as all intermediates fit in {offered[0].workspace.least / 2**20:.3g} MiB, it would do the same"
-            )
+            room = offered[0].workspace.least / 2**20
+            why = f"all intermediates fit in {room:.3g} MiB, where an operator would do the same"
+        reason = f"{chosen.how}; {why}"
         if forced is not None:
             obstacle = obstacles.get(forced)
             reason += f"; {forced!s} is not offered here" + (f": {obstacle}" if obstacle else "")

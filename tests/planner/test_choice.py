@@ -394,7 +394,7 @@ class TestSmallRegionsOnACpu:
     def test_stay_as_written(self, shape):
         plan = self.plan(shape)
         assert plan.strategy == Strategy.KEPT
-        assert "as all intermediates fit in 4 MiB, it would do the same" in plan.reason
+        assert "all intermediates fit in 4 MiB, where an operator would do the same" in plan.reason
 
     def test_are_streamed_where_gradients_would_keep_them(self, shape):
         plan = self.plan(replace(shape, differentiated=True))
