@@ -25,6 +25,8 @@ from flashsvd_compile.report import RewriteReport
 from .zoo import FAMILIES, Family, make
 
 BATCH, LENGTH = 2, 9
+WORKSPACE = 64
+"""Bytes: small models are rewritten as large ones, whose intermediates fit no workspace."""
 DEFAULT_PATH = Path(__file__).parents[1] / "docs" / "coverage.md"
 
 
@@ -58,7 +60,7 @@ def measure(family: Family, inner: str) -> Row:
     reports: list[RewriteReport] = []
 
     def backend(module: torch.fx.GraphModule, example_inputs: list) -> Callable:
-        compiled = flashsvd(module, example_inputs, options={"inner": inner})
+        compiled = flashsvd(module, example_inputs, options={"inner": inner, "memory_budget": WORKSPACE})
         reports.append(fsvd.last_report() or RewriteReport())
         return compiled
 
