@@ -202,11 +202,11 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
     if result.numel() == 0:
         return result
     elements = workspace_bytes // x.element_size()
-    chunk, latents = chunking(attn, batch, q_len, kv_len, elements), ()
+    chunk, latents = chunking(attn, batch, q_len, kv_len, elements), []
     if chunk.items < batch and _comes_together(x, context, attn):
         with_queries = chunking(attn, batch, q_len, kv_len, elements, with_queries=True)
         if with_queries.fits and with_queries.kv_heads == chunk.kv_heads:
-            chunk, latents = with_queries, _all_latents(result, x, attn)
+            chunk, latents = with_queries, _all_latents(result, x, attn, elements)
             attn = attn._replace(q=_above(attn.q), k=_above(attn.k), v=_above(attn.v))
     workspace = Workspace(chunk.elements, like=x, aligned=4)
     for first in range(0, batch, chunk.items):
@@ -235,19 +235,14 @@ def _comes_together(x: Tensor, context: Tensor, attn: Attention) -> bool:
     """
     if x.device.type != "cpu" or x.element_size() < 4 or x is not context or attn.normed or attn.x_norm is not None:
         return False
-    three = attn.q, attn.k, attn.v
-    return all(p.down is not None for p in three) and sum(map(proj.rank, three)) <= attn.out_features
+    return attention_folded.rank_space_fits((attn.q, attn.k, attn.v), attn.out_features)
 
 
-def _all_latents(result: Tensor, x: Tensor, attn: Attention) -> tuple[Tensor, ...]:
+def _all_latents(result: Tensor, x: Tensor, attn: Attention, elements: int) -> list[Tensor]:
     """Rank space of queries, keys and values, ``[batch, len, rank]`` each, side by side in the result's memory."""
-    three = attn.q, attn.k, attn.v
-    widths = [proj.rank(projection) for projection in three]
-    latents = result[..., : sum(widths)].split(widths, dim=-1)
-    for latent, projection in zip(latents, three, strict=True):
-        assert projection.down is not None
-        affine_into(latent.flatten(0, 1), _rows(x), projection.down, projection.down_bias)
-    return latents
+    columns = attention_folded.columns(_rows(result), [proj.rank(p) for p in (attn.q, attn.k, attn.v)])
+    attention_folded.into_rank_space(columns, _rows(x), _rows(x), attn, elements)
+    return [column.unflatten(0, result.shape[:2]) for column in columns]
 
 
 def _above(projection: Projection[Tensor]) -> Projection[Tensor]:

@@ -7,6 +7,7 @@ product: of queries, keys and values, and the sums. The workspace is left to the
 added to in the region's dtype, float32 at least.
 """
 
+from collections.abc import Iterable
 from itertools import accumulate, pairwise
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from . import norm
 from . import projection as proj
 from .attention_region import Attention, rotate_
+from .projection import Projection
 from .sdpa import Core, passing_elements
 from .workspace import Workspace, add_product, affine_into, lift_heads, rows_that_fit
 
@@ -27,8 +29,13 @@ def supported(x: Tensor, context: Tensor, attn: Attention) -> bool:
     projections = (attn.q, attn.k, attn.v, attn.out)
     if x.element_size() < 4 or x.shape[:2] != context.shape[:2] or not attn.queries_in_place or attn.normed:
         return False
-    low_rank = all(projection is not None and projection.down is not None for projection in projections)
-    return low_rank and sum(map(proj.rank, filter(None, projections))) <= attn.out_features
+    return rank_space_fits(projections, attn.out_features)
+
+
+def rank_space_fits(projections: Iterable[Projection[Tensor] | None], features: int) -> bool:
+    """Whether all of the projections are low-rank, and their ranks no more than the features together."""
+    ranks = [0 if projection is None else proj.rank(projection) for projection in projections]
+    return all(ranks) and sum(ranks) <= features
 
 
 def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, core: Core) -> Tensor:
@@ -43,8 +50,8 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
 def _one_item(out: Tensor, x: Tensor, context: Tensor, attn: Attention, elements: int, core: Core) -> None:
     """Fill ``out[len, out_features]``."""
     assert attn.out is not None and attn.out.down is not None
-    *latents, sums = _columns(out, [proj.rank(p) for p in (attn.q, attn.k, attn.v, attn.out)])
-    _into_rank_space(latents, x, context, attn, elements)
+    *latents, sums = columns(out, [proj.rank(p) for p in (attn.q, attn.k, attn.v, attn.out)])
+    into_rank_space(latents, x, context, attn, elements)
     kv_heads = _heads_that_fit(attn, len(x), elements)
     workspace = Workspace(needed(attn, len(x), elements), like=x, aligned=3)
     for first in range(0, attn.num_kv_heads, kv_heads):
@@ -83,12 +90,12 @@ def _heads_that_fit(attn: Attention, length: int, elements: int) -> int:
     return rows_that_fit(left, _elements_of_a_head(attn, length) + rotating, attn.num_kv_heads)
 
 
-def _columns(rows: Tensor, widths: list[int]) -> list[Tensor]:
+def columns(rows: Tensor, widths: list[int]) -> list[Tensor]:
     """Columns of a matrix side by side."""
     return [rows[:, start:stop] for start, stop in pairwise(accumulate(widths, initial=0))]
 
 
-def _into_rank_space(latents: list[Tensor], x: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
+def into_rank_space(latents: list[Tensor], x: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
     """Fill ``latents[rows, rank]`` of queries, keys and values; a norm exists for some rows at a time."""
     step = rows_that_fit(elements, 0 if attn.x_norm is None else x.shape[1], len(x))
     for start in range(0, len(x), step):

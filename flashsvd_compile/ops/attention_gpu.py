@@ -24,7 +24,7 @@ from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
 from . import norm
 from . import projection as proj
-from .attention_region import UNLIMITED, Attention
+from .attention_region import Attention
 from .projection import Projection
 from .residual import plus
 from .sdpa import attend_at_once, is_causal
@@ -261,8 +261,7 @@ def _library_is_faster(q_len: int, context: Tensor, attn: Attention) -> bool:
     if context.dtype == torch.float32:
         if attention_kernel.triples(target_of(context.device), attn.head_dim):
             return False
-        unlimited = (attn.window_left, attn.window_right) == (UNLIMITED, UNLIMITED)
-        return attn.head_dim % 4 == 0 and (unlimited or (causal and not padded)) and not torch.version.hip
+        return attn.head_dim % 4 == 0 and (not attn.windowed or (causal and not padded)) and not torch.version.hip
     if not causal or padded or attn.head_dim != 128 or context.shape[1] < 8192:
         return False
     target = target_of(context.device)

@@ -95,6 +95,11 @@ class Attention(NamedTuple):
         """Whether queries or keys are normalised."""
         return self.q_norm is not None or self.k_norm is not None
 
+    @property
+    def windowed(self) -> bool:
+        """Whether a query sees a range of positions only, as in causal attention."""
+        return (self.window_left, self.window_right) != (UNLIMITED, UNLIMITED)
+
     def merged(self) -> "Attention":
         """The region with each projection dense whose factors cost more."""
         q, k, v = (proj.merge_if_dearer(p) for p in (self.q, self.k, self.v))
@@ -134,7 +139,7 @@ def full_mask(attn: Attention, queries: slice, keys: slice, like: Tensor) -> Ten
     if attn.documents is not None:
         visible = attn.documents[:, None, queries, None] == attn.documents[:, None, None, keys]
         allowed = visible if allowed is None else allowed & visible
-    if (attn.window_left, attn.window_right) != (UNLIMITED, UNLIMITED):
+    if attn.windowed:
         i = torch.arange(queries.start, queries.stop, device=like.device)[:, None]
         j = torch.arange(keys.start, keys.stop, device=like.device)[None, :]
         if attn.window_right != UNLIMITED:

@@ -81,10 +81,7 @@ def _attend_visible(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attentio
     """Attend to the range of keys between an item's first and last visible one; to all keys of short items, where a
     mask of padding alone takes no memory worth the name.
     """
-    only_padding = attn.mask is attn.documents is None and (attn.window_left, attn.window_right) == (
-        UNLIMITED,
-        UNLIMITED,
-    )
+    only_padding = attn.mask is None and attn.documents is None and not attn.windowed
     if only_padding and q.shape[1] * k.shape[1] * q.shape[2] * q.shape[3] < WORTH_A_CALL:
         _attend(out, q, k, v, attn, slice(0, k.shape[1]))
         return
@@ -125,7 +122,6 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
         capped.attend(out, q, k, v, attn, keys)
         return
     one_kernel = q.shape[-1] == v.shape[-1]
-    windowed = (attn.window_left, attn.window_right) != (UNLIMITED, UNLIMITED)
     unmasked = attn.mask is None and attn.key_padding is None and attn.documents is None
     if unmasked and is_causal(attn) and one_kernel:
         out[:, : keys.start] = 0.0
@@ -133,7 +129,7 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
         _causal(out[:, visible], q[:, visible], k[:, keys], v[:, keys], attn)
         return
     step = max(QUERY_BLOCK, PASSING // max(1, q.shape[0] * v.shape[-1]))
-    if windowed or attn.mask is not None or not one_kernel:
+    if attn.windowed or attn.mask is not None or not one_kernel:
         step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[1])))
     if attn.documents is not None:  # a mask of its own for each item
         step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[0] * k.shape[1])))

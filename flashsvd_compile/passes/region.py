@@ -70,7 +70,7 @@ class Region:
     @property
     def weights(self) -> list[Weight]:
         """All factors and biases."""
-        return [weight for member in self.members.values() for weight in member.projection if weight is not None]
+        return weights_of(self.members)
 
     @property
     def reads(self) -> list[Node]:
@@ -163,6 +163,11 @@ def present(**members: Factored | None) -> dict[str, Factored]:
     return {role: member for role, member in members.items() if member is not None}
 
 
+def weights_of(members: dict[str, Factored]) -> list[Weight]:
+    """All factors and biases of projections."""
+    return [weight for member in members.values() for weight in member.projection if weight is not None]
+
+
 def module_of(nodes: tuple[Node, ...], output: Node) -> str:
     """The path of the innermost module that all nodes come from; the output's name where the graph has no paths."""
     paths = [path for path in map(_path_of, nodes) if path is not None]
@@ -192,6 +197,7 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
     tensor, shape = tensor_of(x), shape_of(x)
     assert tensor is not None
     assert shape is not None
+    read = [x, *(leaf for weight in weights_of(members) for leaf in weight.leaves)]
     return {
         "ranks": {role: None if p.down is None else p.down.shape[0] for role, p in projections.items()},
         "features": {role: p.up.shape[0] for role, p in projections.items()},
@@ -199,14 +205,8 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
         "itemsize": tensor.element_size(),
         "device": _name_of(tensor.device),
         "hints": {symbol: hint for node in (x, context or x) for symbol, hint in hints_of(node).items()},
-        "differentiated": torch.is_grad_enabled() and any(map(_requires_grad, _leaves(x, members))),
+        "differentiated": torch.is_grad_enabled() and any(map(_requires_grad, read)),
     }
-
-
-def _leaves(x: Node, members: dict[str, Factored]) -> list[Node]:
-    """What projections of ``x`` read."""
-    weights = (weight for member in members.values() for weight in member.projection if weight is not None)
-    return [x, *(leaf for weight in weights for leaf in weight.leaves)]
 
 
 def _requires_grad(node: Node) -> bool:
