@@ -252,7 +252,7 @@ SPECIALISED_KEYS = 2048
 
 
 def is_specialised(target: Target, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel in Gluon takes heads of these sizes where nothing is padded."""
+    """Whether the kernel in Gluon takes heads of these sizes, padded or not."""
     return speaks_gluon(target) and head_dim == value_dim == SPECIALISED_DIM and dtype.itemsize == 2
 
 
@@ -295,17 +295,16 @@ def attention(
     tensors = [by_items(tensor) for tensor in (q, k, v)]
     strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
     descriptor = target.descriptors and all(map(describable, tensors))
-    unmasked = key_padding is None and (window_left, window_right) in SPECIALISED_WINDOWS
-    specialised = kv_len >= SPECIALISED_KEYS and is_specialised(target, head_dim, value_dim, q.dtype)
-    if tile is None and descriptor and unmasked and specialised:
+    how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
+    long = kv_len >= SPECIALISED_KEYS and (window_left, window_right) in SPECIALISED_WINDOWS
+    if tile is None and descriptor and long and is_specialised(target, head_dim, value_dim, q.dtype):
         from .attention_hopper import attention_hopper
 
-        attention_hopper(q, k, v, out, scale=scale, causal=window_right == 0)
+        attention_hopper(q, k, v, out, causal=window_right == 0, **how)
         return
     block_d, block_v = triton.next_power_of_2(max(head_dim, 16)), triton.next_power_of_2(max(value_dim, 16))
     descriptor &= (head_dim, value_dim) == (block_d, block_v)
     triple = q.dtype == torch.float32 and triples(target, max(head_dim, value_dim))
-    how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
     how |= {"window_left": window_left, "window_right": window_right}
     tile = tile or _chosen_tile(target, q, k, v, out, descriptor, how)
     if descriptor:

@@ -1,9 +1,9 @@
-"""Flash attention on Hopper, in Gluon: :mod:`.attention` without padding and window, its warps specialised.
+"""Flash attention on Hopper, in Gluon: :mod:`.attention` without a window, its warps specialised.
 
 One warp streams blocks of 128 keys and of their values through a ring in shared memory, from one tile to the next
 without a break. Two warpgroups of 64 queries each consume them, and nothing makes them go in step. Each has the scores
 of a block and the values of the block before multiplied at once, and takes the softmax of the former beside the latter
-(FlashAttention-3, arXiv:2407.08608).
+(FlashAttention-3, arXiv:2407.08608). Blocks before the first visible key and behind the last are not loaded.
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -24,7 +24,7 @@ from .tiles import by_items
 _ROWS = 64
 """Queries of a warpgroup."""
 _BLOCK = 2 * _ROWS
-"""Queries of a tile and keys of a block: of one size, so that only the last block of a tile needs a mask."""
+"""Queries of a tile and keys of a block: of one size, so that without padding only a tile's last block needs a mask."""
 _QUERY_PLACES = 2
 _CACHED = 32 * 2**20
 """Bytes of keys and values that stay in the cache while all their queries pass."""
@@ -34,8 +34,8 @@ QUERY_PLACES = gl.constexpr(_QUERY_PLACES)
 
 
 @gluon.jit
-def _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL: gl.constexpr):
-    """Item, head, first query and number of key blocks of a tile.
+def _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL: gl.constexpr, PADDED: gl.constexpr):
+    """Item, head, first query, and first and last block of keys of a tile.
 
     Tiles of one item and head, which read the same keys, come in a row. Under causality the longest come first, of as
     many heads ``together`` as have keys and values in the cache.
@@ -47,12 +47,51 @@ def _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL: gl.constexp
         index -= first_head * tiles
         m = (tiles - 1 - index // beside) * BLOCK
         item_head = first_head + index % beside
-        bound = gl.minimum(kv_len, m + BLOCK)
+        stop = gl.minimum(kv_len, m + BLOCK)
     else:
         m = index % tiles * BLOCK
         item_head = index // tiles
-        bound = kv_len
-    return item_head // heads, item_head % heads, m, gl.cdiv(bound, BLOCK)
+        stop = kv_len
+    item, head = item_head // heads, item_head % heads
+    begin = 0
+    if PADDED:
+        bounds = padding[1] + item * 3
+        begin = gl.load(bounds) // BLOCK
+        stop = gl.minimum(stop, gl.load(bounds + 1))
+    last = gl.cdiv(stop, BLOCK) - 1
+    if PADDED:
+        # A tile that sees no key gets the block behind all keys: zeros, which are not read from memory.
+        sees = begin <= last
+        behind = gl.cdiv(kv_len, BLOCK)
+        begin = gl.where(sees, begin, behind)
+        last = gl.where(sees, last, behind)
+    return item, head, m, begin, last
+
+
+@gluon.jit
+def _row_of(padding, item, kv_len):
+    """An item's key padding, its stride, and the block from which on only a tile's last needs a mask."""
+    key_padding, bounds, stride_b, stride = padding
+    bounds += item * 3
+    first = gl.load(bounds)
+    whole = gl.load(bounds + 2) == gl.load(bounds + 1) - first
+    return key_padding + item * stride_b, stride, gl.cdiv(gl.where(whole, first, kv_len), BLOCK)
+
+
+@gluon.jit
+def _seen(row, stride, block, kv_len, layout: gl.constexpr):
+    """Which keys of a block padding leaves visible."""
+    keys = block * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, layout))
+    return gl.load(row + keys * stride, mask=keys < kv_len, other=0)[None, :]
+
+
+@gluon.jit
+def _shift(row_max, scale, PADDED: gl.constexpr):
+    """What is taken off the scaled scores of each row: their maximum; 0, to avoid inf - inf, where no key was seen."""
+    shift = row_max * scale
+    if PADDED:
+        shift = gl.where(row_max == float("-inf"), 0.0, shift)
+    return shift
 
 
 @gluon.jit
@@ -66,16 +105,16 @@ def _load(source, item, row, column, ring, full, empty, place, parity, PLACES: g
 
 
 @gluon.jit
-def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads, together, heads,
-             q_len, kv_len, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
-             PLACES: gl.constexpr):  # fmt: skip
+def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding, item_heads,
+             together, heads, q_len, kv_len, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
+             PADDED: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
     """Load all tiles of this program, last block first; a block's values come behind the keys of the block after."""
     place = 0
     parity = 0
     q_place = 0
     q_parity = 0
     for index in range(first, tiles, programs):
-        item, head, m, blocks = _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL)
+        item, head, m, begin, last = _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL, PADDED)
         mbarrier.wait(q_empty.index(q_place), q_parity ^ 1)
         mbarrier.expect(q_full.index(q_place), 2 * q.block_type.nbytes)
         for i in gl.static_range(2):
@@ -83,9 +122,9 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
             tma.async_copy_global_to_shared(q, [item, m + i * ROWS, head * DIM], q_full.index(q_place), some)
         q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
         column = head // GROUP * DIM
-        row = (blocks - 1) * BLOCK
+        row = last * BLOCK
         place, parity = _load(k, item, row, column, ring, full, empty, place, parity, PLACES)
-        for _ in range(blocks - 1):
+        for _ in range(begin, last):
             place, parity = _load(k, item, row - BLOCK, column, ring, full, empty, place, parity, PLACES)
             place, parity = _load(v, item, row, column, ring, full, empty, place, parity, PLACES)
             row -= BLOCK
@@ -93,9 +132,9 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
-             together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr, CAUSAL: gl.constexpr,
-             PLACES: gl.constexpr):  # fmt: skip
+def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
+             item_heads, together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr,
+             CAUSAL: gl.constexpr, PADDED: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
     """Attend from one half of the queries of all tiles of this program."""
     over_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
     over_dims: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
@@ -108,7 +147,11 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
     q_place = 0
     q_parity = 0
     for index in range(first, tiles, programs):
-        item, head, m, blocks = _tile(index, item_heads, together, heads, q_len, kv_len, CAUSAL)
+        item, head, m, begin, last = _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL, PADDED)
+        if PADDED:
+            row, stride, whole = _row_of(padding, item, kv_len)
+            block = last
+            seen = _seen(row, stride, block, kv_len, over_keys)  # loads beside the wait for the keys
         query = queries.index(2 * q_place + HALF)
         mbarrier.wait(q_full.index(q_place), q_parity)
         mbarrier.wait(full.index(place), parity)
@@ -118,22 +161,25 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = next_place(place, parity, PLACES)
 
-        # Each query sees the first key of this block, as m is a multiple of BLOCK: no maximum is -inf.
-        keys = (blocks - 1) * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, over_keys))
+        # Unless padding hides it, each query sees the first key of this block, as m is a multiple of BLOCK: no maximum
+        # is -inf.
+        keys = last * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, over_keys))
         if CAUSAL:
             rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, over_keys))
             visible = keys[None, :] < gl.minimum(rows + 1, kv_len)[:, None]
         else:
             visible = (keys < kv_len)[None, :]
+        if PADDED:
+            visible &= seen
         scores = gl.where(visible, scores, float("-inf"))
         row_max = gl.max(scores, 1)
-        weights = gl.exp2(scores * scale - (row_max * scale)[:, None])
+        weights = gl.exp2(scores * scale - _shift(row_max, scale, PADDED)[:, None])
         row_sum = gl.sum(weights, 1)
         weights = gl.convert_layout(weights.to(dtype), operand)
         acc = gl.zeros([ROWS, DIM], gl.float32, layout=over_dims)
         mbarrier.wait(full.index(place), parity)
 
-        for _ in range(blocks - 1):
+        for _ in range(begin, last):
             product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
             v_place, v_parity = next_place(place, parity, PLACES)
             mbarrier.wait(full.index(v_place), v_parity)
@@ -141,8 +187,12 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             scores = warpgroup_mma_wait(1, deps=(product,))
             gl.thread_barrier()
             mbarrier.arrive(empty.index(place), count=1)
+            if PADDED:
+                block -= 1
+                if block < whole:
+                    scores = gl.where(_seen(row, stride, block, kv_len, over_keys), scores, float("-inf"))
             new_max = gl.maximum(row_max, gl.max(scores, 1))
-            shift = new_max * scale
+            shift = _shift(new_max, scale, PADDED)
             new_weights = gl.exp2(scores * scale - shift[:, None])
             decay = gl.exp2(row_max * scale - shift)
             row_sum = row_sum * decay + gl.sum(new_weights, 1)
@@ -165,6 +215,8 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = next_place(place, parity, PLACES)
 
+        if PADDED:
+            row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
         acc = acc * gl.convert_layout(1.0 / row_sum, over_rows)[:, None]
         rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=over_rows)
         columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, over_dims))
@@ -174,8 +226,9 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
 
 @gluon.jit
 def attention_hopper_kernel(
-    q, k, v, out, stride_ob, stride_om, tiles, item_heads, together, heads, q_len, kv_len, scale,
-    GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PLACES: gl.constexpr,
+    q, k, v, out, key_padding, bounds, stride_ob, stride_om, stride_pb, stride_p, tiles, item_heads, together, heads,
+    q_len, kv_len, scale, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr,
+    PLACES: gl.constexpr,
 ):  # fmt: skip
     """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
     of_queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], q.dtype)
@@ -186,23 +239,36 @@ def attention_hopper_kernel(
     q_full, q_empty = barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, 2)
     first = gl.program_id(0)
     programs = gl.num_programs(0)
+    padding = (key_padding, bounds, stride_pb, stride_p) if PADDED else ()
     take_turn()
     gl.warp_specialize(
         [
-            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
-                        together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES)),
-            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
-                        together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PLACES)),
-            (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, item_heads,
-                        together, heads, q_len, kv_len, GROUP, DIM, CAUSAL, PLACES)),
+            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
+                        item_heads, together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PADDED,
+                        PLACES)),
+            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
+                        item_heads, together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PADDED,
+                        PLACES)),
+            (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
+                        item_heads, together, heads, q_len, kv_len, GROUP, DIM, CAUSAL, PADDED, PLACES)),
         ],
         [4, 1],
         [240, 24],
     )  # fmt: skip
 
 
-def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: float, causal: bool) -> None:
-    """``out = softmax(scale * q @ k.T + mask) @ v``.
+def attention_hopper(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_padding: Tensor | None = None,
+    bounds: Tensor | None = None,
+) -> None:
+    """``out = softmax(scale * q @ k.T + mask) @ v``; a query that sees no key gives zeros.
 
     Args:
         q: ``[items, q_len, heads, dim]``, half precision, ``dim`` 64 or 128, items of one size apart, heads adjacent,
@@ -211,6 +277,7 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
         out: ``[items, q_len, heads, dim]``, laid out likewise.
         scale: positive factor on the scores.
         causal: key ``j`` is visible to query ``i`` when ``j <= i``; else all are.
+        key_padding: ``[items, kv_len]`` bool, true where visible, and ``bounds``, its :func:`~.attention.key_bounds`.
     """
     items, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
@@ -222,8 +289,10 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
         (min(tiles, target_of(q.device).processors), 1),
         *views,
         out,
+        *((key_padding, bounds) if key_padding is not None else (out, out)),
         out.stride(0),
         out.stride(1),
+        *(key_padding.stride() if key_padding is not None else (0, 0)),
         tiles,
         items * heads,
         max(1, _CACHED * heads // kv_heads // (2 * kv_len * dim * q.element_size())),
@@ -234,6 +303,7 @@ def attention_hopper(q: Tensor, k: Tensor, v: Tensor, out: Tensor, *, scale: flo
         GROUP=heads // kv_heads,
         DIM=dim,
         CAUSAL=causal,
+        PADDED=key_padding is not None,
         PLACES=(SHARED_MEMORY - _QUERY_PLACES * block_bytes) // block_bytes,
         num_warps=4,
         maxnreg=168,

@@ -19,3 +19,17 @@ class Product(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     out: Tensor
+
+
+class Rotation(NamedTuple):
+    """Rotary position embedding of a product's heads, halves ``(x1, x2)`` of which become
+    ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)`` (Su et al. 2021, arXiv:2104.09864, eq. 34).
+
+    Attributes:
+        cos, sin: ``[positions, head_dim]``.
+        first: of the product's rows, its position; row ``i`` is at position ``(first + i) % positions``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    first: int = 0

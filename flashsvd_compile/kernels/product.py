@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from . import product_single
-from .operands import Product
+from .operands import Product, Rotation
 from .target import Target, describable, occupies, speaks_gluon, target_of
 
 SECTOR = 16
@@ -39,6 +39,23 @@ def takes(product: Product, *beside: Tensor) -> bool:
     return reads_fast(x) and reads_fast(weight) and all(map(describable, (out, *beside)))
 
 
+ROTATED_HEAD, ROTATED_ROWS = 128, 64
+"""Features of a head that a kernel rotates, and rows that it does at a time."""
+
+
+def rotates(product: Product, rotation: Rotation, wraps: bool) -> bool:
+    """Whether a kernel computes the product and rotates it: whole heads, by tables of their dtype.
+
+    Args:
+        wraps: whether rows pass the last position, which those that come at a time must not.
+    """
+    positions, features = rotation.cos.shape
+    together = not wraps or (positions % ROTATED_ROWS == 0 and rotation.first % ROTATED_ROWS == 0)
+    whole = features == ROTATED_HEAD and product.out.shape[1] % features == 0
+    alike = rotation.cos.dtype == product.out.dtype != torch.float32
+    return together and whole and alike and takes(product, rotation.cos, rotation.sin)
+
+
 def _is_single(product: Product, *beside: Tensor) -> bool:
     """Whether the kernels of float32 read and write these matrices."""
     x, weight, _, out = product
@@ -63,19 +80,21 @@ def multiply(
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:
-    """Fill and return the product's ``out``: ``act(x @ weight.T + bias) * gate + residual``.
+    """Fill and return the product's ``out``: ``act(x @ weight.T + bias) * gate + residual``, or rotated.
 
     Args:
         product: what a kernel :func:`takes`; or of half precision, of operands that it :func:`reads_fast`, to rows that
             are 16-byte aligned, of a multiple of 8 columns.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
-        gate, residual: like ``out``, may be ``out`` itself; one of the two may be given.
+        gate, residual: like ``out``, may be ``out`` itself.
+        rotation: what a kernel :func:`rotates`. One of the three may be given.
     """
     if product.x.dtype == torch.float32:
         product_single.product_single(product, activation, gate, residual)
     else:
         from .product_hopper import product_hopper
 
-        product_hopper(product, activation, gate, residual)
+        product_hopper(product, activation, gate, residual, rotation)
     return product.out

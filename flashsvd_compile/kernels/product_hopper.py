@@ -1,6 +1,6 @@
-"""A product and what follows it on Hopper, in Gluon: an activation, then a gate or a residual.
+"""A product and what follows it on Hopper, in Gluon: an activation, then a gate, a residual or a rotation.
 
-    out = act(x @ weight.T + bias)        or        ... * gate        or        ... + residual
+    out = act(x @ weight.T + bias)    or    ... * gate    or    ... + residual    or    rotated by position
 
 One warp streams tiles of both operands through a ring in shared memory, from one tile of the result to the next without
 a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each has a step's
@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .activations import activate
 from .launch import launch
-from .operands import Product
+from .operands import Product, Rotation
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 
@@ -35,8 +35,8 @@ _SIDE = 64
 _COLUMNS = 256
 """Of a tile: the widest product there is, which reads the least of shared memory and of the L2."""
 _PIECES = _COLUMNS // _SIDE
-_GROUP = 16
-"""Blocks of rows whose tiles come together: with them the tiles under way are nearly a square of the result."""
+_GROUP = 8
+"""Blocks of rows whose tiles come together: with 16 operands are read less, but what is beside them comes slower."""
 SIDE = gl.constexpr(_SIDE)
 COLUMNS = gl.constexpr(_COLUMNS)
 PIECES = gl.constexpr(_PIECES)
@@ -84,12 +84,45 @@ def _halves(sums):
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, bias, beside, out, memory, tiles, STAGED: gl.constexpr,
+def _ask(PIECE: gl.constexpr, others, staging, arrived, row, column, BESIDE: gl.constexpr):
+    """Have the ``PIECE``-th piece of what is beside loaded: of cosines and sines each half of the features."""
+    if BESIDE == "rotation":
+        cos, sin, first_position, positions = others
+        table = cos if PIECE < PIECES // 2 else sin
+        position = (first_position + row) % positions
+        tma.async_copy_global_to_shared(table, [position, PIECE % (PIECES // 2) * SIDE], arrived, staging)
+    else:
+        tma.async_copy_global_to_shared(others[0], [row, column + PIECE * SIDE], arrived, staging)
+
+
+@gluon.jit
+def _plus_bias(piece, PIECE: gl.constexpr, addends, HAS_BIAS: gl.constexpr):
+    """The ``PIECE``-th piece of a tile's columns, its bias added."""
+    if HAS_BIAS:
+        here = addends.slice(PIECE * SIDE, SIDE).load(gl.SliceLayout(0, piece.type.layout))
+        piece += here.to(gl.float32)[None, :]
+    return piece
+
+
+@gluon.jit
+def _rotated(x1, x2, stagings, FIRST: gl.constexpr):
+    """A head's halves, turned; from the ``FIRST``-th piece on those of its cosines and of its sines."""
+    layout: gl.constexpr = x1.type.layout
+    turned = x1 * stagings.index(FIRST).load(layout).to(gl.float32)
+    turned -= x2 * stagings.index(FIRST + 2).load(layout).to(gl.float32)
+    x2 *= stagings.index(FIRST + 1).load(layout).to(gl.float32)
+    x2 += x1 * stagings.index(FIRST + 3).load(layout).to(gl.float32)
+    return turned, x2
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, bias, others, out, memory, tiles, STAGED: gl.constexpr,
              PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
     """Multiply the ``INDEX``-th half of the rows of all tiles of this program.
 
-    A tile of what is beside arrives while the products are under way, where the result leaves from. A gate that the
-    result replaces is read and written by this warpgroup alone, and leaves before the next one is asked for.
+    A tile of what is beside arrives while the products are under way, where the result leaves from: piece by piece, as
+    all of it at once would hold up the operands. A gate that the result replaces is read and written by this warpgroup
+    alone, and leaves before the next one is asked for.
     """
     ring_x, ring_weight, stagings, addends, full, empty, arrived = memory
     first, programs, row_blocks, column_blocks, columns, depth = tiles
@@ -98,6 +131,7 @@ def _consume(INDEX: gl.constexpr, bias, beside, out, memory, tiles, STAGED: gl.c
     by_thread: gl.constexpr = gl.BlockedLayout([COLUMNS // 128], [32], [4], [0])
     no_sums = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
     addend_memory = addends.index(INDEX)
+    PARTS: gl.constexpr = 1 if BESIDE is None else PIECES
     steps = gl.cdiv(depth, SIDE)
     place = 0
     parity = 0
@@ -116,20 +150,20 @@ def _consume(INDEX: gl.constexpr, bias, beside, out, memory, tiles, STAGED: gl.c
         tma.store_wait(0)  # the tile before has left
         gl.thread_barrier()
         if BESIDE is not None:
-            barrier = arrived.index(INDEX)
-            mbarrier.expect(barrier, PIECES * beside.block_type.nbytes)
-            for i in gl.static_range(PIECES):
-                staging = stagings.index(INDEX * STAGED + i)
-                tma.async_copy_global_to_shared(beside, [row, column + i * SIDE], barrier, staging)
-        for _ in range(steps - 1):
-            after, after_parity = next_place(place, parity, PLACES)
-            mbarrier.wait(full.index(after), after_parity)
-            weight_tile = ring_weight.index(after).permute((1, 0))
-            sums = warpgroup_mma(ring_x.index(2 * after + INDEX), weight_tile, sums, is_async=True)
-            sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(sums,)))
-            gl.thread_barrier()  # all four warps are through with what they read in the step before
-            mbarrier.arrive(empty.index(place), count=1)
-            place, parity = after, after_parity
+            mbarrier.expect(arrived.index(INDEX), PIECES * out.block_type.nbytes)
+        for part in gl.static_range(PARTS):
+            if BESIDE is not None:
+                staging = stagings.index(INDEX * STAGED + part)
+                _ask(part, others, staging, arrived.index(INDEX), row, column, BESIDE)
+            for _ in range((steps - 1) * part // PARTS, (steps - 1) * (part + 1) // PARTS):
+                after, after_parity = next_place(place, parity, PLACES)
+                mbarrier.wait(full.index(after), after_parity)
+                weight_tile = ring_weight.index(after).permute((1, 0))
+                sums = warpgroup_mma(ring_x.index(2 * after + INDEX), weight_tile, sums, is_async=True)
+                sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(sums,)))
+                gl.thread_barrier()  # all four warps are through with what they read in the step before
+                mbarrier.arrive(empty.index(place), count=1)
+                place, parity = after, after_parity
         sums = warpgroup_mma_wait(0, deps=(sums,))
         gl.thread_barrier()
         mbarrier.arrive(empty.index(place), count=1)
@@ -143,14 +177,24 @@ def _consume(INDEX: gl.constexpr, bias, beside, out, memory, tiles, STAGED: gl.c
             beside_parity ^= 1
         left, right = _halves(sums)
         pieces = _halves(left) + _halves(right)
+        if BESIDE == "rotation":
+            x1, x2, x3, x4 = pieces
+            x1, x2 = _plus_bias(x1, 0, addend_memory, HAS_BIAS), _plus_bias(x2, 1, addend_memory, HAS_BIAS)
+            x3, x4 = _plus_bias(x3, 2, addend_memory, HAS_BIAS), _plus_bias(x4, 3, addend_memory, HAS_BIAS)
+            # Without branches the assembler reads the tables for both heads before it turns one, likewise.
+            if column < columns:
+                x1, x2 = _rotated(x1, x2, stagings, INDEX * STAGED)
+            if column + 2 * SIDE < columns:
+                x3, x4 = _rotated(x3, x4, stagings, INDEX * STAGED)
+            pieces = x1, x2, x3, x4
+            gl.thread_barrier()  # all four warps have read the tables
         for i in gl.static_range(PIECES):
             # Without a branch the assembler activates all pieces before it stores one, and has no registers for that.
             if column + i * SIDE < columns:
                 result = pieces[i]
                 staging = stagings.index(INDEX * STAGED + i % STAGED)
-                if HAS_BIAS:
-                    here = addend_memory.slice(i * SIDE, SIDE).load(gl.SliceLayout(0, narrow))
-                    result += here.to(gl.float32)[None, :]
+                if BESIDE != "rotation":
+                    result = _plus_bias(result, i, addend_memory, HAS_BIAS)
                 if ACTIVATION is not None:
                     result = activate(result, ACTIVATION, True, True)
                 if BESIDE == "gate":
@@ -169,10 +213,10 @@ def _consume(INDEX: gl.constexpr, bias, beside, out, memory, tiles, STAGED: gl.c
 
 @gluon.jit
 def product_hopper_kernel(
-    x, weight, bias, beside, out, row_blocks, column_blocks, columns, depth,
+    x, weight, bias, beside, sines, out, row_blocks, column_blocks, columns, depth, first_position, positions,
     STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
-    """Every ``num_programs``-th tile of 128 rows by 256 columns."""
+    """Every ``num_programs``-th tile of 128 rows by 256 columns; beside a rotation are its cosines."""
     ring_x = gl.allocate_shared_memory(x.dtype, [2 * PLACES, SIDE, SIDE], x.layout)
     ring_weight = gl.allocate_shared_memory(weight.dtype, [PLACES, COLUMNS, SIDE], weight.layout)
     stagings = gl.allocate_shared_memory(out.dtype, [2 * STAGED, SIDE, SIDE], out.layout)
@@ -181,10 +225,11 @@ def product_hopper_kernel(
     arrived = barriers(2, 1)
     memory = ring_x, ring_weight, stagings, addends, full, empty, arrived
     tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, columns, depth
+    others = (beside, sines, first_position, positions) if BESIDE == "rotation" else (beside,)
     gl.warp_specialize(
         [
-            (_consume, (0, bias, beside, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
-            (_consume, (1, bias, beside, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
+            (_consume, (0, bias, others, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
+            (_consume, (1, bias, others, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
             (_produce, (x, weight, memory, tiles, PLACES)),
         ],
         [4, 1],
@@ -197,6 +242,7 @@ def product_hopper(
     activation: str | None = None,
     gate: Tensor | None = None,
     residual: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> None:
     """Fill the product's ``out`` as above.
 
@@ -204,34 +250,38 @@ def product_hopper(
         product: of half precision; matrices have contiguous rows of 16-byte aligned addresses.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
-        residual: like ``out``, may be ``out`` itself; added. One of the two may be given.
+        residual: like ``out``, may be ``out`` itself; added.
+        rotation: of heads of 128 features, which ``out`` has whole ones of, in its dtype; each 64 rows are at
+            consecutive positions. At most one of gate, residual and rotation is given.
     """
     x, weight, bias, out = product
     (rows, depth), columns = x.shape, weight.shape[0]
     row_blocks, column_blocks = triton.cdiv(rows, 2 * _SIDE), triton.cdiv(columns, _COLUMNS)
     tile_bytes = 2 * _SIDE * _SIDE
-    beside = "gate" if gate is not None else "residual" if residual is not None else None
-    staged = 2 if beside is None else _PIECES
+    kinds = {"gate": gate, "residual": residual, "rotation": None if rotation is None else rotation.cos}
+    kind, beside = next(((kind, each) for kind, each in kinds.items() if each is not None), (None, out))
+    staged = 2 if kind is None else _PIECES
     rest = SHARED_MEMORY - 2 * staged * tile_bytes - 2 * 2 * _COLUMNS
-    results = tiles_of(out, [_SIDE, _SIDE])
-    other = gate if gate is not None else residual
     launch(
         product_hopper_kernel,
         (min(row_blocks * column_blocks, target_of(x.device).processors), 1),
         tiles_of(x, [_SIDE, _SIDE]),
         tiles_of(weight, [_COLUMNS, _SIDE]),
         x if bias is None else bias.contiguous(),
-        results if other is None else tiles_of(other, [_SIDE, _SIDE]),
-        results,
+        tiles_of(beside, [_SIDE, _SIDE]),
+        tiles_of(out if rotation is None else rotation.sin, [_SIDE, _SIDE]),
+        tiles_of(out, [_SIDE, _SIDE]),
         row_blocks,
         column_blocks,
         columns,
         depth,
+        0 if rotation is None else rotation.first,
+        0 if rotation is None else len(rotation.cos),
         STAGED=staged,
         PLACES=rest // (2 * tile_bytes + 2 * _COLUMNS * _SIDE),
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
-        BESIDE=beside,
+        BESIDE=kind,
         num_warps=4,
         maxnreg=168,
     )

@@ -19,7 +19,8 @@ from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
-from ..kernels.operands import Product
+from ..kernels.operands import Product, Rotation
+from ..kernels.product import multiply, rotates
 from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
 from . import norm
@@ -34,7 +35,7 @@ MAX_PROJECTED_RANK = 256
 """Above it the library's two products are faster: 102 us against 174 at rank 304, 16384 rows of 768 (H100)."""
 
 Lift = Callable[[int, int], tuple[Tensor, Tensor]]
-"""``lift(first, count)``: keys and values of a group of heads, ``[items, kv_len, count, dim]`` each."""
+"""``lift(first, count)``: keys, rotated, and values of a group of heads, ``[items, kv_len, count, dim]`` each."""
 
 
 def supported(x: Tensor, attn: Attention) -> bool:
@@ -155,8 +156,7 @@ def _after_norm(x: Tensor, attn: Attention, elements: int, residual: Tensor | No
     chunk = _chunking(x.shape[1], x, attn, elements)
     for items, part, bounds in _parts(attn, x.shape[0], chunk.items, _key_bounds(attn, chunk)):
         room = chunk.elements + chunk.passing
-        latents = _queries_and_rank_space(_rows(result[items]), _rows(x[items]), attn, room)
-        _rotate_(heads[items], part)
+        latents = _queries_and_rank_space(heads[items], x[items], part, room)
         workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
         lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
@@ -180,27 +180,38 @@ def _key_bounds(attn: Attention, chunk: "_Chunk") -> Tensor | None:
     return attention_kernel.key_bounds(attn.key_padding)
 
 
-def _queries_and_rank_space(queries: Tensor, rows: Tensor, attn: Attention, elements: int) -> list[Tensor]:
-    """Fill ``queries[rows, heads * head_dim]``; the rank space of keys and of values, ``[rows, rank]`` each.
+def _queries_and_rank_space(heads: Tensor, x: Tensor, attn: Attention, elements: int) -> list[Tensor]:
+    """Fill ``heads[items, len, heads, head_dim]`` with rotated queries; the rank space of keys and of values,
+    ``[items * len, rank]`` each.
 
     Args:
-        rows: not normalised yet, ``[rows, in_features]``.
+        x: not normalised yet, ``[items, len, in_features]``.
         elements: of memory that normalised rows and rank space may take.
     """
-    latents = [rows.new_empty(len(rows), proj.rank(projection)) for projection in (attn.k, attn.v)]
+    queries, rows = _rows(heads.flatten(2)), _rows(x)
+    of_keys, of_values = (rows.new_empty(len(rows), proj.rank(projection)) for projection in (attn.k, attn.v))
+    left, per_row = elements - of_keys.numel() - of_values.numel(), rows.shape[1] + proj.rank(attn.q)
+    step = rows_that_fit(left, per_row, len(rows))
+    of_queries = rows.new_empty(step, proj.rank(attn.q))
+    rotation = _rotation(Product(of_queries, attn.q.up, attn.q.up_bias, queries[:step]), len(rows), attn)
 
     def project(some: slice, normalised: Tensor) -> None:
-        k, v = (latent[some] for latent in latents)
-        affines_into(_into_rank_space(normalised, attn.k, k), _into_rank_space(normalised, attn.v, v))
-        rank_space = Workspace(len(normalised) * proj.rank(attn.q), like=normalised)
-        project_rows(queries[some], normalised, attn.q, rank_space)
+        into = (of_keys[some], of_values[some], of_queries[: len(normalised)])
+        keys, values, latent = map(_into_rank_space, (normalised,) * 3, (attn.k, attn.v, attn.q), into)
+        affines_into(keys, values)
+        affines_into(latent)
+        lifting = Product(latent.out, attn.q.up, attn.q.up_bias, queries[some])
+        if rotation is None:
+            affines_into(lifting)
+        else:
+            multiply(lifting, rotation=rotation._replace(first=some.start))
 
-    left, per_row = elements - sum(map(Tensor.numel, latents)), rows.shape[1] + proj.rank(attn.q)
-    step = rows_that_fit(left, per_row, len(rows))
     for start in range(0, len(rows), step):
         some = slice(start, min(start + step, len(rows)))
         project(some, norm.of_rows(rows[some], attn.x_norm))
-    return latents
+    if rotation is None:
+        _rotate_(heads, attn)
+    return [of_keys, of_values]
 
 
 def _attend_by_groups(
@@ -213,7 +224,7 @@ def _attend_by_groups(
         count = min(chunk.kv_heads, attn.num_kv_heads - first_head)
         k, v = lift(first_head, count)
         group = heads[:, :, first_head * attn.group : (first_head + count) * attn.group]
-        _attend(group, _rotate_(k, attn), v, attn, bounds)
+        _attend(group, k, v, attn, bounds)
 
 
 def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor | None) -> None:
@@ -387,6 +398,7 @@ def _lifter(
         if queries is not None:
             maps.append(_map(attn.q, slice(None), queries.view(len(rows), -1)))
         projection_kernel.project(rows, *maps, ahead=follows and rows.data_ptr() == context.data_ptr())
+        _rotate_(k, attn)
         if queries is not None:
             _rotate_(queries, attn)
         return k, v
@@ -406,7 +418,14 @@ def _lifter_of(latents: list[Tensor], items: int, attn: Attention, workspace: Wo
             bias = None if projection.up_bias is None else projection.up_bias[some]
             return Product(latent, projection.up[some], bias, out.view(rows, -1))
 
-        affines_into(*map(product, lifted, latents, (attn.k, attn.v)))
+        keys, values = map(product, lifted, latents, (attn.k, attn.v))
+        rotation = _rotation(keys, rows, attn)
+        if rotation is not None:
+            multiply(keys, rotation=rotation)
+            affines_into(values)
+        else:
+            affines_into(keys, values)
+            _rotate_(lifted[0], attn)
         return lifted
 
     return lift
@@ -440,6 +459,18 @@ def _latents(rows: Tensor, attn: Attention, workspace: Workspace) -> list[Tensor
 def _into_rank_space(rows: Tensor, projection: Projection[Tensor], latent: Tensor) -> Product:
     assert projection.down is not None
     return Product(rows, projection.down, projection.down_bias, latent)
+
+
+def _rotation(product: Product, rows: int, attn: Attention) -> Rotation | None:
+    """The region's rotation, if a kernel applies it to the product of some or all of so many rows, evenly cut."""
+    cos, sin = attn.cos, attn.sin
+    if cos is None or sin is None or attn.interleaved or cos.shape[-1] != attn.head_dim:
+        return None
+    if len(cos) > 1 and not (cos.is_contiguous() and sin.is_contiguous()):
+        return None
+    cos, sin, at_a_time = cos.flatten(0, 1), sin.flatten(0, 1), len(product.out)
+    second = Rotation(cos, sin, at_a_time if at_a_time < rows else 0)
+    return second._replace(first=0) if rotates(product, second, wraps=rows > len(cos)) else None
 
 
 def _rotate_(heads: Tensor, attn: Attention) -> Tensor:

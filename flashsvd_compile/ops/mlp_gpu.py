@@ -260,7 +260,7 @@ class _Chunks:
             if not sums.numel():
                 return affine_into(total, hidden, factor, self._bias)
             _add_product(sums, hidden, factor, features.start == 0)
-        return torch.add(sums, 0.0 if self._bias is None else self._bias, out=total)
+        return total.copy_(sums) if self._bias is None else torch.add(sums, self._bias, out=total)
 
     def _activated(self, latents: list[Tensor], features: slice) -> Tensor:
         """``[rows, features]``: some of the hidden layer."""

@@ -9,14 +9,15 @@ from torch.nn.functional import linear
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.launch import listening
-from flashsvd_compile.kernels.operands import Product
+from flashsvd_compile.kernels.operands import Product, Rotation
 from flashsvd_compile.kernels.product_hopper import product_hopper
 from flashsvd_compile.ops import workspace
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
+from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.mlp import RESIDUAL
 from flashsvd_compile.ops.mlp import reference as mlp_reference
 from tests.ops.accuracy import assert_within_error_rule
-from tests.ops.regions import mlp_arguments, random
+from tests.ops.regions import attention_arguments, mlp_arguments, norm, random
 
 from .hopper import NEEDS_HOPPER, one_launch
 
@@ -110,6 +111,61 @@ def test_residual_in_place():
     assert_within_error_rule(out, reference, (x, weight, bias, None, None, residual))
 
 
+def rotated(x, weight, bias, cos, sin, first):
+    """The specification of a product whose heads are rotated."""
+    positions = (first + torch.arange(len(x), device=x.device)) % len(cos)
+    cos, sin = cos[positions, None], sin[positions, None]
+    heads = linear(x, weight, bias).unflatten(-1, (-1, cos.shape[-1]))
+    turned = torch.cat((-heads[..., 64:], heads[..., :64]), -1)
+    return (heads * cos + turned * sin).flatten(-2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "positions", "first"), [(1000, 1000, 0), (300, 1000, 650), (5000, 1024, 64), (64, 64, 0)]
+)
+@pytest.mark.parametrize(("columns", "depth"), [(128, 40), (384, 1504), (4096, 1024)])
+def test_rotation(columns, depth, rows, positions, first, bias, dtype):
+    """Whole heads of one item, some rows of it, and rows of several."""
+    given = operands(rows, columns, depth, dtype, bias)
+    cos, sin = (random(positions, 128, dtype=dtype).cuda() for _ in range(2))
+    for _ in range(3):
+        out = empty(rows, columns, dtype).fill_(torch.nan)
+        product_hopper(Product(*given, out), rotation=Rotation(cos, sin, first))
+        assert_within_error_rule(out, rotated, (*given, cos, sin, first))
+
+
+def test_rotation_writes_nothing_beside():
+    x, weight, bias = operands(1000, 384, 200, torch.bfloat16, bias=True)
+    cos, sin = (random(1000, 128, dtype=torch.bfloat16).cuda() for _ in range(2))
+    around = empty(1002, 1024, torch.bfloat16).fill_(torch.nan)
+    out = around[1:-1, 64:448]
+    product_hopper(Product(x, weight, bias, out), rotation=Rotation(cos, sin))
+    assert_within_error_rule(out.contiguous(), rotated, (x, weight, bias, cos, sin, 0))
+    out.fill_(torch.nan)
+    assert around.isnan().all()
+
+
+@pytest.mark.parametrize("per_item", [False, True])
+@pytest.mark.parametrize(("length", "rotary_dim"), [(2048, 128), (2000, 128), (2048, 64)])
+@pytest.mark.parametrize(("workspace_bytes", "items"), [(24 << 20, 1), (80 << 20, 2)])
+def test_attention_rotates_in_its_products(length, rotary_dim, per_item, workspace_bytes, items):
+    """A pass of its own does it where less than a head is rotated, or uneven items that come together share tables."""
+    given = attention_arguments(
+        2, length, features=2048, num_heads=16, head_dim=128, ranks=(512, 512, 512, 512), window=(-1, 0),
+        rotary_dim=rotary_dim, rotation_per_item=per_item, x_norm=norm("rms", 2048, dtype=torch.bfloat16),
+        dtype=torch.bfloat16, workspace_bytes=workspace_bytes,
+    )  # fmt: skip
+    arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in given)
+    kernels = []
+    with listening(lambda launch, tensors: kernels.append(launch.kernel.__name__)):
+        result = ops.attention(*arguments)
+    by_products = rotary_dim == 128 and (length % 64 == 0 or per_item or items == 1)
+    assert ("rotary_kernel" in kernels) != by_products
+    assert_within_error_rule(result, attention_reference, arguments)
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("columns", [776, 1000])
 def test_what_lies_beside_is_neither_read_nor_written(columns, form):
@@ -167,4 +223,14 @@ def test_nothing_spills(columns, activation, bias, form):
     given = operands(128, columns, 1024, torch.bfloat16, bias)
     with one_launch() as launches:
         product_hopper(Product(*given, out), activation, *beside_of(form, out, out))
+    assert launches[0].compiled.n_spills == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("columns", [384, 4096])
+def test_nothing_spills_where_heads_are_rotated(columns, bias):
+    out = empty(128, columns, torch.bfloat16)
+    tables = [random(128, 128, dtype=torch.bfloat16).cuda() for _ in range(2)]
+    with one_launch() as launches:
+        product_hopper(Product(*operands(128, columns, 1024, torch.bfloat16, bias), out), rotation=Rotation(*tables))
     assert launches[0].compiled.n_spills == 0

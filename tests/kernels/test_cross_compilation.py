@@ -24,7 +24,7 @@ from flashsvd_compile.kernels import (
     rotary,
     short_attention,
 )
-from flashsvd_compile.kernels.operands import Product
+from flashsvd_compile.kernels.operands import Product, Rotation
 from flashsvd_compile.kernels.short_attention import Factors
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
@@ -121,9 +121,11 @@ def multiply_pair(depth: int) -> None:
 
 def after(form: str, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> None:
     """A product with what follows it."""
-    activation = None if form == "residual" else "gelu" if x.dtype == SINGLE else "silu"
-    beside = {form: out} if form in ("gate", "residual") else {}
-    product.multiply(Product(x, weight, bias, out), activation, **beside)
+    activation = None if form in ("residual", "rotation") else "gelu" if x.dtype == SINGLE else "silu"
+    table = matrix(64, 128)
+    beside: dict[str, Any] = {"gate": out, "residual": out, "rotation": Rotation(table, table)}
+    given = {form: beside[form]} if form in beside else {}
+    product.multiply(Product(x, weight, bias, out), activation, **given)
 
 
 def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -149,6 +151,8 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "attention 128 causal", lambda: attend(128, "causal")
     for window in ("plain", "causal"):  # on sm_90 in Gluon, under Triton 3.6
         yield f"attention 128 {window} of many keys", lambda window=window: attend(128, window, length=4096)
+        name = f"attention 128 {window} of many keys, padded"
+        yield name, lambda window=window: attend(128, window, padded=True, length=4096)
     for rows in (1, 8, 16):
         for depth in (1024, 1493, 4096):
             yield f"gemv {rows}x{depth}", lambda rows=rows, depth=depth: multiply_few(rows, depth, depth, depth)
@@ -160,7 +164,7 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         "partial sums",
         lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),
     )
-    for form in ("alone", "gate", "residual"):  # on sm_90 in Gluon, under Triton 3.6
+    for form in ("alone", "gate", "residual", "rotation"):  # on sm_90 in Gluon, under Triton 3.6
         yield f"product {form}", lambda form=form: multiply(form)
     for form in ("alone", "gate", "residual"):
         for depth in (304, 305):
