@@ -230,7 +230,7 @@ def test_nothing_spills(columns, activation, bias, form):
 @pytest.mark.parametrize("columns", [384, 4096])
 def test_nothing_spills_where_heads_are_rotated(columns, bias):
     out = empty(128, columns, torch.bfloat16)
-    tables = [random(128, 128, dtype=torch.bfloat16).cuda() for _ in range(2)]
+    cos, sin = (random(128, 128, dtype=torch.bfloat16).cuda() for _ in range(2))
     with one_launch() as launches:
-        product_hopper(Product(*operands(128, columns, 1024, torch.bfloat16, bias), out), rotation=Rotation(*tables))
+        product_hopper(Product(*operands(128, columns, 1024, torch.bfloat16, bias), out), rotation=Rotation(cos, sin))
     assert launches[0].compiled.n_spills == 0
