@@ -84,15 +84,18 @@ def _halves(sums):
 
 
 @gluon.jit
-def _ask(PIECE: gl.constexpr, others, staging, arrived, row, column, BESIDE: gl.constexpr):
-    """Have the ``PIECE``-th piece of what is beside loaded: of cosines and sines each half of the features."""
+def _ask(piece, others, staging, arrived, row, column, BESIDE: gl.constexpr):
+    """Have a piece of what is beside loaded: of cosines and sines each half of the features."""
     if BESIDE == "rotation":
         cos, sin, first_position, positions = others
-        table = cos if PIECE < PIECES // 2 else sin
         position = (first_position + row) % positions
-        tma.async_copy_global_to_shared(table, [position, PIECE % (PIECES // 2) * SIDE], arrived, staging)
+        half = piece % (PIECES // 2) * SIDE
+        if piece < PIECES // 2:
+            tma.async_copy_global_to_shared(cos, [position, half], arrived, staging)
+        else:
+            tma.async_copy_global_to_shared(sin, [position, half], arrived, staging)
     else:
-        tma.async_copy_global_to_shared(others[0], [row, column + PIECE * SIDE], arrived, staging)
+        tma.async_copy_global_to_shared(others[0], [row, column + piece * SIDE], arrived, staging)
 
 
 @gluon.jit
@@ -151,7 +154,7 @@ def _consume(INDEX: gl.constexpr, bias, others, out, memory, tiles, STAGED: gl.c
         gl.thread_barrier()
         if BESIDE is not None:
             mbarrier.expect(arrived.index(INDEX), PIECES * out.block_type.nbytes)
-        for part in gl.static_range(PARTS):
+        for part in range(PARTS):
             if BESIDE is not None:
                 staging = stagings.index(INDEX * STAGED + part)
                 _ask(part, others, staging, arrived.index(INDEX), row, column, BESIDE)
