@@ -11,7 +11,7 @@ from flashsvd_compile.ops.projection import argument_names
 
 from .baselines import Implementation
 from .models import Attention, LowRank, Mlp
-from .rows import MIB
+from .rows import CALLED, MIB
 
 
 def projection_arguments(role: str, pair: nn.Module) -> dict[str, Any]:
@@ -33,7 +33,7 @@ def forced_mlp(module: Mlp, x: Tensor, workspaces_mib: tuple[int, ...]) -> list[
 
     rank_in, rank_out = arguments["hidden_down"].shape[0], arguments["out_down"].shape[0]
     fusible = module.gate is None and x.is_cuda and triton_mlp.supported(rank_in, rank_out, x.dtype, x.device)
-    fused = Implementation("operator fused", lambda: lambda: run(strategy="fused"), ours=True, strategy="fused")
+    fused = Implementation(f"{CALLED}fused", lambda: lambda: run(strategy="fused"), ours=True, strategy="fused")
     return [*([fused] if fusible else []), *_streamed(run, workspaces_mib)]
 
 
@@ -64,7 +64,7 @@ def forced_attention(
 def _streamed(run: Callable[..., Tensor], workspaces_mib: tuple[int, ...]) -> list[Implementation]:
     return [
         Implementation(
-            f"operator streamed {mib} MiB",
+            f"{CALLED}streamed {mib} MiB",
             lambda mib=mib: lambda: run(strategy="streamed", workspace_bytes=mib * MIB),
             ours=True,
             strategy="streamed",

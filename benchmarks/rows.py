@@ -8,6 +8,8 @@ from typing import Any
 from .measure import Timing
 
 MIB = 2**20
+CALLED = "operator "
+"""Begins the names of implementations that are operators called by hand."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +148,7 @@ def compare(rows: list[Row]) -> None:
             if best is not None and best.time_ms and row.time_ms is not None:
                 row.vs_best_baseline, row.best_baseline = row.time_ms / best.time_ms, best.implementation
         ours = [row for row in measured if row.ours]
-        ours = [row for row in ours if not row.implementation.startswith("operator")] or ours
+        ours = [row for row in ours if not row.implementation.startswith(CALLED)] or ours
         headline = fastest(row for row in ours if _within_memory(row)) or fastest(ours)
         if headline is not None:
             headline.headline = True

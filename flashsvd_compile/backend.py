@@ -1,6 +1,7 @@
 """The backend of ``torch.compile(model, backend="flashsvd")``: the one file that knows Dynamo and Inductor."""
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -69,7 +70,22 @@ def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options:
     patches = list_mode_options(options.mode) if options.mode else {}
     if rewritten:
         patches = _SUMS_EXIST_ONCE | patches
+        _keep_kernels_with_inductors(example_inputs)
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
+
+
+def _keep_kernels_with_inductors(example_inputs: Sequence[Any]) -> None:
+    """Have Triton keep the operators' kernels where Inductor keeps its own, unless the user has said where.
+
+    Inductor points Triton there itself, but only once it compiles a kernel. A process whose kernels all come from
+    Inductor's cache would look for ours at Triton's default place, and compile them anew.
+    """
+    from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+
+    devices = (each.device for each in example_inputs if isinstance(each, torch.Tensor))
+    device = next((device for device in devices if device.type == "cuda"), None)
+    if device is not None:
+        os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
 
 
 def _aot_eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, rewritten: bool) -> Callable:

@@ -3,18 +3,21 @@
 import copy
 import functools
 import logging
+import os
 import subprocess
 import sys
 
 import pytest
 import torch
 from torch import nn
+from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import flashsvd_compile
-from flashsvd_compile import RefusalReason, RewriteReport, explain, last_report
+from flashsvd_compile import RefusalReason, RewriteReport, backend, explain, last_report
 
 FEATURES, WIDTH, RANK, HEADS = 32, 64, 6, 4
 
@@ -336,6 +339,28 @@ def test_small_regions_on_a_cpu_are_left_to_inductor_unless_they_keep_intermedia
     assert not latest().matches
 
 
+class Reader(Block):
+    """Attention to a context."""
+
+    def forward(self, x, context):  # pyright: ignore[reportIncompatibleMethodOverride]
+        q, k, v = self.heads(self.q(x)), self.heads(self.k(context)), self.heads(self.v(context))
+        return self.out(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.usefixtures("small_regions_stay")
+@pytest.mark.parametrize("which", [0, 1])
+def test_a_small_region_is_rewritten_where_one_of_its_inputs_wants_gradients(which):
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    reader, inputs = Reader().eval().requires_grad_(False), [sample(), sample()]
+    model = compiled(reader, inner="aot_eager")
+    torch.testing.assert_close(model(*inputs), reader(*inputs))
+    assert not latest().matches
+    inputs[which].requires_grad_()
+    torch.testing.assert_close(model(*inputs), reader(*inputs))
+    assert latest().count("attention") == 1
+
+
 def two_layers():
     torch.manual_seed(0)
     return nn.Sequential(LowRank(FEATURES, WIDTH), nn.GELU(), LowRank(WIDTH, FEATURES))
@@ -420,3 +445,38 @@ def test_subclasses_by_name_only(which):
         given = x.as_subclass(Named) if which == "input" else x
         torch.testing.assert_close(compiled(model, inner="inductor")(given).as_subclass(torch.Tensor), expected)
     assert RefusalReason.TENSOR_SUBCLASS in {refusal.reason for refusal in latest().refusals}
+
+
+class TestPlaceOfKernels:
+    """Where Triton keeps the operators' kernels once a graph that has them is compiled."""
+
+    @pytest.fixture(autouse=True)
+    def _as_a_new_process(self, monkeypatch):
+        # Set first, so that the test's end undoes what the backend sets.
+        monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
+        monkeypatch.delenv("TRITON_CACHE_DIR")
+
+    def compile_for(self, *devices: str) -> str | None:
+        with FakeTensorMode():
+            inputs = [3, *(torch.empty(2, device=device) for device in devices)]
+        backend._keep_kernels_with_inductors(inputs)
+        return os.environ.get("TRITON_CACHE_DIR")
+
+    def test_with_those_of_inductor(self):
+        inductors = triton_cache_dir(1)
+        assert self.compile_for("cpu", "cuda:1") == inductors
+
+    def test_where_the_user_says(self, monkeypatch):
+        monkeypatch.setenv("TRITON_CACHE_DIR", "elsewhere")
+        assert self.compile_for("cuda:1") == "elsewhere"
+
+    def test_nowhere_on_a_cpu(self):
+        assert self.compile_for("cpu") is None
+
+    def test_asked_for_where_a_region_is_rewritten(self, block, monkeypatch):
+        asked = []
+        monkeypatch.setattr(backend, "_keep_kernels_with_inductors", asked.append)
+        with torch.no_grad():
+            compiled(block, inner="inductor")(sample())
+            compiled(nn.Linear(FEATURES, FEATURES), inner="inductor")(sample())
+        assert len(asked) == 1

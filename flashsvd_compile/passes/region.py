@@ -197,7 +197,7 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
     tensor, shape = tensor_of(x), shape_of(x)
     assert tensor is not None
     assert shape is not None
-    read = [x, *(leaf for weight in weights_of(members) for leaf in weight.leaves)]
+    read = [x, context or x, *(leaf for weight in weights_of(members) for leaf in weight.leaves)]
     return {
         "ranks": {role: None if p.down is None else p.down.shape[0] for role, p in projections.items()},
         "features": {role: p.up.shape[0] for role, p in projections.items()},
