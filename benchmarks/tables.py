@@ -112,6 +112,26 @@ def cases_of(found: Mapping[str, Any]) -> list[Case]:
     return [Case(name, (row for row in rows if row.case == name)) for name in dict.fromkeys(row.case for row in rows)]
 
 
+def summary(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """A line for each record: what shares of the best baselines' time and memory its cases take."""
+    lines = []
+    for name, title in TITLES.items():
+        if name in records:
+            cases = cases_of(records[name])
+            times, memories = ([getattr(case, f"{kind}_ratio") for case in cases] for kind in ("time", "memory"))
+            lines.append(f"| {title} | {records[name]['device']} | {_span(times)} | {_span(memories)} |")
+    if not lines:
+        return ""
+    head = ["", "| of the best baseline | on | time | activation memory |", f"|{' --- |' * 4}"]
+    return "\n".join([*head, *lines, ""])
+
+
+def _span(ratios: Iterable[float | None]) -> str:
+    """The least and the largest."""
+    known = [f"{ratio:.2f}" for ratio in sorted(ratio for ratio in ratios if ratio is not None)]
+    return " to ".join(dict.fromkeys((known[0], known[-1]))) if known else "-"
+
+
 def section(name: str, found: Mapping[str, Any]) -> str:
     """A record as Markdown: where it comes from, a line for each case, the plot."""
     first = Row(**found["rows"][0])
@@ -163,7 +183,7 @@ def _home(name: str) -> ModuleType:
 def filled(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:
     """The README's text with its tables made anew."""
     sections = "".join(_home(name).section(name, found) for name, found in records.items())
-    return MARKED.sub(lambda _: sections + "\n", text)
+    return MARKED.sub(lambda _: f"{summary(records)}{sections}\n", text)
 
 
 def main() -> None:
