@@ -50,7 +50,7 @@ def read_per_head(node: Node) -> PerHead | None:
         return None
     inner = None if "h" not in outer.source_letters else _stage(outer.source)
     if inner is None:
-        return None if "h" in outer.source_letters else _dense(outer, outer.weight, None, outer.nodes)
+        return None if "h" in outer.source_letters else _dense(outer, _by_features(outer.weight), None, outer.nodes)
     if "h" in inner.source_letters or inner.bias is not None or inner.letters != outer.source_letters:
         return None
     if any(user not in outer.nodes for node in inner.nodes[-1:] for user in node.users):
@@ -58,14 +58,20 @@ def read_per_head(node: Node) -> PerHead | None:
     rank = inner.weight.shape[2]
     if rank >= min(inner.weight.shape[1], outer.weight.shape[2]):
         return None
-    whole = Weight.call("matmul", inner.weight, outer.weight)
+    # In this order the heads' products are the rows, where they would be copied to otherwise.
+    whole = Weight.call("matmul", _by_features(outer.weight), _by_features(inner.weight))
     found = _dense(outer._replace(source=inner.source), whole, rank, inner.nodes + outer.nodes)
     return found._replace(factored=found.factored._replace(of_heads=HeadFactors(inner.weight, outer.weight)))
 
 
+def _by_features(weight: Weight) -> Weight:
+    """From ``weight[h, in, out]`` to ``[h, out, in]``."""
+    return Weight.call("transpose", weight, 1, 2)
+
+
 def _dense(outer: _Stage, weight: Weight, rank: int | None, nodes: tuple[Node, ...]) -> PerHead:
-    """From ``weight[h, in, out]`` to ``[h * out, in]``."""
-    rows = Weight.call("flatten", Weight.call("transpose", weight, 1, 2), 0, 1)
+    """Of ``weight[h, out, in]``, as ``[h * out, in]``."""
+    rows = Weight.call("flatten", weight, 0, 1)
     return PerHead(Factored(outer.source, Projection(None, None, rows, outer.bias), nodes, rank), outer.letters)
 
 
