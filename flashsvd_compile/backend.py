@@ -70,11 +70,11 @@ def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options:
     patches = list_mode_options(options.mode) if options.mode else {}
     if rewritten:
         patches = _SUMS_EXIST_ONCE | patches
-        _keep_kernels_with_inductors(example_inputs)
+        _keep_kernels_beside_inductors(example_inputs)
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
 
 
-def _keep_kernels_with_inductors(example_inputs: Sequence[Any]) -> None:
+def _keep_kernels_beside_inductors(example_inputs: Sequence[Any]) -> None:
     """Have Triton keep the operators' kernels where Inductor keeps its own, unless the user has said where.
 
     Inductor points Triton there itself, but only once it compiles a kernel. A process whose kernels all come from

@@ -459,7 +459,7 @@ class TestPlaceOfKernels:
     def compile_for(self, *devices: str) -> str | None:
         with FakeTensorMode():
             inputs = [3, *(torch.empty(2, device=device) for device in devices)]
-        backend._keep_kernels_with_inductors(inputs)
+        backend._keep_kernels_beside_inductors(inputs)
         return os.environ.get("TRITON_CACHE_DIR")
 
     def test_with_those_of_inductor(self):
@@ -475,7 +475,7 @@ class TestPlaceOfKernels:
 
     def test_asked_for_where_a_region_is_rewritten(self, block, monkeypatch):
         asked = []
-        monkeypatch.setattr(backend, "_keep_kernels_with_inductors", asked.append)
+        monkeypatch.setattr(backend, "_keep_kernels_beside_inductors", asked.append)
         with torch.no_grad():
             compiled(block, inner="inductor")(sample())
             compiled(nn.Linear(FEATURES, FEATURES), inner="inductor")(sample())

@@ -149,9 +149,9 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
     for index in range(first, tiles, programs):
         item, head, m, begin, last = _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL, PADDED)
         if PADDED:
-            row, stride, whole = _row_of(padding, item, kv_len)
+            padding_row, stride, first_whole = _row_of(padding, item, kv_len)
             block = last
-            seen = _seen(row, stride, block, kv_len, over_keys)  # loads beside the wait for the keys
+            seen = _seen(padding_row, stride, block, kv_len, over_keys)  # loads beside the wait for the keys
         query = queries.index(2 * q_place + HALF)
         mbarrier.wait(q_full.index(q_place), q_parity)
         mbarrier.wait(full.index(place), parity)
@@ -189,8 +189,8 @@ def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empt
             mbarrier.arrive(empty.index(place), count=1)
             if PADDED:
                 block -= 1
-                if block < whole:
-                    scores = gl.where(_seen(row, stride, block, kv_len, over_keys), scores, float("-inf"))
+                if block < first_whole:
+                    scores = gl.where(_seen(padding_row, stride, block, kv_len, over_keys), scores, float("-inf"))
             new_max = gl.maximum(row_max, gl.max(scores, 1))
             shift = _shift(new_max, scale, PADDED)
             new_weights = gl.exp2(scores * scale - shift[:, None])

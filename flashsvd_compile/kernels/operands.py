@@ -27,7 +27,7 @@ class Rotation(NamedTuple):
 
     Attributes:
         cos, sin: ``[positions, head_dim]``.
-        first: of the product's rows, its position; row ``i`` is at position ``(first + i) % positions``.
+        first: position of the product's first row; row ``i`` is at position ``(first + i) % positions``.
     """
 
     cos: Tensor

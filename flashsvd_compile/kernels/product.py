@@ -47,13 +47,13 @@ def rotates(product: Product, rotation: Rotation, wraps: bool) -> bool:
     """Whether a kernel computes the product and rotates it: whole heads, by tables of their dtype.
 
     Args:
-        wraps: whether rows pass the last position, which those that come at a time must not.
+        wraps: whether rows go on at the first position behind the last. No rows that come at a time may do so.
     """
     positions, features = rotation.cos.shape
-    together = not wraps or (positions % ROTATED_ROWS == 0 and rotation.first % ROTATED_ROWS == 0)
+    in_order = not wraps or (positions % ROTATED_ROWS == 0 and rotation.first % ROTATED_ROWS == 0)
     whole = features == ROTATED_HEAD and product.out.shape[1] % features == 0
     alike = rotation.cos.dtype == product.out.dtype != torch.float32
-    return together and whole and alike and takes(product, rotation.cos, rotation.sin)
+    return in_order and whole and alike and takes(product, rotation.cos, rotation.sin)
 
 
 def _is_single(product: Product, *beside: Tensor) -> bool:

@@ -407,7 +407,7 @@ def _lifter(
 
 
 def _lifter_of(latents: list[Tensor], items: int, attn: Attention, workspace: Workspace) -> Lift:
-    """How keys and values come out of their ``[items * kv_len, rank]``, by the library."""
+    """How keys and values come out of their ``[items * kv_len, rank]``, by products of all rows."""
     rows = len(latents[0])
 
     def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
@@ -462,15 +462,21 @@ def _into_rank_space(rows: Tensor, projection: Projection[Tensor], latent: Tenso
 
 
 def _rotation(product: Product, rows: int, attn: Attention) -> Rotation | None:
-    """The region's rotation, if a kernel applies it to the product of some or all of so many rows, evenly cut."""
+    """The region's rotation of the first row on, if a kernel applies it to products like this one.
+
+    Args:
+        product: of all rows, or of the first chunk of them.
+        rows: of all chunks.
+    """
     cos, sin = attn.cos, attn.sin
     if cos is None or sin is None or attn.interleaved or cos.shape[-1] != attn.head_dim:
         return None
     if len(cos) > 1 and not (cos.is_contiguous() and sin.is_contiguous()):
         return None
-    cos, sin, at_a_time = cos.flatten(0, 1), sin.flatten(0, 1), len(product.out)
-    second = Rotation(cos, sin, at_a_time if at_a_time < rows else 0)
-    return second._replace(first=0) if rotates(product, second, wraps=rows > len(cos)) else None
+    rotation, chunk = Rotation(cos.flatten(0, 1), sin.flatten(0, 1)), len(product.out)
+    # All chunks begin at multiples of the second one's first row.
+    of_second = rotation._replace(first=chunk if chunk < rows else 0)
+    return rotation if rotates(product, of_second, wraps=rows > len(rotation.cos)) else None
 
 
 def _rotate_(heads: Tensor, attn: Attention) -> Tensor:

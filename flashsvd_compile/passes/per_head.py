@@ -58,7 +58,7 @@ def read_per_head(node: Node) -> PerHead | None:
     rank = inner.weight.shape[2]
     if rank >= min(inner.weight.shape[1], outer.weight.shape[2]):
         return None
-    # In this order the heads' products are the rows, where they would be copied to otherwise.
+    # The other way round each head's product would have to be copied, transposed, to its rows.
     whole = Weight.call("matmul", _by_features(outer.weight), _by_features(inner.weight))
     found = _dense(outer._replace(source=inner.source), whole, rank, inner.nodes + outer.nodes)
     return found._replace(factored=found.factored._replace(of_heads=HeadFactors(inner.weight, outer.weight)))

@@ -125,7 +125,7 @@ def rotated(x, weight, bias, cos, sin, first):
 @pytest.mark.parametrize(
     ("rows", "positions", "first"), [(1000, 1000, 0), (300, 1000, 650), (5000, 1024, 64), (64, 64, 0)]
 )
-@pytest.mark.parametrize(("columns", "depth"), [(128, 40), (384, 1504), (4096, 1024)])
+@pytest.mark.parametrize(("columns", "depth"), [(128, 40), (384, 1504), (4096, 1024), (4096, 40)])
 def test_rotation(columns, depth, rows, positions, first, bias, dtype):
     """Whole heads of one item, some rows of it, and rows of several."""
     given = operands(rows, columns, depth, dtype, bias)
@@ -134,6 +134,18 @@ def test_rotation(columns, depth, rows, positions, first, bias, dtype):
         out = empty(rows, columns, dtype).fill_(torch.nan)
         product_hopper(Product(*given, out), rotation=Rotation(cos, sin, first))
         assert_within_error_rule(out, rotated, (*given, cos, sin, first))
+
+
+@pytest.mark.parametrize("depth", [64, 200])
+def test_rotation_of_many_tiles_of_few_steps_again_and_again(depth):
+    """Tiles follow each other as fast as can be, some with one head only."""
+    given = operands(20000, 2944, depth, torch.bfloat16, bias=True)
+    cos, sin = (random(1024, 128, dtype=torch.bfloat16).cuda() for _ in range(2))
+    outs = [empty(20000, 2944, torch.bfloat16).fill_(torch.nan) for _ in range(10)]
+    for out in outs:
+        product_hopper(Product(*given, out), rotation=Rotation(cos, sin))
+    assert_within_error_rule(outs[0], rotated, (*given, cos, sin, 0))
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 def test_rotation_writes_nothing_beside():
@@ -164,6 +176,25 @@ def test_attention_rotates_in_its_products(length, rotary_dim, per_item, workspa
     by_products = rotary_dim == 128 and (length % 64 == 0 or per_item or items == 1)
     assert ("rotary_kernel" in kernels) != by_products
     assert_within_error_rule(result, attention_reference, arguments)
+
+
+@pytest.mark.parametrize("kv_heads", [16, 8])
+def test_rotated_chunks(kv_heads):
+    """Queries come by halves, keys by halves of 16 heads or as 8; recorded at the second call, made again after it."""
+    x, *weights = attention_arguments(
+        1, 4096, features=2048, num_heads=16, num_kv_heads=kv_heads, head_dim=128, ranks=(512, 512, 512, 512),
+        window=(-1, 0), rotary_dim=128, x_norm=norm("rms", 2048, dtype=torch.bfloat16), dtype=torch.bfloat16,
+        workspace_bytes=24 << 20,
+    )  # fmt: skip
+    weights = [a.cuda() if isinstance(a, Tensor) else a for a in weights]
+    kernels = []
+    with listening(lambda launch, tensors: kernels.append(launch.kernel.__name__)):
+        for _ in range(4):
+            fresh = random(*x.shape, dtype=x.dtype).cuda()
+            assert_within_error_rule(ops.attention(fresh, *weights), attention_reference, (fresh, *weights))
+    assert "rotary_kernel" not in kernels
+    queries, keys = 2, kv_heads // 8
+    assert kernels.count("product_hopper_kernel") == 2 * (queries + keys)  # in the first two calls
 
 
 @pytest.mark.parametrize("form", FORMS)
