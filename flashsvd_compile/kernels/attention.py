@@ -296,8 +296,9 @@ def attention(
     strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
     descriptor = target.descriptors and all(map(describable, tensors))
     how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
-    long = kv_len >= SPECIALISED_KEYS and (window_left, window_right) in SPECIALISED_WINDOWS
-    if tile is None and descriptor and long and is_specialised(target, head_dim, value_dim, q.dtype):
+    worth_it = kv_len >= SPECIALISED_KEYS and (window_left, window_right) in SPECIALISED_WINDOWS
+    specialised = worth_it and is_specialised(target, head_dim, value_dim, q.dtype)
+    if tile is None and descriptor and specialised:
         from .attention_hopper import attention_hopper
 
         attention_hopper(q, k, v, out, causal=window_right == 0, **how)

@@ -197,14 +197,15 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
     tensor, shape = tensor_of(x), shape_of(x)
     assert tensor is not None
     assert shape is not None
-    read = [x, context or x, *(leaf for weight in weights_of(members) for leaf in weight.leaves)]
+    inputs = (x, context or x)
+    read = [*inputs, *(leaf for weight in weights_of(members) for leaf in weight.leaves)]
     return {
         "ranks": {role: None if p.down is None else p.down.shape[0] for role, p in projections.items()},
         "features": {role: p.up.shape[0] for role, p in projections.items()},
         "in_features": shape[-1],
         "itemsize": tensor.element_size(),
         "device": _name_of(tensor.device),
-        "hints": {symbol: hint for node in (x, context or x) for symbol, hint in hints_of(node).items()},
+        "hints": {symbol: hint for node in inputs for symbol, hint in hints_of(node).items()},
         "differentiated": torch.is_grad_enabled() and any(map(_requires_grad, read)),
     }
 
