@@ -81,7 +81,7 @@ def _beside(stream: int, device: int) -> tuple[torch.cuda.Stream, Any]:
     return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
 
 
-def _captured(make: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def _captured(make: Callable[[], object]) -> torch.cuda.CUDAGraph:
     """A graph of what ``make`` launches; nothing is launched.
 
     By its own thread's rules, so that other threads may do what they like; and without the pause of
