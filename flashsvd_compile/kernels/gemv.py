@@ -2,6 +2,7 @@
 
     out_j = x_j @ weight_j.T + bias_j                                    for up to three j
     out = act(x_0 @ weight_0.T + bias_0) * (x_1 @ weight_1.T + bias_1)   of a gated pair
+    out = x @ weight.T + bias + residual
 
 What bounds such a product is the memory that the weights come from. So a program takes a few of a weight's rows, reads
 them 16 bytes at a time, and reads ahead; a launch that follows another one may begin before that ends (``follows``).
@@ -10,6 +11,9 @@ A rank that is no multiple of 8 leaves the rows of an up factor at odd addresses
 a time. But every eighth row is out of line by the same distance: a program takes such rows, starts each of them at the
 boundary before its first element, and shifts ``x`` instead; several rows of ``x`` come in copies that are shifted
 already (:func:`shifted_rows`).
+
+A root mean square norm of a single row is part of the products that read it: these go over all of the row anyway, and
+what it is divided by is the same for all of its elements.
 """
 
 from collections.abc import Sequence
@@ -21,7 +25,7 @@ from torch import Tensor
 
 from .activations import activate
 from .launch import launch, take_turn
-from .operands import Product
+from .operands import Product, RmsNorm
 from .target import Target, target_of
 from .tiles import aligned_columns
 
@@ -81,10 +85,10 @@ def _features(block, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr):
 
 @triton.jit
 def _product(
-    x, weight, bias, block, rows, features, depth, stride_x, stride_copy, stride_w,
-    ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr,
-    ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr, OVERLAPPING: tl.constexpr,
-    STAGES: tl.constexpr,
+    x, weight, bias, norm_weight, norm_eps, block, rows, features, depth, stride_x, stride_copy, stride_w,
+    NORM: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
+    SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr,
+    OVERLAPPING: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, BLOCK_F]`` of a product in float32.
 
@@ -94,7 +98,8 @@ def _product(
     lead = (block % PERIOD) * stride_w % ALIGN
     if ROWS == 1:
         acc = _one_row(
-            x, weight, f, lead, features, depth, stride_w, BLOCK_F, BLOCK_K, ALIGN, EDGES, OVERLAPPING,
+            x, weight, norm_weight, norm_eps, f, lead, features, depth, stride_w, NORM, BLOCK_F, BLOCK_K, ALIGN, EDGES,
+            OVERLAPPING,
         )[None, :]  # fmt: skip
     else:
         acc = _several_rows(
@@ -117,8 +122,9 @@ def _weights(weight, f, k, features, stop, stride, lead, ALIGN: tl.constexpr, BL
 
 @triton.jit
 def _one_row(
-    x, weight, f, lead, features, depth, stride_w,
-    BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, EDGES: tl.constexpr, OVERLAPPING: tl.constexpr,
+    x, weight, norm_weight, norm_eps, f, lead, features, depth, stride_w,
+    NORM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, EDGES: tl.constexpr,
+    OVERLAPPING: tl.constexpr,
 ):  # fmt: skip
     """``[BLOCK_F]``, with the next tile of weights on its way while this one is multiplied."""
     k = tl.arange(0, BLOCK_K)
@@ -127,16 +133,24 @@ def _one_row(
     if OVERLAPPING:
         take_turn()
     sums = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, stop, BLOCK_K):
         following = _weights(weight, f, start + BLOCK_K + k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
         column = start + k - lead
         inside = (column >= 0) & (column < depth)
-        part = tl.load(x + column, mask=inside, other=0.0)
+        part = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
+        if NORM is not None:
+            squares += part * part
+        if NORM == "weighted":
+            part *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
         if EDGES:
             tile = tl.where(inside[None, :], tile, 0.0)
-        sums += tile.to(tl.float32) * part.to(tl.float32)[None, :]
+        sums += tile.to(tl.float32) * part[None, :]
         tile = following
-    return tl.sum(sums, 1)
+    result = tl.sum(sums, 1)
+    if NORM is not None:
+        result /= tl.sqrt(tl.sum(squares) / depth + norm_eps)
+    return result
 
 
 @triton.jit
@@ -171,11 +185,14 @@ def _several_rows(
 
 @triton.jit
 def _store(
-    out, result, block, rows, features, stride, stride_copy,
-    ROWS: tl.constexpr, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr, COPIES: tl.constexpr,
+    out, result, residual, block, rows, features, stride, stride_copy, stride_residual,
+    RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr, COPIES: tl.constexpr,
 ):  # fmt: skip
     f, b = _features(block, BLOCK_F, PERIOD), tl.arange(0, ROWS)
     mask = (b[:, None] < rows) & (f[None, :] < features)
+    if RESIDUAL:
+        added = residual + b[:, None] * stride_residual + f[None, :]
+        result += tl.load(added, mask=mask, other=0.0).to(tl.float32)
     result = result.to(out.dtype.element_ty)
     for copy in tl.static_range(COPIES):
         tl.store(out + copy * stride_copy + b[:, None] * stride + f[None, :], result, mask=mask)
@@ -183,45 +200,55 @@ def _store(
 
 @triton.jit
 def gemv_kernel(
-    x_0, weight_0, bias_0, out_0, x_1, weight_1, bias_1, out_1, x_2, weight_2, bias_2, out_2, rows, blocks_0, blocks_1,
+    x_0, weight_0, bias_0, out_0, x_1, weight_1, bias_1, out_1, x_2, weight_2, bias_2, out_2,
+    norm_weight, residual, norm_eps, stride_residual, rows, blocks_0, blocks_1,
     features_0, depth_0, stride_x_0, copy_x_0, stride_w_0, stride_out_0, copy_out_0,
     features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, stride_out_1, copy_out_1,
     features_2, depth_2, stride_x_2, copy_x_2, stride_w_2, stride_out_2, copy_out_2,
-    PRODUCTS: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr,
-    ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
-    SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr,
-    COPIES: tl.constexpr, OVERLAPPING: tl.constexpr, APPROXIMATE: tl.constexpr, HARDWARE_TANH: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRODUCTS: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr, NORM: tl.constexpr,
+    RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
+    BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr,
+    SHIFTED: tl.constexpr, COPIES: tl.constexpr, OVERLAPPING: tl.constexpr, APPROXIMATE: tl.constexpr,
+    HARDWARE_TANH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of features of the product that ``program_id(0)`` falls into, or of both products of a gated pair."""
     block = tl.program_id(0)
     if GATED or block < blocks_0:
         result = _product(
-            x_0, weight_0, bias_0, block, rows, features_0, depth_0, stride_x_0, copy_x_0, stride_w_0, ROWS, BIAS_0,
-            BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+            x_0, weight_0, bias_0, norm_weight, norm_eps, block, rows, features_0, depth_0, stride_x_0, copy_x_0,
+            stride_w_0, NORM, ROWS, BIAS_0, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
         )  # fmt: skip
         if ACTIVATION is not None:
             result = activate(result, ACTIVATION, APPROXIMATE, HARDWARE_TANH)
         if GATED:
             result *= _product(
-                x_1, weight_1, bias_1, block, rows, features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, ROWS, BIAS_1,
-                BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, False, STAGES,
+                x_1, weight_1, bias_1, norm_weight, norm_eps, block, rows, features_1, depth_1, stride_x_1, copy_x_1,
+                stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, False, STAGES,
             )  # fmt: skip
-        _store(out_0, result, block, rows, features_0, stride_out_0, copy_out_0, ROWS, BLOCK_F, PERIOD, COPIES)
+        _store(
+            out_0, result, residual, block, rows, features_0, stride_out_0, copy_out_0, stride_residual, RESIDUAL, ROWS,
+            BLOCK_F, PERIOD, COPIES,
+        )  # fmt: skip
     elif PRODUCTS == 2 or (PRODUCTS > 1 and block < blocks_0 + blocks_1):
         block -= blocks_0
         result = _product(
-            x_1, weight_1, bias_1, block, rows, features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, ROWS, BIAS_1,
-            BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+            x_1, weight_1, bias_1, norm_weight, norm_eps, block, rows, features_1, depth_1, stride_x_1, copy_x_1,
+            stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
         )  # fmt: skip
-        _store(out_1, result, block, rows, features_1, stride_out_1, copy_out_1, ROWS, BLOCK_F, PERIOD, COPIES)
+        _store(
+            out_1, result, residual, block, rows, features_1, stride_out_1, copy_out_1, stride_residual, False, ROWS,
+            BLOCK_F, PERIOD, COPIES,
+        )  # fmt: skip
     elif PRODUCTS > 2:
         block -= blocks_0 + blocks_1
         result = _product(
-            x_2, weight_2, bias_2, block, rows, features_2, depth_2, stride_x_2, copy_x_2, stride_w_2, ROWS, BIAS_2,
-            BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+            x_2, weight_2, bias_2, norm_weight, norm_eps, block, rows, features_2, depth_2, stride_x_2, copy_x_2,
+            stride_w_2, NORM, ROWS, BIAS_2, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
         )  # fmt: skip
-        _store(out_2, result, block, rows, features_2, stride_out_2, copy_out_2, ROWS, BLOCK_F, PERIOD, COPIES)
+        _store(
+            out_2, result, residual, block, rows, features_2, stride_out_2, copy_out_2, stride_residual, False, ROWS,
+            BLOCK_F, PERIOD, COPIES,
+        )  # fmt: skip
 
 
 def shifted_rows(rows: int, columns: int, like: Tensor) -> Tensor:
@@ -247,6 +274,8 @@ def multiply(
     *products: Product,
     activation: str | None = None,
     gated: bool = False,
+    norm: RmsNorm | None = None,
+    residual: Tensor | None = None,
     follows: bool = False,
     tile: Tile | None = None,
 ) -> None:
@@ -258,6 +287,8 @@ def multiply(
             written.
         activation: applied to the one product, or to the first of a gated pair.
         gated: the pair's first result times its second, as wide, into the first one's ``out``.
+        norm: taken of all products' one row of ``x`` first.
+        residual: ``[rows, features]`` with contiguous rows, added to the result of the one product.
         follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
             began: weights are then read while it still runs.
     """
@@ -276,12 +307,18 @@ def multiply(
         gemv_kernel,
         (blocks[0] if gated else sum(blocks), 1),
         *(t for p in three for t in (p.x, p.weight, p.out if p.bias is None else p.bias, p.out)),
+        first.x if norm is None or norm.weight is None else norm.weight,
+        first.out if residual is None else residual,
+        0.0 if norm is None else norm.eps,
+        0 if residual is None else residual.stride(0),
         rows,
         blocks[0],
         blocks[min(1, len(blocks) - 1)],
         *(size for p in three for size in _sizes(p)),
         len(products),
         *(product.bias is not None for product in three),
+        NORM=None if norm is None else "plain" if norm.weight is None else "weighted",
+        RESIDUAL=residual is not None,
         ACTIVATION=activation,
         GATED=gated,
         ROWS=1 if rows == 1 else MAX_ROWS,

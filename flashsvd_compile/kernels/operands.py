@@ -21,6 +21,18 @@ class Product(NamedTuple):
     out: Tensor
 
 
+class RmsNorm(NamedTuple):
+    """``x / sqrt(mean(x ** 2) + eps) * weight`` over a row (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    Attributes:
+        weight: ``[features]``, or ``None`` for ones.
+        eps: added to the mean of squares.
+    """
+
+    weight: Tensor | None
+    eps: float
+
+
 class Rotation(NamedTuple):
     """Rotary position embedding of a product's heads, halves ``(x1, x2)`` of which become
     ``(x1 cos1 - x2 sin1, x2 cos2 + x1 sin2)`` (Su et al. 2021, arXiv:2104.09864, eq. 34).

@@ -89,7 +89,8 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
     rows, residual = x.reshape(-1, x.shape[-1]), arguments[RESIDUAL - 1]
     if few_rows.supported(rows, *mlp):
-        return plus(few_rows.mlp(norm.of_rows(rows, x_norm), mlp, activation).view(*x.shape[:-1], -1), residual)
+        added = None if residual is None else residual.reshape(len(rows), -1)
+        return few_rows.mlp(rows, mlp, activation, x_norm, added).view(*x.shape[:-1], -1)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
         return plus(_fused(norm.of_rows(x, x_norm), mlp, activation, workspace_bytes), residual)

@@ -12,6 +12,9 @@ After::
 The stream is alive either way, so its normed copy is memory saved. On a GPU an MLP's workspace may grow by as much
 where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
 stream stay, as the library has no kernel for them.
+
+With a single row on a GPU a norm costs a launch that waits for the one before it and that the next one waits for. There
+the first products of an MLP or of lone projections take a root mean square norm in passing, whatever it is a norm of.
 """
 
 import operator
@@ -24,8 +27,8 @@ from ..options import Options, Strategy
 from .emit import emit
 from .norms import Norm, read_norm
 from .order import Order
-from .region import Deferred, in_schema_order
-from .residual import OPERATORS, interrupted
+from .region import Deferred, in_schema_order, is_on_gpu, rows_of
+from .residual import OPERATORS, interrupted, taking_more
 from .values import shape_of, tensor_of, value_of
 from .views import layout_of
 
@@ -33,35 +36,43 @@ KIND, WEIGHT, BIAS, EPS, _ = argument_names("x")
 
 
 def absorb_norms(graph: Graph, options: Options) -> None:
-    """Let the operators of a graph that already add their residuals normalise these themselves."""
+    """Let the operators of a graph normalise what they read: the residuals that they add, or a single row."""
     order = Order.of(graph.nodes)
     for node in order.position:
-        if node.op == "call_function" and node.target in OPERATORS and node.kwargs.get("residual") is not None:
-            _absorb(node, graph, order, options)
+        x = node.kwargs.get("x")
+        if node.op == "call_function" and isinstance(x, Node) and (_adds_its_input(node) or _takes_a_row(node, x)):
+            _absorb(node, x, graph, order, options)
 
 
-def _absorb(node: Node, graph: Graph, order: Order, options: Options) -> None:
-    x, residual = node.kwargs["x"], node.kwargs["residual"]
-    if (
-        not isinstance(x, Node)
-        or not isinstance(residual, Node)
-        or x is residual
-        or set(x.users) != {node}
-        or node.kwargs.get("context") is not None
-    ):
+def _adds_its_input(node: Node) -> bool:
+    """Whether a call may add what its input is a norm of, and is not faster without the norm."""
+    kwargs = node.kwargs
+    if node.target not in OPERATORS or kwargs.get("context") is not None or kwargs.get("strategy") == Strategy.FUSED:
+        return False
+    return isinstance(kwargs.get("residual"), Node)
+
+
+def _takes_a_row(node: Node, x: Node) -> bool:
+    """Whether there is a kernel for a single row that takes a root mean square norm."""
+    return node.target in (ops.mlp, ops.linear, ops.packed_linear) and is_on_gpu(x) and rows_of(x) == 1
+
+
+def _absorb(node: Node, x: Node, graph: Graph, order: Order, options: Options) -> None:
+    residual, single = node.kwargs.get("residual"), _takes_a_row(node, x)
+    if x is residual or set(x.users) != {node}:
         return
     norm = _norm_of(x)
-    if norm is None or norm.source is not residual or not _in_one_dtype(norm):
+    if norm is None or not (norm.source is residual or (single and norm.kind == "rms")):
         return
-    if interrupted([*norm.nodes, node], order) or node.kwargs.get("strategy") == Strategy.FUSED:
+    if not _in_one_dtype(norm) or interrupted([*norm.nodes, node], order):
         return
+    target, arguments = taking_more(node)
     with graph.inserting_before(node):
         weight, bias = (v.build(graph) if isinstance(v, Deferred) else v for v in (norm.weight, norm.bias))
-        described = {KIND: norm.kind, WEIGHT: weight, BIAS: bias, EPS: norm.eps}
-        arguments = {**node.kwargs, "x": residual, **described}
-        if node.target is ops.mlp and options.memory_budget is None and _is_on_gpu(residual):
-            arguments["workspace_bytes"] = _larger(graph, node.kwargs["workspace_bytes"], residual)
-    node.kwargs = in_schema_order(node.target, arguments)
+        arguments |= {"x": norm.source, KIND: norm.kind, WEIGHT: weight, BIAS: bias, EPS: norm.eps}
+        if target is ops.mlp and options.memory_budget is None and is_on_gpu(x) and not single:
+            arguments["workspace_bytes"] = _larger(graph, node.kwargs["workspace_bytes"], norm.source)
+    node.target, node.kwargs = target, in_schema_order(target, arguments)
     for old in reversed(norm.nodes):
         if not old.users:
             graph.erase_node(old)
@@ -82,11 +93,6 @@ def _in_one_dtype(norm: Norm) -> bool:
     values = [tensor_of(leaf) for leaf in leaves]
     alike = stream is not None and all(value is not None and value.dtype == stream.dtype for value in values)
     return alike and (norm.kind == "layer" or norm.bias is None)
-
-
-def _is_on_gpu(node: Node) -> bool:
-    value = tensor_of(node)
-    return value is not None and value.device.type != "cpu"
 
 
 def _larger(graph: Graph, workspace_bytes: object, stream: Node) -> object:

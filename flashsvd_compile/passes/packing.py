@@ -7,7 +7,7 @@ Before::
 
 After::
 
-    packed = flashsvd.packed_linear_v1(x=x, first_down=q_down, first_up=q_up, second_down=k_down, second_up=k_up)
+    packed = flashsvd.packed_linear_v2(x=x, first_down=q_down, first_up=q_up, second_down=k_down, second_up=k_up)
     parts = packed.split([q_features, k_features], -1)
     q, k = parts[0].contiguous(), parts[1].contiguous()
 
@@ -17,6 +17,7 @@ With many rows nothing is gained, and what is packed stays in memory until all o
 import operator
 from bisect import bisect
 from itertools import groupby
+from typing import Any
 
 import sympy
 import torch
@@ -26,11 +27,10 @@ from torch.fx.node import map_arg
 from .. import ops
 from ..ops.packed_linear import ROLES
 from ..ops.projection import argument_names
-from ..planner import is_bound_by_launches
 from .emit import emit
 from .order import Order
-from .region import rows_of
-from .values import hints_of, shape_of, value_of
+from .region import has_few_rows
+from .values import shape_of, value_of
 
 
 def pack_projections(graph: Graph) -> None:
@@ -57,19 +57,15 @@ def _groups(graph: Graph) -> list[list[Node]]:
 
 def _of_few_rows(node: Node) -> bool:
     x = node.kwargs["x"]
-    return isinstance(x, Node) and is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x)))
+    return isinstance(x, Node) and has_few_rows(x)
 
 
 def _pack(graph: Graph, members: list[Node]) -> None:
     """Put the packed call where the first of the members is, whose users may come before the last."""
     first = members[0]
-    arguments = {"x": first.kwargs["x"]}
-    for role, member in zip(ROLES, members, strict=False):
-        for name, own in zip(argument_names(role), argument_names("w"), strict=True):
-            weight = member.kwargs.get(own)
-            if isinstance(weight, Node):
-                arguments[name] = weight
-                _hoist(weight, first)
+    arguments = packed_arguments(members)
+    for argument in arguments.values():
+        _hoist(argument, first)
     with graph.inserting_before(first):
         packed = graph.create_node("call_function", ops.packed_linear, kwargs=arguments, name="packed")
         with torch.no_grad():
@@ -81,6 +77,16 @@ def _pack(graph: Graph, members: list[Node]) -> None:
             member.replace_all_uses_with(part)
     for member in members:
         graph.erase_node(member)
+
+
+def packed_arguments(members: list[Node]) -> dict[str, Any]:
+    """Arguments of ``packed_linear`` for up to three calls of ``linear`` of the same input, all of them nodes."""
+    arguments = {"x": members[0].kwargs["x"]}
+    for role, member in zip(ROLES, members, strict=False):
+        for name, own in zip(argument_names(role), argument_names("w"), strict=True):
+            if member.kwargs.get(own) is not None:
+                arguments[name] = member.kwargs[own]
+    return arguments
 
 
 def features_of(member: Node) -> sympy.Expr:

@@ -15,7 +15,7 @@ from torch.fx.node import map_arg
 from ..ops import norm
 from ..ops.projection import argument_names
 from ..options import Options, Strategy
-from ..planner import Plan, Workspace
+from ..planner import Plan, Workspace, is_bound_by_launches
 from ..report import FULL_RANK, Match
 from .emit import emit
 from .factored import Factored
@@ -220,3 +220,14 @@ def rows_of(node: Node) -> sympy.Expr:
     shape = shape_of(node)
     assert shape is not None
     return sympy.Mul(*shape[:-1])
+
+
+def has_few_rows(node: Node) -> bool:
+    """Whether projections of a tensor take the time of their launches, by the sizes that it was traced with."""
+    return is_bound_by_launches(sympy.sympify(rows_of(node)).xreplace(hints_of(node)))
+
+
+def is_on_gpu(node: Node) -> bool:
+    """Whether a tensor is where the operators have kernels of their own."""
+    value = tensor_of(node)
+    return value is not None and value.device.type == "cuda"

@@ -11,46 +11,69 @@ After::
 
 Inductor computes a sum again wherever it is used and keeps its summands instead, which are two tensors, and more where
 sums of sums are used. Not where ``r`` is the operator's own input, as in models that normalise after the sum: there the
-sum and the norm are one kernel, which is faster and as small. Nor with few rows, where one more pass costs a launch.
+sum and the norm are one kernel, which is faster and as small.
+
+With few rows one more pass costs a launch. There a GPU has a kernel that adds the residual to the last product of an
+MLP or of a lone projection, which becomes a ``packed_linear_v2`` of one member for it; other operators stay.
 """
 
-import sympy
+from typing import Any
+
+from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
-from ..planner import is_bound_by_launches
 from .order import Order
-from .region import in_schema_order, rows_of
-from .values import hints_of, number_of, shape_of, tensor_of
+from .packing import packed_arguments
+from .region import has_few_rows, in_schema_order, is_on_gpu
+from .values import number_of, shape_of, tensor_of
 from .vocabulary import live_dropout, read
 
 OPERATORS = (ops.attention, ops.mlp)
+OF_FEW_ROWS = (ops.mlp, ops.linear)
+"""Those with a kernel for few rows that adds a residual."""
 
 
 def absorb_residuals(graph: Graph) -> None:
     """Let the attentions and MLPs of a graph that the rules have run over add their residuals themselves."""
     order = Order.of(graph.nodes)
     for node in order.position:
-        if node.op == "call_function" and node.target in OPERATORS and node.kwargs.get("residual") is None:
+        if node.op == "call_function" and _adds(node) and node.kwargs.get("residual") is None:
             _absorb(node, graph, order)
+
+
+def _adds(node: Node) -> bool:
+    """Whether an operator's call can add a residual at no cost."""
+    x = node.kwargs.get("x")
+    if not isinstance(x, Node) or node.target not in (*OPERATORS, *OF_FEW_ROWS):
+        return False
+    return node.target in OF_FEW_ROWS and is_on_gpu(x) if has_few_rows(x) else node.target in OPERATORS
 
 
 def _absorb(node: Node, graph: Graph, order: Order) -> None:
     replaced = _up_to_sum(node)
     residual = None if len(replaced) < 2 else _other_summand(replaced[-1], replaced[-2])
-    x = node.kwargs["x"]
-    if residual is None or residual is x or not isinstance(x, Node) or not _alike(residual, node, replaced[-1]):
+    if residual is None or residual is node.kwargs["x"] or not _alike(residual, node, replaced[-1]):
         return
-    if is_bound_by_launches(sympy.sympify(rows_of(x)).xreplace(hints_of(x))) or interrupted(replaced, order):
+    if interrupted(replaced, order):
         return
-    arguments = in_schema_order(node.target, {**node.kwargs, "residual": residual})
+    target, arguments = taking_more(node)
+    arguments = in_schema_order(target, {**arguments, "residual": residual})
     with graph.inserting_before(replaced[-1]):
-        operator = graph.create_node("call_function", node.target, kwargs=arguments, name=node.name)
+        operator = graph.create_node("call_function", target, kwargs=arguments, name=node.name)
     operator.meta = dict(node.meta)
     replaced[-1].replace_all_uses_with(operator)
     for old in reversed(replaced):
         graph.erase_node(old)
+
+
+def taking_more(node: Node) -> tuple[OpOverload, dict[str, Any]]:
+    """The operator that does what a call does and takes residuals and norms, and its arguments."""
+    if node.target is ops.linear:
+        return ops.packed_linear, {**packed_arguments([node])}
+    assert isinstance(node.target, OpOverload)
+    return node.target, {**node.kwargs}
 
 
 def _up_to_sum(node: Node) -> list[Node]:

@@ -88,6 +88,27 @@ def test_few_rows(rows, ranks, dtype):
             assert_within_error_rule(operator(fresh, *weights), reference_of(operator), (fresh, *weights), ulps=2)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("ranks", [(256, 192, 304), (453, 449, 501)])
+@pytest.mark.parametrize("kind", ["none", "rms", "layer"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_few_rows_after_a_norm_and_beside_a_residual(rows, ranks, kind, dtype):
+    """A layer of one token: each operator reads what the one before it left, and adds to it."""
+    of_x: dict[str, Any] = {"dtype": dtype, "residual": True}
+    if kind != "none":
+        of_x["x_norm"] = norm(kind, 1000, bias=kind == "layer", dtype=dtype)
+    how: dict[str, Any] = {"width": 3000, "out_features": 1000, "activation": "silu", "gated": True, **of_x}
+    for operator, arguments in (
+        (ops.packed_linear, packed_linear_arguments(rows, 1000, ranks=ranks, **of_x)),
+        (ops.packed_linear, packed_linear_arguments(rows, 1000, ranks=ranks[:1], **of_x)),
+        (ops.mlp, mlp_arguments(rows, 1000, ranks=ranks, **how)),
+    ):
+        x, *weights = on_gpu(arguments)
+        for _ in range(5):
+            x.normal_()
+            assert_within_error_rule(operator(x, *weights), reference_of(operator), (x, *weights), ulps=2)
+
+
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "padded": {"q_len": 200, "num_heads": 4, "head_dim": 64, "features": 256},
     "causal-gqa-80": {

@@ -24,7 +24,7 @@ from flashsvd_compile.kernels import (
     rotary,
     short_attention,
 )
-from flashsvd_compile.kernels.operands import Product, Rotation
+from flashsvd_compile.kernels.operands import Product, RmsNorm, Rotation
 from flashsvd_compile.kernels.short_attention import Factors
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.kernels.tiles import empty_with_aligned_rows
@@ -88,6 +88,15 @@ def multiply_few(rows: int, *depths: int, gated: bool = False, features: int = 4
     out = matrix(rows, features, dtype)
     products = [Product(matrix(rows, d, dtype), matrix(features, d, dtype), bias, out) for d in depths]
     gemv.multiply(*products, gated=gated, activation="silu" if gated else None, follows=True)
+
+
+def multiply_row(norm: bool, residual: bool, depth: int, dtype: torch.dtype = HALF) -> None:
+    out, weight = matrix(1, 4096, dtype), matrix(4096, depth, dtype)
+    gemv.multiply(
+        Product(matrix(1, depth, dtype), weight, None, out),
+        norm=RmsNorm(torch.empty(depth, dtype=dtype), 1e-6) if norm else None,
+        residual=torch.empty_like(out) if residual else None,
+    )
 
 
 def add_up() -> None:
@@ -158,6 +167,10 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
             yield f"gemv {rows}x{depth}", lambda rows=rows, depth=depth: multiply_few(rows, depth, depth, depth)
         yield f"gated gemv {rows}", lambda rows=rows: multiply_few(rows, 1493, 1496, gated=True)
         yield f"gemv {rows} of few features", lambda rows=rows: multiply_few(rows, 11008, features=1024)
+    for depth in (1024, 1493, 4096):
+        yield f"gemv of a normalised row of {depth}", lambda depth=depth: multiply_row(True, False, depth)
+        yield f"gemv of {depth} beside a residual", lambda depth=depth: multiply_row(False, True, depth)
+    yield "gemv of a normalised row float32", lambda: multiply_row(True, False, 1493, SINGLE)
     yield "gemv float32", lambda: multiply_few(1, 1493, dtype=SINGLE)
     yield "padding", lambda: drop(padding.padded_copy(matrix(500, 1493), matrix(500, 1496)))
     yield (

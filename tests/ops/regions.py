@@ -73,16 +73,21 @@ def packed_linear_arguments(
     ranks: Sequence[int | None] = (5, 3, 6),
     bias: bool = True,
     down_bias: bool = False,
+    residual: bool = False,
+    x_norm: tuple = NO_NORM,
     dtype: torch.dtype = torch.float32,
     layout: str = "contiguous",
     workspace_bytes: int = DEFAULT_WORKSPACE,
 ) -> tuple:
-    """Arguments of ``packed_linear_v1`` for ``x`` of the given shape: up to three projections of unequal widths."""
+    """Arguments of ``packed_linear_v2`` for ``x`` of the given shape: up to three projections of unequal widths."""
     how = {"bias": bias, "down_bias": down_bias, "dtype": dtype, "layout": layout}
-    members = [projection(shape[-1], 9 + 8 * i, rank, **how) for i, rank in enumerate(ranks)]
+    widths = [9 + 8 * i for i in range(len(ranks))]
+    members = [projection(shape[-1], width, rank, **how) for width, rank in zip(widths, ranks, strict=True)]
     members += [ABSENT] * (3 - len(members))
     tensors = [tensor for member in members for tensor in member]
-    return (random(*shape, dtype=dtype, layout=layout), *tensors, workspace_bytes)
+    x = random(*shape, dtype=dtype, layout=layout)
+    added = random(*shape[:-1], sum(widths), dtype=dtype, layout=layout) if residual else None
+    return (x, *tensors, added, *x_norm, workspace_bytes)
 
 
 def mlp_arguments(

@@ -26,6 +26,8 @@ CASES = {
     "linear-merged": (ops.linear, linear_arguments(7, 16, rank=16, strategy="merged")),
     "packed-linear": (ops.packed_linear, packed_linear_arguments(2, 3, 16)),
     "packed-linear-pair": (ops.packed_linear, packed_linear_arguments(7, 16, ranks=(5, None), workspace_bytes=SMALL)),
+    "packed-linear-residual": (ops.packed_linear, packed_linear_arguments(2, 3, 16, ranks=(5,), residual=True)),
+    "packed-linear-after-norm": (ops.packed_linear, packed_linear_arguments(7, 16, x_norm=norm("rms", 16))),
     "mlp": (ops.mlp, mlp_arguments(2, 3, 16)),
     "mlp-no-bias": (ops.mlp, mlp_arguments(2, 3, 16, bias=False, workspace_bytes=SMALL)),
     "mlp-gated": (ops.mlp, mlp_arguments(2, 3, 16, gated=True, activation="silu", down_bias=True)),

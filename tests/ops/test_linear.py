@@ -1,4 +1,4 @@
-"""``linear_v1`` and ``packed_linear_v1`` compute what they specify, whatever the shape, rank, dtype and workspace."""
+"""``linear_v1`` and ``packed_linear_v2`` compute what they specify, whatever the shape, rank, dtype and workspace."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from flashsvd_compile.ops.linear import reference
 from flashsvd_compile.ops.packed_linear import reference as packed_reference
 
 from .accuracy import assert_within_error_rule, in_float64
-from .regions import LAYOUTS, linear_arguments, packed_linear_arguments
+from .regions import LAYOUTS, NO_NORM, linear_arguments, norm, packed_linear_arguments
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,12 +61,15 @@ def test_a_vector_is_a_row():
     ranks=st.lists(st.none() | st.integers(1, 19), min_size=1, max_size=3),
     bias=st.booleans(),
     down_bias=st.booleans(),
+    residual=st.booleans(),
+    kind=st.sampled_from(("none", "rms", "layer")),
     dtype=st.sampled_from(DTYPES),
     layout=st.sampled_from(LAYOUTS),
     workspace_bytes=st.integers(1, 500),
 )
-def test_packed_equals_reference(shape, features, **how):
-    arguments = packed_linear_arguments(*shape, features, **how)
+def test_packed_equals_reference(shape, features, kind, dtype, **how):
+    x_norm = NO_NORM if kind == "none" else norm(kind, features, dtype=dtype)
+    arguments = packed_linear_arguments(*shape, features, x_norm=x_norm, dtype=dtype, **how)
     assert_within_error_rule(ops.packed_linear(*arguments), packed_reference, arguments, ulps=8)
 
 

@@ -44,14 +44,15 @@ class Rewritten:
         torch.testing.assert_close(actual, expected)
 
 
-def graph_of(function: Callable, *inputs: Tensor) -> GraphModule:
-    """The graph of ``function`` with fake example values."""
+def graph_of(function: Callable, *inputs: Tensor, device: str = "cpu") -> GraphModule:
+    """The graph of ``function`` with fake example values, on a device that need not exist."""
     tracer = _Inlining()
     with _Factories(tracer):
         graph = tracer.trace(function)
     module = GraphModule(tracer.root, graph)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    _Record(module).run(*(mode.from_tensor(value) for value in inputs))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fakes = [torch.empty_like(mode.from_tensor(value), device=device) for value in inputs]
+    _Record(module).run(*fakes)
     return module
 
 
@@ -81,10 +82,10 @@ class _Record(Interpreter):
         return n.meta["example_value"]
 
 
-def rewritten(function: Callable, *inputs: Tensor, **options: Any) -> Rewritten:
-    """Trace ``function`` without gradients and run the passes over it."""
+def rewritten(function: Callable, *inputs: Tensor, device: str = "cpu", **options: Any) -> Rewritten:
+    """Trace ``function`` without gradients, as if its inputs were on ``device``, and run the passes over it."""
     with torch.no_grad():
-        module = graph_of(function, *inputs)
+        module = graph_of(function, *inputs, device=device)
         report = rewrite(module, list(inputs), options)
     return Rewritten(function, inputs, module, report)
 

@@ -10,7 +10,7 @@ from torch.nn.functional import layer_norm, linear, relu, rms_norm
 from flashsvd_compile import ops
 
 from .builder import Rewritten, rewritten, tensor
-from .test_residual import ATTENTION, MLP, REGIONS, X, attention, mlp
+from .test_residual import ATTENTION, MLP, REGIONS, X, attention, low_rank, mlp
 
 WEIGHT, BIAS = tensor(32, seed=7), tensor(32, seed=8)
 
@@ -129,6 +129,71 @@ def test_other_readers_of_a_norm_within():
 
     result = rewritten(block, X, *MLP, WEIGHT)
     assert absorbed(result) == ["rms"]
+    result.assert_same_result()
+
+
+SINGLE_ROW: dict[str, tuple] = {
+    "mlp": (mlp, MLP, ops.mlp),
+    "projection": (lambda x, a, b, c, d: low_rank(x, a, b) + c.sum() + d.sum(), ATTENTION, ops.packed_linear),
+    "projections": (lambda x, a, b, c, d: (low_rank(x, a, b), low_rank(x, c, d)), ATTENTION, ops.packed_linear),
+}
+
+
+@pytest.mark.parametrize("region", SINGLE_ROW)
+@pytest.mark.parametrize(
+    ("rows", "device", "spelling", "expected"),
+    [
+        (1, "cuda", "rms", True),
+        (1, "cuda", "spelled rms", True),
+        (1, "cuda", "rms without weight", True),
+        (1, "cuda", "layer", False),
+        (1, "cpu", "rms", False),
+    ],
+)
+def test_a_single_row_on_a_gpu(region, rows, device, spelling, expected):
+    """Its first products take a root mean square norm in passing, whatever it is a norm of."""
+    compute, weights, target = SINGLE_ROW[region]
+
+    def block(x, weight, bias, a, b, c, d):
+        return compute(SPELLINGS[spelling](x, weight, bias), a, b, c, d)
+
+    result = rewritten(block, tensor(rows, 32), WEIGHT, BIAS, *weights, device=device)
+    calls = [node for node in result.module.graph.nodes if node.target is target]
+    kinds = [call.kwargs.get("x_norm", "none") for call in calls]
+    assert ("rms" in kinds) == expected
+    result.assert_same_result()
+
+
+def test_two_rows_on_a_gpu_keep_their_norm():
+    def block(x, weight, a, b, c, d):
+        return mlp(rms_norm(x, (32,), weight), a, b, c, d)
+
+    assert absorbed(rewritten(block, tensor(2, 32), WEIGHT, *MLP, device="cuda")) == []
+
+
+def test_a_norm_that_others_read_stays_before_a_single_row():
+    def block(x, weight, a, b, c, d):
+        normed = rms_norm(x, (32,), weight)
+        return mlp(normed, a, b, c, d), normed
+
+    assert absorbed(rewritten(block, tensor(1, 32), WEIGHT, *MLP, device="cuda")) == []
+
+
+def test_a_layer_of_one_token_is_nothing_but_operators():
+    """Without the attention to a cache between its projections."""
+
+    def layer(x, weight, a, b, c, d, e, f, g, h):
+        x = x + low_rank(low_rank(rms_norm(x, (32,), weight), a, b).sin(), c, d)
+        return x + mlp(rms_norm(x, (32,), weight), e, f, g, h)
+
+    result = rewritten(layer, tensor(1, 32), WEIGHT, *ATTENTION, *MLP, device="cuda")
+    calls = [node.target for node in result.module.graph.nodes if node.op in ("call_function", "call_method")]
+    assert [target for target in calls if target in (ops.packed_linear, ops.mlp)] == [
+        ops.packed_linear,
+        ops.packed_linear,
+        ops.mlp,
+    ]
+    assert len(calls) == 4, "all but the operators is sin"
     result.assert_same_result()
 
 

@@ -150,9 +150,28 @@ def test_the_input_itself_is_no_residual(region):
     result.assert_same_result()
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(16, 0), (17, 1)])
-def test_few_rows(rows, expected):
-    assert absorbed(rewritten(lambda x, a, b, c, d: x + mlp(normed(x), a, b, c, d), tensor(rows, 32), *MLP)) == expected
+@pytest.mark.parametrize(("device", "rows", "expected"), [("cpu", 16, 0), ("cpu", 17, 1), ("cuda", 16, 1)])
+def test_few_rows(device, rows, expected):
+    """A GPU has a kernel that adds the residual in passing; a CPU would need one more pass."""
+
+    def block(x, a, b, c, d):
+        return x + mlp(normed(x), a, b, c, d)
+
+    result = rewritten(block, tensor(rows, 32), *MLP, device=device)
+    assert absorbed(result) == expected
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (16, 1), (17, 0)])
+def test_lone_projections_of_few_rows_on_a_gpu(rows, expected):
+    """As behind attention that reads a cache."""
+    rows_of_both = (tensor(rows, 32, seed=1), tensor(rows, 32, seed=2))
+    result = rewritten(lambda x, y, a, b: x + low_rank(y, a, b), *rows_of_both, *ATTENTION[:2], device="cuda")
+    calls = [node for node in result.module.graph.nodes if node.target is ops.packed_linear]
+    assert [call.kwargs["residual"].name for call in calls] == ["x"] * expected
+    assert len(result.module.graph.find_nodes(op="call_function", target=ops.linear)) == 1 - expected
+    assert len(result.module.graph.find_nodes(op="call_function", target=operator.add)) == 1 - expected
+    result.assert_same_result()
 
 
 def test_disabled():

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.nn.functional import linear, silu
+from torch.nn.functional import linear, rms_norm, silu
 
 from flashsvd_compile.kernels import gemv
-from flashsvd_compile.kernels.operands import Product
+from flashsvd_compile.kernels.operands import Product, RmsNorm
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import random
@@ -80,6 +80,40 @@ def test_gated_pair(rows, depths):
     arguments = (gate.x, gate.weight, gate.bias, hidden.x, hidden.weight, hidden.bias)
     assert_within_error_rule(gate.out.contiguous(), reference, arguments, ulps=CANCELLATION)
     assert hidden.out.isnan().all()
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("depth", [64, 37, 530])
+def test_a_norm_of_one_row(depth, dtype, weighted):
+    """Of all products of a launch; the row may be as large as its dtype allows."""
+    x = random(1, depth, dtype=dtype) * 1e4
+    products = [
+        product(1, depth, features, bias, dtype, ALIGNED)._replace(x=x) for features, bias in ((40, True), (9, False))
+    ]
+    scale = random(depth, dtype=dtype) + 1 if weighted else None
+    multiply(*products, norm=RmsNorm(scale, 1e-5))
+    for p in products:
+
+        def reference(x, weight, bias, scale):
+            return linear(rms_norm(x, (depth,), scale, 1e-5), weight, bias)
+
+        assert_within_error_rule(p.out.contiguous(), reference, (x, p.weight, p.bias, scale), ulps=CANCELLATION)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("depth", [64, 37])
+def test_residual(rows, bias, depth):
+    p = product(rows, depth, 40, bias, torch.float16, ALIGNED)
+    wide = random(rows, 60, dtype=torch.float16)
+    added = wide[:, 7:47]
+    multiply(p, residual=added)
+
+    def reference(x, weight, bias, added):
+        return linear(x, weight, bias) + added
+
+    assert_within_error_rule(p.out.contiguous(), reference, (p.x, p.weight, p.bias, added), ulps=CANCELLATION)
 
 
 @pytest.mark.parametrize("rows", [1, 5])
