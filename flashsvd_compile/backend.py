@@ -16,6 +16,7 @@ from .kernels.autotune import tuner_of_user, tuning
 from .options import Options
 from .passes import rewrite
 from .report import RewriteReport
+from .stack import with_room
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,8 @@ def flashsvd(
         _show(parsed.debug, before, _printed(graph_module), report)
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
     # Around the calls and not in the graph, whose operators and cached code are the same with and without.
-    return tuning(tuner_of_user())(compiled) if parsed.autotune else compiled
+    compiled = tuning(tuner_of_user())(compiled) if parsed.autotune else compiled
+    return with_room(compiled) if report.matches else compiled
 
 
 def last_report() -> RewriteReport | None:

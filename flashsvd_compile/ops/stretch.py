@@ -4,13 +4,12 @@ A model's tensors are mostly where they were at the last call: weights stay, and
 blocks to the same requests. So a stretch of launches is captured when it meets a set of addresses again, and is one
 launch of a CUDA graph whenever it meets them from then on. A graph has no tensors: what it reads and writes belongs to
 the call, whose addresses choose it. The library's products find their scratch memory (32 MiB on Hopper, once a stream)
-in a pool that lives as long as the graphs that use it.
+in a pool of their stream.
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from threading import Lock
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -73,12 +72,12 @@ def _meet(stretch: Stretch, stream: int, *addresses: int) -> _Met:
 
 
 @lru_cache(None)
-def _beside(stream: int, device: int) -> tuple[torch.cuda.Stream, Any]:
-    """Where graphs for a stream are captured, and the pool that they take memory from.
+def _beside(stream: int, device: int) -> tuple[torch.cuda.Stream, torch.cuda.MemPool]:
+    """Where graphs for a stream are captured, and the pool that they take memory from, which outlives them.
 
     A stream's own, as graphs that run at the same time must not share scratch memory.
     """
-    return torch.cuda.Stream(device), torch.cuda.graph_pool_handle()
+    return torch.cuda.Stream(device), torch.cuda.MemPool()
 
 
 def _captured(make: Callable[[], object]) -> torch.cuda.CUDAGraph:
@@ -90,7 +89,7 @@ def _captured(make: Callable[[], object]) -> torch.cuda.CUDAGraph:
     stream, pool = _beside(current_stream(), torch.cuda.current_device())
     graph = torch.cuda.CUDAGraph()
     with _capturing, torch.cuda.stream(stream):
-        graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        graph.capture_begin(pool=pool.id, capture_error_mode="thread_local")  # pyright: ignore[reportArgumentType]
         try:
             make()
         finally:
