@@ -159,28 +159,75 @@ def _several_rows(
     ROWS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr,
     EDGES: tl.constexpr, SHIFTED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """``[ROWS, BLOCK_F]``; of each step's depth ``SPLIT`` warps take a part."""
+    """``[ROWS, BLOCK_F]``; of each step's depth ``SPLIT`` warps take a part.
+
+    Where rows of weights have neighbours within a piece of 16 bytes, these are hidden in the first and the last step,
+    whose tiles pass through registers for it; all others go from memory to the matrix units as they are.
+    """
+    STEP: tl.constexpr = SPLIT * BLOCK_K
     b, end = tl.arange(0, ROWS)[:, None], lead + depth
     stop = tl.cdiv(end, ALIGN) * ALIGN  # whole pieces of 16 bytes
     k = tl.arange(0, SPLIT)[:, None] * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    k, f = k[:, None, :], f[None, :, None]
     parts = tl.zeros([SPLIT, ROWS, BLOCK_F], tl.float32)
-    for start in tl.range(0, stop, SPLIT * BLOCK_K, num_stages=STAGES):
-        here = start + k[:, None, :]
-        inside = (here >= lead) & (here < end)
-        offsets = f[None, :, None].to(tl.int64) * stride_w + (here - lead)
-        if ALIGN > 1:
-            offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, ALIGN]), [1, 1, BLOCK_K])
-        tile = tl.load(weight + offsets, mask=(f[None, :, None] < features) & (here < stop), other=0.0)
-        if SHIFTED:
-            offsets = b * stride_x + (lead * (stride_copy - 1) + here)
-            offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, ALIGN]), [1, 1, BLOCK_K])
-            part = tl.load(x + offsets, mask=(b < rows) & (here < stop), other=0.0)
-        else:
-            part = tl.load(x + b * stride_x + (here - lead), mask=(b < rows) & inside, other=0.0)
-        if EDGES:
-            tile, part = tl.where(inside, tile, 0.0), tl.where(inside, part, 0.0)
-        parts = tl.dot(part, tl.permute(tile, (0, 2, 1)), parts)
+    if EDGES:
+        last = tl.cdiv(stop, STEP) * STEP - STEP
+        end_of_last = tl.where(last == 0, 0, end)  # the first step may be all there is
+        first_tile, first_part = _edge(
+            x, weight, b, f, k, lead, end, stop, rows, features, stride_x, stride_copy, stride_w, SHIFTED, ALIGN,
+            BLOCK_K,
+        )  # fmt: skip
+        last_tile, last_part = _edge(
+            x, weight, b, f, last + k, lead, end_of_last, stop, rows, features, stride_x, stride_copy, stride_w,
+            SHIFTED, ALIGN, BLOCK_K,
+        )  # fmt: skip
+        for start in tl.range(STEP, last, STEP, num_stages=STAGES):
+            tile = _tile(weight, f, start + k, lead, stride_w, f < features, ALIGN, BLOCK_K)
+            part = _part(x, b, start + k, lead, stride_x, stride_copy, b < rows, SHIFTED, ALIGN, BLOCK_K)
+            parts = tl.dot(part, tl.permute(tile, (0, 2, 1)), parts)
+        parts = tl.dot(first_part, tl.permute(first_tile, (0, 2, 1)), parts)
+        parts = tl.dot(last_part, tl.permute(last_tile, (0, 2, 1)), parts)
+    else:
+        for start in tl.range(0, stop, STEP, num_stages=STAGES):
+            here = start + k
+            tile = _tile(weight, f, here, lead, stride_w, (f < features) & (here < stop), ALIGN, BLOCK_K)
+            part = _part(x, b, here, lead, stride_x, stride_copy, (b < rows) & (here < stop), SHIFTED, ALIGN, BLOCK_K)
+            parts = tl.dot(part, tl.permute(tile, (0, 2, 1)), parts)
     return tl.sum(parts, 0)
+
+
+@triton.jit
+def _edge(
+    x, weight, b, f, here, lead, end, stop, rows, features, stride_x, stride_copy, stride_w,
+    SHIFTED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """A tile and a part with zeros before ``lead`` and from ``end`` on."""
+    inside, read = (here >= lead) & (here < end), here < stop
+    tile = _tile(weight, f, here, lead, stride_w, (f < features) & read, ALIGN, BLOCK_K)
+    known = read if SHIFTED else inside
+    part = _part(x, b, here, lead, stride_x, stride_copy, (b < rows) & known, SHIFTED, ALIGN, BLOCK_K)
+    return tl.where(inside, tile, 0.0), tl.where(inside, part, 0.0)
+
+
+@triton.jit
+def _tile(weight, f, here, lead, stride, mask, ALIGN: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``[SPLIT, BLOCK_F, BLOCK_K]`` of the weight, columns counted from ``lead`` elements before its rows' first."""
+    offsets = f.to(tl.int64) * stride + (here - lead)
+    if ALIGN > 1:
+        offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, ALIGN]), [1, 1, BLOCK_K])
+    return tl.load(weight + offsets, mask=mask, other=0.0)
+
+
+@triton.jit
+def _part(
+    x, b, here, lead, stride, stride_copy, mask, SHIFTED: tl.constexpr, ALIGN: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """``[SPLIT, ROWS, BLOCK_K]`` of the rows, or of the copy of them that is in line with the weight's."""
+    if not SHIFTED:
+        return tl.load(x + b * stride + (here - lead), mask=mask, other=0.0)
+    offsets = b * stride + (lead * (stride_copy - 1) + here)
+    offsets = tl.max_contiguous(tl.multiple_of(offsets, [1, 1, ALIGN]), [1, 1, BLOCK_K])
+    return tl.load(x + offsets, mask=mask, other=0.0)
 
 
 @triton.jit

@@ -134,17 +134,14 @@ def current_stream() -> int:
     return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
-def in_turn(
-    bases: Sequence[int], launches: Sequence[tuple[Launch, Sequence[tuple[int, int]]]]
-) -> Callable[[Sequence[Tensor]], None]:
-    """Launches one after the other, as a function of a call's tensors.
+def in_turn(launches: Sequence[tuple[Launch, Sequence[tuple[int, int]]]]) -> Callable[..., None]:
+    """Launches one after the other, as a function of a few addresses.
 
     A model's tensors are mostly where they were at the last call. So what the launches are given is kept for sets of
     addresses, and one look brings all of them.
 
     Args:
-        bases: which of the tensors they take.
-        launches: each with its operands: which of ``bases``, and bytes behind its address.
+        launches: each with its operands: which of the addresses, and bytes behind it.
     """
 
     @lru_cache(REMEMBERED)
@@ -154,8 +151,8 @@ def in_turn(
             for launch, operands in launches
         ]
 
-    def start(tensors: Sequence[Tensor]) -> None:
-        for function, arguments in prepared(current_stream(), *[tensors[base].data_ptr() for base in bases]):
+    def start(*addresses: int) -> None:
+        for function, arguments in prepared(current_stream(), *addresses):
             function(*arguments)
 
     return start

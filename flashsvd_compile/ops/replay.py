@@ -4,9 +4,8 @@ A region takes up to a hundred launches or library calls, and the Python that cu
 several times as long as a GPU works, and a twentieth of what a CPU does. All of it depends on shapes, strides, dtypes,
 alignment and plain numbers only. So the second call of a combination is recorded: every library operation and every
 kernel launch, with each tensor as a view of an argument or of something allocated on the way. Later calls allocate,
-look up what launches are given at this call's addresses, and launch. Nothing is kept of the tensors themselves; a
-recording has neither memory nor addresses of its own. Where a GPU meets the same addresses again, what comes between
-two allocations is launched at once (:mod:`.stretch`).
+look up what launches are given at this call's addresses, and launch. Nothing is kept of the tensors themselves; unlike
+a CUDA graph, a recording has neither memory nor addresses of its own.
 
 What a recording cannot hold (an operation whose result's shape depends on values, a tensor from elsewhere, a look at
 values) is never replayed; the operator runs as written each time.
@@ -15,8 +14,7 @@ values) is never replayed; the operator runs as written each time.
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from functools import partial, wraps
-from itertools import groupby
+from functools import wraps
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +26,6 @@ from torch.utils.weak import WeakIdKeyDictionary
 from ..kernels.autotune import tuner_at_work
 from ..kernels.launch import Launch, in_turn, listening
 from ..kernels.target import allows_tf32
-from .stretch import Stretch
 
 MAX_RECORDINGS = 1024
 """Combinations of shapes that one operator remembers; the oldest goes first."""
@@ -123,13 +120,13 @@ class OtherLayoutError(Exception):
 
 
 class Step(NamedTuple):
-    """A library operation, launches of our kernels one after the other, or a stretch of such steps.
+    """A library operation, or launches of our kernels one after the other.
 
     Attributes:
-        function: the library's, or one of all the call's tensors.
+        function: the library's, or :func:`in_turn`'s.
         operands: those by position, then those by keyword; tensors are :class:`Reference`.
         keywords: the names of the latter.
-        bases: in place of operands, which of all tensors are meant.
+        bases: in place of operands, the tensors whose addresses launches take.
         produced: strides of each fresh tensor that an operation returns.
         finished: bases that nothing needs after it.
     """
@@ -157,46 +154,41 @@ class Recording:
     possible: bool = True
 
     def replay(self, arguments: tuple) -> Tensor:
-        """The operator's result for other tensors of the same metadata."""
+        """The operator's result for other tensors of the same metadata.
+
+        Calls no Python function but launches. CPython's stack grows by mapped chunks of 16 KiB; where a loop's calls
+        cross the end of one, it is mapped, faulted in and unmapped each time, which took 8 % of a BERT on a CPU.
+        """
         tensors: list[Any] = list(arguments)
-        _make(self.steps, tensors)
+        for step in self.steps:
+            if step.bases:
+                step.function(*[tensors[base].data_ptr() for base in step.bases])
+            else:
+                operands = []
+                for operand in step.operands:
+                    if type(operand) is Reference:  # as Reference.of
+                        base, layout, _ = operand
+                        operand = tensors[base]
+                        if layout is not None:
+                            shape, strides, offset = layout
+                            operand = operand.as_strided(shape, strides, operand.storage_offset() + offset)
+                    operands.append(operand)
+                positional = len(operands) - len(step.keywords)
+                keywords = dict(zip(step.keywords, operands[positional:], strict=True))
+                result = step.function(*operands[:positional], **keywords)
+                tensor = None
+                if step.produced:
+                    known = len(tensors)
+                    for tensor in result if isinstance(result, tuple | list) else (result,):
+                        if isinstance(tensor, Tensor):
+                            if tensor.stride() != step.produced[len(tensors) - known]:
+                                raise OtherLayoutError
+                            tensors.append(tensor)
+                operands = operand = keywords = result = tensor = None  # let go of what is finished
+            for base in step.finished:
+                tensors[base] = None
         assert self.result is not None
         return self.result.of(tensors)
-
-
-def _make(steps: Sequence[Step], tensors: list) -> None:
-    """Make the steps, which add to a call's tensors what they allocate and let go of what is finished.
-
-    Calls no Python function but launches. CPython's stack grows by mapped chunks of 16 KiB; where a loop's calls cross
-    the end of one, it is mapped, faulted in and unmapped each time, which took 8 % of a BERT on a CPU.
-    """
-    for step in steps:
-        if step.bases:
-            step.function(tensors)
-        else:
-            operands = []
-            for operand in step.operands:
-                if type(operand) is Reference:  # as Reference.of
-                    base, layout, _ = operand
-                    operand = tensors[base]
-                    if layout is not None:
-                        shape, strides, offset = layout
-                        operand = operand.as_strided(shape, strides, operand.storage_offset() + offset)
-                operands.append(operand)
-            positional = len(operands) - len(step.keywords)
-            keywords = dict(zip(step.keywords, operands[positional:], strict=True))
-            result = step.function(*operands[:positional], **keywords)
-            tensor = None
-            if step.produced:
-                known = len(tensors)
-                for tensor in result if isinstance(result, tuple | list) else (result,):
-                    if isinstance(tensor, Tensor):
-                        if tensor.stride() != step.produced[len(tensors) - known]:
-                            raise OtherLayoutError
-                        tensors.append(tensor)
-            operands = operand = keywords = result = tensor = None  # let go of what is finished
-        for base in step.finished:
-            tensors[base] = None
 
 
 _recorder: ContextVar["_Recorder | None"] = ContextVar("recorder", default=None)
@@ -223,8 +215,7 @@ def record(recording: Recording, implementation: Implementation, arguments: tupl
         recording.possible = False
     else:
         steps = [_together(step) if isinstance(step, list) else step for step in recorder.steps]
-        steps = _without_leftovers(steps, reference.base, len(arguments))
-        recording.steps = _in_stretches(steps) if recorder.by_address else steps
+        recording.steps = _without_leftovers(steps, reference.base, len(arguments))
         recording.result = reference
     return result
 
@@ -237,7 +228,7 @@ def _together(launches: list[Launched]) -> Step:
     """One step for launches that nothing comes between."""
     bases = tuple(dict.fromkeys(tensor.base for _, tensors in launches for tensor in tensors))
     at_bases = [(launch, [(bases.index(t.base), t.offset_bytes) for t in tensors]) for launch, tensors in launches]
-    return Step(in_turn(bases, at_bases), bases=bases)
+    return Step(in_turn(at_bases), bases=bases)
 
 
 def _without_leftovers(steps: list[Step], result: int, count: int) -> list[Step]:
@@ -247,32 +238,13 @@ def _without_leftovers(steps: list[Step], result: int, count: int) -> list[Step]
     for index, step in enumerate(steps):
         last |= dict.fromkeys(range(produced, produced + len(step.produced)), index)
         produced += len(step.produced)
-        last |= dict.fromkeys(_read(step), index)
+        read = (operand.base for operand in step.operands if isinstance(operand, Reference))
+        last |= dict.fromkeys((*read, *step.bases), index)
     finished: list[list[int]] = [[] for _ in steps]
     for base, index in last.items():
         if base >= count and base != result:
             finished[index].append(base)
     return [step._replace(finished=tuple(bases)) for step, bases in zip(steps, finished, strict=True)]
-
-
-def _in_stretches(steps: list[Step]) -> list[Step]:
-    """Neighbouring steps that allocate nothing as one."""
-    joined: list[Step] = []
-    for allocating, neighbours in groupby(steps, lambda step: bool(step.produced)):
-        some = list(neighbours)
-        if allocating:
-            joined += some
-        else:
-            bases = tuple(dict.fromkeys(base for step in some for base in _read(step)))
-            make = partial(_make, [step._replace(finished=()) for step in some])
-            finished = tuple(base for step in some for base in step.finished)
-            joined.append(Step(Stretch(make, bases).run, bases=bases, finished=finished))
-    return joined
-
-
-def _read(step: Step) -> Iterable[int]:
-    """The bases of what a step is given."""
-    return (*(operand.base for operand in step.operands if isinstance(operand, Reference)), *step.bases)
 
 
 class _Recorder(TorchDispatchMode):
@@ -282,7 +254,6 @@ class _Recorder(TorchDispatchMode):
         super().__init__()
         self.steps: list[Step | list[Launched]] = []
         self.possible = True
-        self.by_address = arguments[0].device.type == "cuda"
         self._known: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._offsets: list[int] = []  # of each base in its storage, in elements
         for argument in arguments:
@@ -297,7 +268,6 @@ class _Recorder(TorchDispatchMode):
         references = [reference for tensor in tensors if (reference := self.reference(tensor)) is not None]
         self.possible &= len(references) == len(tensors)
         if not launch.by_address:
-            self.by_address = False
             self.steps.append(Step(launch.again, tuple(references)))
         elif self.steps and isinstance(self.steps[-1], list):
             self.steps[-1].append((launch, references))
