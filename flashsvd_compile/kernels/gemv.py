@@ -66,8 +66,10 @@ def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int,
         if deep:
             return Tile(8, 128, 4, 4, split=4)
         if gated:
-            return Tile(32, 128, 2, 4)
-        return Tile(16, 128, 2, 3) if features > 8192 else Tile(16, 128, 2, 4, split=2)
+            return Tile(32, 64, 2, 6)
+        if depth % PERIOD:  # two of a row's tiles pass through registers: shorter ones
+            return Tile(16, 64, 2, 6, split=2)
+        return Tile(32, 128, 2, 4) if features > 8192 else Tile(16, 128, 2, 4, split=2)
     if itemsize == 4:
         return Tile(4, 512, 4, 1)
     if deep:
