@@ -109,6 +109,43 @@ def test_few_rows_after_a_norm_and_beside_a_residual(rows, ranks, kind, dtype):
             assert_within_error_rule(operator(x, *weights), reference_of(operator), (x, *weights), ulps=2)
 
 
+@pytest.mark.parametrize("rows", [1, 8])
+@pytest.mark.parametrize("before", ["copy", "memset", "another stream", "weights"])
+def test_few_rows_in_a_graph_behind_anything(rows, before):
+    """Launches that begin early wait for whatever came before: also for weights that are still being written."""
+    how: dict[str, Any] = {"width": 3000, "out_features": 1000, "dtype": torch.bfloat16, "ranks": (453, 449, 501)}
+    x, *weights = on_gpu(mlp_arguments(rows, 1000, **how))
+    source, other = torch.randn_like(x), torch.cuda.Stream()
+    down = weights[0].clone()
+
+    def step() -> Tensor:
+        if before == "copy":
+            x.copy_(source)
+        elif before == "memset":
+            x.zero_()
+        elif before == "another stream":
+            other.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(other):
+                torch.mul(source, 2, out=x)
+            torch.cuda.current_stream().wait_stream(other)
+        else:
+            torch.mul(down, 2, out=weights[0])
+        return ops.mlp(x, *weights)
+
+    for _ in range(3):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    for _ in range(4):
+        source.normal_()
+        down.normal_(std=0.03)
+        result.fill_(torch.nan)
+        graph.replay()
+        assert_within_error_rule(result, reference_of(ops.mlp), (x, *weights), ulps=2)
+
+
 ATTENTIONS: dict[str, dict[str, Any]] = {
     "padded": {"q_len": 200, "num_heads": 4, "head_dim": 64, "features": 256},
     "causal-gqa-80": {
