@@ -34,6 +34,11 @@ MAX_ROWS = 16
 MAX_PRODUCTS = 3
 READ_AHEAD = 16 << 20
 """Bytes of weights that a launch asks the L2 for while the one before it, whose weights pass through it too, runs."""
+READ_AHEAD_OF_SEVERAL = 16 << 20
+"""The same of several rows."""
+SEVERAL = "late"
+"""When a launch of several rows may begin: "early", as all programs of the one before have begun, "late", as they are
+nearly done, or behind it ("none")."""
 PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
 
@@ -381,6 +386,7 @@ def multiply(
     period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
     blocks = [period * triton.cdiv(triton.cdiv(weight.shape[0], period), tile.block_f) for weight in weights]
     three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
+    overlapping = target.overlapping and (rows == 1 or SEVERAL != "none")
     read = sum(weight.shape[0] for weight in weights) * itemsize
     launch(
         gemv_kernel,
@@ -394,7 +400,7 @@ def multiply(
         blocks[0],
         blocks[min(1, len(blocks) - 1)],
         *(size for p in three for size in _sizes(p)),
-        READ_AHEAD // read,
+        (READ_AHEAD if rows == 1 else READ_AHEAD_OF_SEVERAL) // read,
         len(products),
         *(product.bias is not None for product in three),
         NORM=None if norm is None else "plain" if norm.weight is None else "weighted",
@@ -410,14 +416,14 @@ def multiply(
         EDGES=period > 1 or any(weight.shape[1] % align for weight in weights),
         SHIFTED=rows > 1 and align > 1 and all(product.x.dim() == 3 for product in products),
         COPIES=PERIOD if first.out.dim() == 3 else 1,
-        OVERLAPPING=target.overlapping,
+        OVERLAPPING=overlapping,
         # Several rows pass through shared memory: programs that come early would crowd on the processors with room.
-        LATE=target.overlapping and rows > 1,
+        LATE=overlapping and rows > 1 and SEVERAL == "late",
         APPROXIMATE=itemsize == 2,
         HARDWARE_TANH=target.hardware_tanh,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        overlapping=True,
+        overlapping=overlapping,
     )
 
 
