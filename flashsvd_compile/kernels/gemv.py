@@ -4,9 +4,8 @@
     out = act(x_0 @ weight_0.T + bias_0) * (x_1 @ weight_1.T + bias_1)   of a gated pair
     out = x @ weight.T + bias + residual
 
-What bounds such a product is the memory that the weights come from. So a program takes a few of a weight's rows and
-reads them 16 bytes at a time. Where launches overlap it begins while the launch before it runs, and asks the L2 for its
-rows before it waits: memory has no pause between launches. What is in the L2 is never stale, whoever wrote the weights.
+What bounds such a product is the memory that the weights come from. So a program takes a few of a weight's rows, reads
+them 16 bytes at a time, and reads ahead; a launch that follows another one may begin before that ends (``follows``).
 
 A rank that is no multiple of 8 leaves the rows of an up factor at odd addresses, where nothing can be read 16 bytes at
 a time. But every eighth row is out of line by the same distance: a program takes such rows, starts each of them at the
@@ -25,20 +24,13 @@ import triton.language as tl
 from torch import Tensor
 
 from .activations import activate
-from .launch import launch, let_next_begin, wait_for_turn
+from .launch import launch, take_turn
 from .operands import Product, RmsNorm
 from .target import Target, target_of
 from .tiles import aligned_columns
 
 MAX_ROWS = 16
 MAX_PRODUCTS = 3
-READ_AHEAD = 16 << 20
-"""Bytes of weights that a launch asks the L2 for while the one before it, whose weights pass through it too, runs."""
-READ_AHEAD_OF_SEVERAL = 16 << 20
-"""The same of several rows."""
-SEVERAL = "late"
-"""When a launch of several rows may begin: "early", as all programs of the one before have begun, "late", as they are
-nearly done, or behind it ("none")."""
 PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
 
@@ -94,26 +86,11 @@ def _features(block, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr):
 
 
 @triton.jit
-def _read_ahead(
-    weight, block, features, columns, stride, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr, LINES: tl.constexpr = 16,
-):  # fmt: skip
-    """Ask the L2 for the first columns of a program's rows, a line of 128 bytes for each element below."""
-    LINE: tl.constexpr = 1024 // weight.dtype.element_ty.primitive_bitwidth
-    f = tl.minimum(_features(block, BLOCK_F, PERIOD), features - 1)
-    for start in range(0, columns, LINES * LINE):
-        column = tl.minimum(start + tl.arange(0, LINES) * LINE, columns - 1)
-        lines = weight + f[:, None].to(tl.int64) * stride + column[None, :]
-        tl.inline_asm_elementwise(
-            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [lines], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
 def _product(
     x, weight, bias, norm_weight, norm_eps, block, rows, features, depth, stride_x, stride_copy, stride_w,
     NORM: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr,
-    STAGES: tl.constexpr,
+    OVERLAPPING: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, BLOCK_F]`` of a product in float32.
 
@@ -124,6 +101,7 @@ def _product(
     if ROWS == 1:
         acc = _one_row(
             x, weight, norm_weight, norm_eps, f, lead, features, depth, stride_w, NORM, BLOCK_F, BLOCK_K, ALIGN, EDGES,
+            OVERLAPPING,
         )[None, :]  # fmt: skip
     else:
         acc = _several_rows(
@@ -148,11 +126,14 @@ def _weights(weight, f, k, features, stop, stride, lead, ALIGN: tl.constexpr, BL
 def _one_row(
     x, weight, norm_weight, norm_eps, f, lead, features, depth, stride_w,
     NORM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, EDGES: tl.constexpr,
+    OVERLAPPING: tl.constexpr,
 ):  # fmt: skip
     """``[BLOCK_F]``, with the next tile of weights on its way while this one is multiplied."""
     k = tl.arange(0, BLOCK_K)
     stop = tl.cdiv(lead + depth, ALIGN) * ALIGN  # whole pieces of 16 bytes
     tile = _weights(weight, f, k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
+    if OVERLAPPING:
+        take_turn()
     sums = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
     squares = tl.zeros([BLOCK_K], tl.float32)
     for start in range(0, stop, BLOCK_K):
@@ -255,10 +236,7 @@ def _part(
 def _store(
     out, result, residual, block, rows, features, stride, stride_copy, stride_residual,
     RESIDUAL: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr, PERIOD: tl.constexpr, COPIES: tl.constexpr,
-    LATE: tl.constexpr,
 ):  # fmt: skip
-    if LATE:
-        let_next_begin()
     f, b = _features(block, BLOCK_F, PERIOD), tl.arange(0, ROWS)
     mask = (b[:, None] < rows) & (f[None, :] < features)
     if RESIDUAL:
@@ -275,67 +253,50 @@ def gemv_kernel(
     norm_weight, residual, norm_eps, stride_residual, rows, blocks_0, blocks_1,
     features_0, depth_0, stride_x_0, copy_x_0, stride_w_0, stride_out_0, copy_out_0,
     features_1, depth_1, stride_x_1, copy_x_1, stride_w_1, stride_out_1, copy_out_1,
-    features_2, depth_2, stride_x_2, copy_x_2, stride_w_2, stride_out_2, copy_out_2, ahead,
+    features_2, depth_2, stride_x_2, copy_x_2, stride_w_2, stride_out_2, copy_out_2,
     PRODUCTS: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr,
-    SHIFTED: tl.constexpr, COPIES: tl.constexpr, OVERLAPPING: tl.constexpr, LATE: tl.constexpr,
-    APPROXIMATE: tl.constexpr, HARDWARE_TANH: tl.constexpr, STAGES: tl.constexpr,
+    SHIFTED: tl.constexpr, COPIES: tl.constexpr, OVERLAPPING: tl.constexpr, APPROXIMATE: tl.constexpr,
+    HARDWARE_TANH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of features of the product that ``program_id(0)`` falls into, or of both products of a gated pair."""
     block = tl.program_id(0)
     if GATED or block < blocks_0:
-        if OVERLAPPING:
-            _read_ahead(weight_0, block, features_0, tl.minimum(depth_0, ahead), stride_w_0, BLOCK_F, PERIOD)
-            if GATED:
-                _read_ahead(weight_1, block, features_1, tl.minimum(depth_1, ahead), stride_w_1, BLOCK_F, PERIOD)
-            wait_for_turn()
-            if not LATE:
-                let_next_begin()
         result = _product(
             x_0, weight_0, bias_0, norm_weight, norm_eps, block, rows, features_0, depth_0, stride_x_0, copy_x_0,
-            stride_w_0, NORM, ROWS, BIAS_0, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, STAGES,
+            stride_w_0, NORM, ROWS, BIAS_0, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
         )  # fmt: skip
         if ACTIVATION is not None:
             result = activate(result, ACTIVATION, APPROXIMATE, HARDWARE_TANH)
         if GATED:
             result *= _product(
                 x_1, weight_1, bias_1, norm_weight, norm_eps, block, rows, features_1, depth_1, stride_x_1, copy_x_1,
-                stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, STAGES,
+                stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, False, STAGES,
             )  # fmt: skip
         _store(
             out_0, result, residual, block, rows, features_0, stride_out_0, copy_out_0, stride_residual, RESIDUAL, ROWS,
-            BLOCK_F, PERIOD, COPIES, LATE,
+            BLOCK_F, PERIOD, COPIES,
         )  # fmt: skip
     elif PRODUCTS == 2 or (PRODUCTS > 1 and block < blocks_0 + blocks_1):
         block -= blocks_0
-        if OVERLAPPING:
-            _read_ahead(weight_1, block, features_1, tl.minimum(depth_1, ahead), stride_w_1, BLOCK_F, PERIOD)
-            wait_for_turn()
-            if not LATE:
-                let_next_begin()
         result = _product(
             x_1, weight_1, bias_1, norm_weight, norm_eps, block, rows, features_1, depth_1, stride_x_1, copy_x_1,
-            stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, STAGES,
+            stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
         )  # fmt: skip
         _store(
             out_1, result, residual, block, rows, features_1, stride_out_1, copy_out_1, stride_residual, False, ROWS,
-            BLOCK_F, PERIOD, COPIES, LATE,
+            BLOCK_F, PERIOD, COPIES,
         )  # fmt: skip
     elif PRODUCTS > 2:
         block -= blocks_0 + blocks_1
-        if OVERLAPPING:
-            _read_ahead(weight_2, block, features_2, tl.minimum(depth_2, ahead), stride_w_2, BLOCK_F, PERIOD)
-            wait_for_turn()
-            if not LATE:
-                let_next_begin()
         result = _product(
             x_2, weight_2, bias_2, norm_weight, norm_eps, block, rows, features_2, depth_2, stride_x_2, copy_x_2,
-            stride_w_2, NORM, ROWS, BIAS_2, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, STAGES,
+            stride_w_2, NORM, ROWS, BIAS_2, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
         )  # fmt: skip
         _store(
             out_2, result, residual, block, rows, features_2, stride_out_2, copy_out_2, stride_residual, False, ROWS,
-            BLOCK_F, PERIOD, COPIES, LATE,
+            BLOCK_F, PERIOD, COPIES,
         )  # fmt: skip
 
 
@@ -364,6 +325,7 @@ def multiply(
     gated: bool = False,
     norm: RmsNorm | None = None,
     residual: Tensor | None = None,
+    follows: bool = False,
     tile: Tile | None = None,
 ) -> None:
     """Fill each product's ``out``.
@@ -376,6 +338,8 @@ def multiply(
         gated: the pair's first result times its second, as wide, into the first one's ``out``.
         norm: taken of all products' one row of ``x`` first.
         residual: ``[rows, features]`` with contiguous rows, added to the result of the one product.
+        follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
+            began: weights are then read while it still runs.
     """
     first, weights = products[0], [product.weight for product in products]
     rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
@@ -386,8 +350,8 @@ def multiply(
     period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
     blocks = [period * triton.cdiv(triton.cdiv(weight.shape[0], period), tile.block_f) for weight in weights]
     three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
-    overlapping = target.overlapping and (rows == 1 or SEVERAL != "none")
-    read = sum(weight.shape[0] for weight in weights) * itemsize
+    # Several rows pass through shared memory, which a launch that waits for its turn would hold.
+    overlapping = target.overlapping and rows == 1
     launch(
         gemv_kernel,
         (blocks[0] if gated else sum(blocks), 1),
@@ -400,7 +364,6 @@ def multiply(
         blocks[0],
         blocks[min(1, len(blocks) - 1)],
         *(size for p in three for size in _sizes(p)),
-        (READ_AHEAD if rows == 1 else READ_AHEAD_OF_SEVERAL) // read,
         len(products),
         *(product.bias is not None for product in three),
         NORM=None if norm is None else "plain" if norm.weight is None else "weighted",
@@ -417,13 +380,11 @@ def multiply(
         SHIFTED=rows > 1 and align > 1 and all(product.x.dim() == 3 for product in products),
         COPIES=PERIOD if first.out.dim() == 3 else 1,
         OVERLAPPING=overlapping,
-        # Several rows pass through shared memory: programs that come early would crowd on the processors with room.
-        LATE=overlapping and rows > 1 and SEVERAL == "late",
         APPROXIMATE=itemsize == 2,
         HARDWARE_TANH=target.hardware_tanh,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        overlapping=overlapping,
+        overlapping=overlapping and follows,
     )
 
 

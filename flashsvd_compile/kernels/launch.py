@@ -46,21 +46,8 @@ def take_turn():
     In this order, so that when a kernel begins, all but the launch right before it is complete. Each program of an
     overlapping launch takes its turn before it writes anything or reads what the launch before it writes.
     """
-    wait_for_turn()
-    let_next_begin()
-
-
-@triton.jit
-def wait_for_turn():
-    """The first half of :func:`take_turn`."""
     if _overlaps():
         gdc_wait()
-
-
-@triton.jit
-def let_next_begin():
-    """The other half, which may come later; the next launch begins once all programs have come to it."""
-    if _overlaps():
         gdc_launch_dependents()
 
 

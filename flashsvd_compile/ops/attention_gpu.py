@@ -149,14 +149,13 @@ def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements:
 def _after_norm(x: Tensor, attn: Attention, elements: int, residual: Tensor | None) -> Tensor:
     """As :func:`streamed`, for self-attention of a normalised input whose rank space passes through memory.
 
-    Some rows at a time are normalised, projected and forgotten, in the room that keys and values take afterwards and
-    what they leave of the workspace.
+    Some rows at a time are normalised, projected and forgotten, in the room that keys and values take afterwards.
     """
     result = x.new_empty(*x.shape[:2], attn.out_features)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
     chunk = _chunking(x.shape[1], x, attn, elements)
     for items, part, bounds in _parts(attn, x.shape[0], chunk.items, _key_bounds(attn, chunk)):
-        room = max(elements, chunk.elements + chunk.passing)
+        room = chunk.elements + chunk.passing
         latents = _queries_and_rank_space(heads[items], x[items], part, room)
         workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
         lift = _lifter_of(latents, heads[items].shape[0], part, workspace)

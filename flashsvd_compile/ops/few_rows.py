@@ -1,8 +1,8 @@
 """Regions of a few rows on a GPU, as decoding has them: bound by reading the weights, each of which is read once.
 
 Projections that read the same rows share a launch. An activation or a gate is part of the launch before it, a norm of a
-single row of the one behind it, and a residual of the last. Each launch asks for its weights while the one before it
-runs.
+single row of the one behind it, and a residual of the last. Each launch reads its weights while the one before it ends:
+an operator has at most four of them, and writes no weight.
 """
 
 from torch import Tensor
@@ -28,6 +28,7 @@ def project(
     outs: list[Tensor],
     x_norm: Norm | None = None,
     residual: Tensor | None = None,
+    follows: bool = False,
 ) -> None:
     """Fill ``outs[j][rows, out_features]`` with up to three projections of ``x[rows, in_features]``: two launches.
 
@@ -35,10 +36,10 @@ def project(
         x_norm: taken of ``x`` first.
         residual: ``[rows, out_features]``, added to the result of a single projection.
     """
-    latents = _into_rank_space(x, projections, x_norm)
+    latents, follows = _into_rank_space(x, projections, x_norm, follows)
     lifted = zip(latents, projections, outs, strict=True)
     products = [Product(latent, p.up, p.up_bias, out) for latent, p, out in lifted]
-    gemv.multiply(*products, residual=residual)
+    gemv.multiply(*products, residual=residual, follows=follows)
 
 
 def mlp(x: Tensor, region: Mlp, activation: str, x_norm: Norm | None, residual: Tensor | None) -> Tensor:
@@ -47,18 +48,20 @@ def mlp(x: Tensor, region: Mlp, activation: str, x_norm: Norm | None, residual: 
     hidden, out = x.new_empty(rows, region.width), x.new_empty(rows, proj.out_features(region.out))
     # A gate comes first: it is what the activation is applied to.
     into = region.into_hidden[::-1]
-    latents = _into_rank_space(x, into, x_norm)
+    latents, follows = _into_rank_space(x, into, x_norm, follows=False)
     lifted = [Product(latent, p.up, p.up_bias, hidden) for latent, p in zip(latents, into, strict=True)]
-    gemv.multiply(*lifted, activation=activation, gated=region.gate is not None)
-    project(hidden, [region.out], [out], residual=residual)
+    gemv.multiply(*lifted, activation=activation, gated=region.gate is not None, follows=follows)
+    project(hidden, [region.out], [out], residual=residual, follows=True)
     return out
 
 
-def _into_rank_space(x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm | None) -> list[Tensor]:
-    """``[rows, rank]`` of each projection, a dense one's being ``x``."""
+def _into_rank_space(
+    x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm | None, follows: bool
+) -> tuple[list[Tensor], bool]:
+    """``[rows, rank]`` of each projection, a dense one's being ``x``; and whether the next launch follows another."""
     fused = None if x_norm is None else _in_the_products(x, projections, x_norm)
     if x_norm is not None and fused is None:
-        x = norm.of_rows(x, x_norm)
+        x, follows = norm.of_rows(x, x_norm), False
     odd = x.shape[0] > 1 and any(p.up.stride(0) % gemv.PERIOD for p in projections)
     take = gemv.shifted_rows if odd else lambda rows, columns, like: like.new_empty(rows, columns)
     latents = [x if p.down is None else take(x.shape[0], proj.rank(p), x) for p in projections]
@@ -68,8 +71,8 @@ def _into_rank_space(x: Tensor, projections: list[Projection[Tensor]], x_norm: N
         if p.down is not None
     ]
     if narrow:
-        gemv.multiply(*narrow, norm=fused)
-    return latents
+        gemv.multiply(*narrow, norm=fused, follows=follows)
+    return latents, follows or bool(narrow)
 
 
 def _in_the_products(x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm) -> RmsNorm | None:

@@ -10,8 +10,7 @@ After::
     s = flashsvd.mlp_v3(x=r, hidden_down=..., residual=r, x_norm="rms", x_norm_weight=weight, x_norm_eps=eps, ...)
 
 The stream is alive either way, so its normed copy is memory saved. On a GPU an MLP's workspace may grow by as much
-where the planner chose it: larger products run nearer to the roof. Attention of the same stream may then take as much,
-as the peak is the MLP's. Norms whose weight has another dtype than the
+where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
 stream stay, as the library has no kernel for them.
 
 With a single row on a GPU a norm costs a launch that waits for the one before it and that the next one waits for. There
@@ -43,22 +42,6 @@ def absorb_norms(graph: Graph, options: Options) -> None:
         x = node.kwargs.get("x")
         if node.op == "call_function" and isinstance(x, Node) and (_adds_its_input(node) or _takes_a_row(node, x)):
             _absorb(node, x, graph, order, options)
-    if options.memory_budget is None:
-        _share_workspaces(graph)
-
-
-def _share_workspaces(graph: Graph) -> None:
-    """Let attention that takes its norm have the workspace of the MLPs that take theirs, where it is larger."""
-    bounds: dict[Node, int] = {}
-    for node in graph.nodes:
-        bound = node.kwargs.get("workspace_bytes")
-        if node.target in OPERATORS and "x_norm" in node.kwargs and isinstance(bound, int) and is_on_gpu(node):
-            bounds[node] = bound
-    for node, bound in bounds.items():
-        shape = shape_of(node)
-        of_mlps = (b for other, b in bounds.items() if other.target is ops.mlp and shape_of(other) == shape)
-        if node.target is ops.attention:
-            node.kwargs = node.kwargs | {"workspace_bytes": max(bound, *of_mlps, 0)}
 
 
 def _adds_its_input(node: Node) -> bool:

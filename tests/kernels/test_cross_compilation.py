@@ -87,7 +87,7 @@ def multiply_few(rows: int, *depths: int, gated: bool = False, features: int = 4
     bias = torch.empty(features, dtype=dtype)
     out = matrix(rows, features, dtype)
     products = [Product(matrix(rows, d, dtype), matrix(features, d, dtype), bias, out) for d in depths]
-    gemv.multiply(*products, gated=gated, activation="silu" if gated else None)
+    gemv.multiply(*products, gated=gated, activation="silu" if gated else None, follows=True)
 
 
 def multiply_row(norm: bool, residual: bool, depth: int, dtype: torch.dtype = HALF) -> None:

@@ -44,8 +44,8 @@ class Rewritten:
         torch.testing.assert_close(actual, expected)
 
 
-def graph_of(function: Callable, *inputs: Tensor, device: str = "cpu") -> GraphModule:
-    """The graph of ``function`` with fake example values, on a device that need not exist."""
+def graph_of(function: Callable, *inputs: Tensor, device: str | None = None) -> GraphModule:
+    """The graph of ``function`` with fake example values: on their own device, or on one that need not exist."""
     tracer = _Inlining()
     with _Factories(tracer):
         graph = tracer.trace(function)
@@ -82,8 +82,8 @@ class _Record(Interpreter):
         return n.meta["example_value"]
 
 
-def rewritten(function: Callable, *inputs: Tensor, device: str = "cpu", **options: Any) -> Rewritten:
-    """Trace ``function`` without gradients, as if its inputs were on ``device``, and run the passes over it."""
+def rewritten(function: Callable, *inputs: Tensor, device: str | None = None, **options: Any) -> Rewritten:
+    """Trace ``function`` without gradients, as if its inputs were on a ``device``, and run the passes over it."""
     with torch.no_grad():
         module = graph_of(function, *inputs, device=device)
         report = rewrite(module, list(inputs), options)
