@@ -14,14 +14,23 @@ from torch.library import opcheck
 from flashsvd_compile import ops
 from flashsvd_compile.errors import TwiceDifferentiatedError
 from flashsvd_compile.measure import peak_activation_bytes
-from flashsvd_compile.ops import attention, backward, linear, mlp
+from flashsvd_compile.ops import attention, backward, linear, mlp, packed_linear
 from flashsvd_compile.ops.activation import ACTIVATIONS
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.linear import reference as linear_reference
 from flashsvd_compile.ops.mlp import reference as mlp_reference
+from flashsvd_compile.ops.packed_linear import reference as packed_linear_reference
 
 from .accuracy import FACTOR, in_float64, relative_error
-from .regions import LAYOUTS, attention_arguments, linear_arguments, mlp_arguments, norm, padding
+from .regions import (
+    LAYOUTS,
+    attention_arguments,
+    linear_arguments,
+    mlp_arguments,
+    norm,
+    packed_linear_arguments,
+    padding,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,6 +43,10 @@ class Case(NamedTuple):
 
 def linear_case(*shape, **how) -> Case:
     return Case(linear, linear_reference, linear_arguments(*shape, **how))
+
+
+def packed_linear_case(*shape, **how) -> Case:
+    return Case(packed_linear, packed_linear_reference, packed_linear_arguments(*shape, **how))
 
 
 def mlp_case(*shape, **how) -> Case:
@@ -56,6 +69,9 @@ def cases(dtype: torch.dtype) -> dict[str, Case]:
     return {
         "linear": linear_case(3, 4, 6, rank=2, down_bias=True, **how),
         "linear-dense": linear_case(3, 6, rank=None, **how),
+        "packed-linear": packed_linear_case(3, 4, 6, ranks=(2, None, 3), down_bias=True, **how),
+        "packed-linear-residual": packed_linear_case(3, 6, ranks=(2,), residual=True, **how),
+        "packed-linear-after-norm": packed_linear_case(3, 6, ranks=(2, 3), x_norm=of_heads("rms", 6), **how),
         "mlp": mlp_case(2, 3, 6, width=7, out_features=5, down_bias=True, **how),
         "mlp-gated": mlp_case(5, 6, width=7, out_features=5, gated=True, activation="silu", bias=False, **how),
         "mlp-residual": mlp_case(2, 3, 6, width=7, out_features=5, residual=True, **how),
