@@ -51,13 +51,14 @@ class Tile(NamedTuple):
     split: int = 1
 
 
-def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int, gated: bool) -> Tile:
+def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int, gated: bool, edges: bool) -> Tile:
     """The fastest measured configuration (sm_90; ``benchmarks/NOTES.md``).
 
     Args:
         features: of all products of the launch together.
         depth: the greatest of all products.
         gated: a program takes two tiles of weights.
+        edges: two of a row's tiles pass through registers, and are shorter for it.
     """
     deep = depth > 2048
     if rows > 1:
@@ -66,8 +67,8 @@ def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int,
         if deep:
             return Tile(8, 128, 4, 4, split=4)
         if gated:
-            return Tile(32, 64, 2, 6)
-        if depth % PERIOD:  # two of a row's tiles pass through registers: shorter ones
+            return Tile(32, 64, 2, 6) if edges else Tile(32, 128, 2, 4)
+        if edges:
             return Tile(16, 64, 2, 6, split=2)
         return Tile(32, 128, 2, 4) if features > 8192 else Tile(16, 128, 2, 4, split=2)
     if itemsize == 4:
@@ -343,11 +344,11 @@ def multiply(
     """
     first, weights = products[0], [product.weight for product in products]
     rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
-    tile = tile or tile_of(
-        target, rows, itemsize, sum(w.shape[0] for w in weights), max(w.shape[1] for w in weights), gated
-    )
     align = 16 // itemsize if all(weight.data_ptr() % 16 == 0 for weight in weights) else 1
     period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
+    edges = period > 1 or any(weight.shape[1] % align for weight in weights)
+    features, depth = sum(weight.shape[0] for weight in weights), max(weight.shape[1] for weight in weights)
+    tile = tile or tile_of(target, rows, itemsize, features, depth, gated, edges)
     blocks = [period * triton.cdiv(triton.cdiv(weight.shape[0], period), tile.block_f) for weight in weights]
     three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
     # Several rows pass through shared memory, which a launch that waits for its turn would hold.
@@ -376,7 +377,7 @@ def multiply(
         SPLIT=tile.split,
         ALIGN=align,
         PERIOD=period,
-        EDGES=period > 1 or any(weight.shape[1] % align for weight in weights),
+        EDGES=edges,
         SHIFTED=rows > 1 and align > 1 and all(product.x.dim() == 3 for product in products),
         COPIES=PERIOD if first.out.dim() == 3 else 1,
         OVERLAPPING=overlapping,

@@ -166,6 +166,7 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         for depth in (1024, 1493, 4096):
             yield f"gemv {rows}x{depth}", lambda rows=rows, depth=depth: multiply_few(rows, depth, depth, depth)
         yield f"gated gemv {rows}", lambda rows=rows: multiply_few(rows, 1493, 1496, gated=True)
+        yield f"gated gemv {rows} of an even rank", lambda rows=rows: multiply_few(rows, 1024, 1024, gated=True)
         yield f"gemv {rows} of few features", lambda rows=rows: multiply_few(rows, 11008, features=1024)
     for depth in (1024, 1493, 4096):
         yield f"gemv of a normalised row of {depth}", lambda depth=depth: multiply_row(True, False, depth)
