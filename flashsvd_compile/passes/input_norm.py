@@ -28,7 +28,7 @@ from .emit import emit
 from .norms import Norm, read_norm
 from .order import Order
 from .region import Deferred, in_schema_order, is_on_gpu, rows_of
-from .residual import OPERATORS, interrupted, taking_more
+from .residual import OPERATORS, has_kernel_for_few_rows, interrupted, taking_more
 from .values import shape_of, tensor_of, value_of
 from .views import layout_of
 
@@ -54,7 +54,8 @@ def _adds_its_input(node: Node) -> bool:
 
 def _takes_a_row(node: Node, x: Node) -> bool:
     """Whether there is a kernel for a single row that takes a root mean square norm."""
-    return node.target in (ops.mlp, ops.linear, ops.packed_linear) and is_on_gpu(x) and rows_of(x) == 1
+    takes_norms = node.target in (ops.mlp, ops.linear, ops.packed_linear)
+    return takes_norms and rows_of(x) == 1 and has_kernel_for_few_rows(node, x)
 
 
 def _absorb(node: Node, x: Node, graph: Graph, order: Order, options: Options) -> None:

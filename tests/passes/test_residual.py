@@ -150,19 +150,42 @@ def test_the_input_itself_is_no_residual(region):
     result.assert_same_result()
 
 
-@pytest.mark.parametrize(("device", "rows", "expected"), [("cpu", 16, 0), ("cpu", 17, 1), ("cuda", 16, 1)])
-def test_few_rows(device, rows, expected):
+@pytest.mark.parametrize(
+    ("device", "rows", "dtype", "expected"),
+    [
+        ("cpu", 16, torch.float32, 0),
+        ("cpu", 17, torch.float32, 1),
+        ("cuda", 16, torch.bfloat16, 1),
+        ("cuda", 16, torch.float32, 0),
+        ("cuda", 1, torch.float32, 1),
+    ],
+)
+def test_few_rows(device, rows, dtype, expected):
     """A GPU has a kernel that adds the residual in passing; a CPU would need one more pass."""
 
     def block(x, a, b, c, d):
         return x + mlp(normed(x), a, b, c, d)
 
-    result = rewritten(block, tensor(rows, 32), *MLP, device=device)
+    x, *weights = (value.to(dtype) for value in (tensor(rows, 32), *MLP))
+    result = rewritten(block, x, *weights, device=device)
     assert absorbed(result) == expected
+    if dtype == torch.float32:
+        result.assert_same_result()
+
+
+def test_few_rows_by_factors_that_the_kernel_does_not_read():
+    """``x @ U @ V``, whose factors' rows are columns in memory."""
+
+    def block(x, a, b, c, d):
+        return x + relu(normed(x) @ a @ b) @ c @ d
+
+    factors = [factor.t().contiguous() for factor in MLP]
+    result = rewritten(block, tensor(1, 32), *factors, device="cuda")
+    assert absorbed(result) == 0
     result.assert_same_result()
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (16, 1), (17, 0)])
+@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (17, 0)])
 def test_lone_projections_of_few_rows_on_a_gpu(rows, expected):
     """As behind attention that reads a cache."""
     rows_of_both = (tensor(rows, 32, seed=1), tensor(rows, 32, seed=2))
