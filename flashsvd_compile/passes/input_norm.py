@@ -40,8 +40,11 @@ def absorb_norms(graph: Graph, options: Options) -> None:
     order = Order.of(graph.nodes)
     for node in order.position:
         x = node.kwargs.get("x")
-        if node.op == "call_function" and isinstance(x, Node) and (_adds_its_input(node) or _takes_a_row(node, x)):
-            _absorb(node, x, graph, order, options)
+        if node.op != "call_function" or not isinstance(x, Node):
+            continue
+        single = _takes_a_row(node, x)
+        if single or _adds_its_input(node):
+            _absorb(node, x, single, graph, order, options)
 
 
 def _adds_its_input(node: Node) -> bool:
@@ -58,8 +61,9 @@ def _takes_a_row(node: Node, x: Node) -> bool:
     return takes_norms and rows_of(x) == 1 and has_kernel_for_few_rows(node, x)
 
 
-def _absorb(node: Node, x: Node, graph: Graph, order: Order, options: Options) -> None:
-    residual, single = node.kwargs.get("residual"), _takes_a_row(node, x)
+def _absorb(node: Node, x: Node, single: bool, graph: Graph, order: Order, options: Options) -> None:
+    """Let the call take the norm that ``x`` is: of its residual, or any root mean square one of a ``single`` row."""
+    residual = node.kwargs.get("residual")
     if x is residual or set(x.users) != {node}:
         return
     norm = _norm_of(x)

@@ -85,9 +85,9 @@ def _absorb(node: Node, graph: Graph, order: Order) -> None:
 def taking_more(node: Node) -> tuple[OpOverload, dict[str, Any]]:
     """The operator that does what a call does and takes residuals and norms, and its arguments."""
     if node.target is ops.linear:
-        return ops.packed_linear, {**packed_arguments([node])}
+        return ops.packed_linear, packed_arguments([node])
     assert isinstance(node.target, OpOverload)
-    return node.target, {**node.kwargs}
+    return node.target, dict(node.kwargs)
 
 
 def _up_to_sum(node: Node) -> list[Node]:

@@ -5,11 +5,11 @@ from collections import Counter
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
-from benchmarks.models import LowRank, frozen
-from flashsvd_compile import ops
+from benchmarks.models import frozen
+from flashsvd_compile import compress, ops
 from flashsvd_compile.passes import input_norm, region, residual, rewrite
 
-LAYERS, RANK = 2, 12
+LAYERS = 2
 PROMPT = torch.arange(7)[None]
 TOKEN, POSITION = torch.tensor([[3]]), torch.tensor([[7]])
 
@@ -25,12 +25,7 @@ def llama() -> LlamaForCausalLM:
         intermediate_size=160,
         max_position_embeddings=32,
     )
-    model = LlamaForCausalLM(config)
-    for module in list(model.model.layers.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, torch.nn.Linear) and not isinstance(module, LowRank):
-                setattr(module, name, LowRank(child.in_features, child.out_features, RANK, bias=False))
-    return frozen(model)
+    return frozen(compress(LlamaForCausalLM(config), keep_ratio=0.5, targets=["model.layers.*"]))
 
 
 def test_a_layer_is_three_operators_around_its_attention(monkeypatch):

@@ -185,11 +185,15 @@ def test_few_rows_by_factors_that_the_kernel_does_not_read():
     result.assert_same_result()
 
 
-@pytest.mark.parametrize(("rows", "expected"), [(1, 1), (17, 0)])
-def test_lone_projections_of_few_rows_on_a_gpu(rows, expected):
+@pytest.mark.parametrize(
+    ("rows", "dtype", "expected"),
+    [(1, torch.float32, 1), (16, torch.bfloat16, 1), (16, torch.float32, 0), (17, torch.float32, 0)],
+)
+def test_lone_projections_of_few_rows_on_a_gpu(rows, dtype, expected):
     """As behind attention that reads a cache."""
-    rows_of_both = (tensor(rows, 32, seed=1), tensor(rows, 32, seed=2))
-    result = rewritten(lambda x, y, a, b: x + low_rank(y, a, b), *rows_of_both, *ATTENTION[:2], device="cuda")
+    inputs = (tensor(rows, 32, seed=1), tensor(rows, 32, seed=2), *ATTENTION[:2])
+    inputs = [value.to(dtype) for value in inputs]
+    result = rewritten(lambda x, y, a, b: x + low_rank(y, a, b), *inputs, device="cuda")
     calls = [node for node in result.module.graph.nodes if node.target is ops.packed_linear]
     assert [call.kwargs["residual"].name for call in calls] == ["x"] * expected
     assert len(result.module.graph.find_nodes(op="call_function", target=ops.linear)) == 1 - expected
