@@ -14,6 +14,8 @@ already (:func:`shifted_rows`).
 
 A root mean square norm of a single row is part of the products that read it: these go over all of the row anyway, and
 what it is divided by is the same for all of its elements.
+
+Several rows of half precision go through :mod:`.gemv_hopper` where they can, norms included.
 """
 
 from collections.abc import Sequence
@@ -26,13 +28,18 @@ from torch import Tensor
 from .activations import activate
 from .launch import launch, take_turn
 from .operands import Product, RmsNorm
-from .target import Target, target_of
+from .target import Target, describable, speaks_gluon, target_of
 from .tiles import aligned_columns
 
 MAX_ROWS = 16
 MAX_PRODUCTS = 3
 PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
+
+
+HELD = tl.constexpr(8)
+"""Neighbours that a thread adds up in one register. Eight would be too many: beside a deep tile of a single row 168 are
+what leaves room for three programs a processor, which is how many there are (10.9 us where two take 8.2)."""
 
 
 class Tile(NamedTuple):
@@ -91,7 +98,7 @@ def _product(
     x, weight, bias, norm_weight, norm_eps, block, rows, features, depth, stride_x, stride_copy, stride_w,
     NORM: tl.constexpr, ROWS: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr, SHIFTED: tl.constexpr,
-    OVERLAPPING: tl.constexpr, STAGES: tl.constexpr,
+    TURN: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """``[ROWS, BLOCK_F]`` of a product in float32.
 
@@ -102,7 +109,7 @@ def _product(
     if ROWS == 1:
         acc = _one_row(
             x, weight, norm_weight, norm_eps, f, lead, features, depth, stride_w, NORM, BLOCK_F, BLOCK_K, ALIGN, EDGES,
-            OVERLAPPING,
+            TURN,
         )[None, :]  # fmt: skip
     else:
         acc = _several_rows(
@@ -127,23 +134,25 @@ def _weights(weight, f, k, features, stop, stride, lead, ALIGN: tl.constexpr, BL
 def _one_row(
     x, weight, norm_weight, norm_eps, f, lead, features, depth, stride_w,
     NORM: tl.constexpr, BLOCK_F: tl.constexpr, BLOCK_K: tl.constexpr, ALIGN: tl.constexpr, EDGES: tl.constexpr,
-    OVERLAPPING: tl.constexpr,
+    TURN: tl.constexpr,
 ):  # fmt: skip
     """``[BLOCK_F]``, with the next tile of weights on its way while this one is multiplied."""
     k = tl.arange(0, BLOCK_K)
     stop = tl.cdiv(lead + depth, ALIGN) * ALIGN  # whole pieces of 16 bytes
+    if TURN == "first":
+        take_turn()
     tile = _weights(weight, f, k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
-    if OVERLAPPING:
+    if TURN == "behind weights":
         take_turn()
     sums = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K], tl.float32)
+    squares = tl.zeros([BLOCK_K // HELD], tl.float32)
     for start in range(0, stop, BLOCK_K):
         following = _weights(weight, f, start + BLOCK_K + k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
         column = start + k - lead
         inside = (column >= 0) & (column < depth)
         part = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         if NORM is not None:
-            squares += part * part
+            squares += tl.sum(tl.reshape(part * part, [BLOCK_K // HELD, HELD]), 1)
         if NORM == "weighted":
             part *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
         if EDGES:
@@ -258,7 +267,7 @@ def gemv_kernel(
     PRODUCTS: tl.constexpr, BIAS_0: tl.constexpr, BIAS_1: tl.constexpr, BIAS_2: tl.constexpr, NORM: tl.constexpr,
     RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr, ROWS: tl.constexpr, BLOCK_F: tl.constexpr,
     BLOCK_K: tl.constexpr, SPLIT: tl.constexpr, ALIGN: tl.constexpr, PERIOD: tl.constexpr, EDGES: tl.constexpr,
-    SHIFTED: tl.constexpr, COPIES: tl.constexpr, OVERLAPPING: tl.constexpr, APPROXIMATE: tl.constexpr,
+    SHIFTED: tl.constexpr, COPIES: tl.constexpr, TURN: tl.constexpr, APPROXIMATE: tl.constexpr,
     HARDWARE_TANH: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A block of features of the product that ``program_id(0)`` falls into, or of both products of a gated pair."""
@@ -266,14 +275,14 @@ def gemv_kernel(
     if GATED or block < blocks_0:
         result = _product(
             x_0, weight_0, bias_0, norm_weight, norm_eps, block, rows, features_0, depth_0, stride_x_0, copy_x_0,
-            stride_w_0, NORM, ROWS, BIAS_0, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+            stride_w_0, NORM, ROWS, BIAS_0, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, TURN, STAGES,
         )  # fmt: skip
         if ACTIVATION is not None:
             result = activate(result, ACTIVATION, APPROXIMATE, HARDWARE_TANH)
         if GATED:
             result *= _product(
                 x_1, weight_1, bias_1, norm_weight, norm_eps, block, rows, features_1, depth_1, stride_x_1, copy_x_1,
-                stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, False, STAGES,
+                stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, None, STAGES,
             )  # fmt: skip
         _store(
             out_0, result, residual, block, rows, features_0, stride_out_0, copy_out_0, stride_residual, RESIDUAL, ROWS,
@@ -283,7 +292,7 @@ def gemv_kernel(
         block -= blocks_0
         result = _product(
             x_1, weight_1, bias_1, norm_weight, norm_eps, block, rows, features_1, depth_1, stride_x_1, copy_x_1,
-            stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+            stride_w_1, NORM, ROWS, BIAS_1, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, TURN, STAGES,
         )  # fmt: skip
         _store(
             out_1, result, residual, block, rows, features_1, stride_out_1, copy_out_1, stride_residual, False, ROWS,
@@ -293,7 +302,7 @@ def gemv_kernel(
         block -= blocks_0 + blocks_1
         result = _product(
             x_2, weight_2, bias_2, norm_weight, norm_eps, block, rows, features_2, depth_2, stride_x_2, copy_x_2,
-            stride_w_2, NORM, ROWS, BIAS_2, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, OVERLAPPING, STAGES,
+            stride_w_2, NORM, ROWS, BIAS_2, BLOCK_F, BLOCK_K, SPLIT, ALIGN, PERIOD, EDGES, SHIFTED, TURN, STAGES,
         )  # fmt: skip
         _store(
             out_2, result, residual, block, rows, features_2, stride_out_2, copy_out_2, stride_residual, False, ROWS,
@@ -320,6 +329,34 @@ def supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
     return contiguous and 0 < x.shape[0] <= (MAX_ROWS if x.element_size() == 2 else 1) and x.element_size() <= 4
 
 
+def takes_hopper(*products: Product) -> bool:
+    """Whether the kernel for several rows on Hopper computes these products."""
+    xs, weights = [product.x for product in products], [product.weight for product in products]
+    if not _several_on_hopper(xs[0]):
+        return False
+    if not at_odd_addresses(weights):
+        return all(map(describable, (*xs, *weights)))
+    shifted = all(x.dim() == 3 for x in xs)
+    return shifted and all(w.is_contiguous() and w.shape[0] % PERIOD == w.data_ptr() % 16 == 0 for w in weights)
+
+
+def normalises(x: Tensor, weights: Sequence[Tensor]) -> bool:
+    """Whether a kernel that multiplies ``x[rows, depth]`` with these weights takes a root mean square norm of it."""
+    if len(x) == 1:
+        return True
+    return _several_on_hopper(x) and not at_odd_addresses(weights) and all(map(describable, (x, *weights)))
+
+
+def _several_on_hopper(x: Tensor) -> bool:
+    """Whether these are several rows of half precision, or shifted copies of such, where Gluon is spoken."""
+    return speaks_gluon(target_of(x.device)) and x.shape[-2] > 1 and x.element_size() == 2
+
+
+def at_odd_addresses(weights: Sequence[Tensor]) -> bool:
+    """Whether rows of half precision begin elsewhere than at 16-byte boundaries."""
+    return any(weight.stride(0) % PERIOD for weight in weights)
+
+
 def multiply(
     *products: Product,
     activation: str | None = None,
@@ -337,13 +374,26 @@ def multiply(
             written.
         activation: applied to the one product, or to the first of a gated pair.
         gated: the pair's first result times its second, as wide, into the first one's ``out``.
-        norm: taken of all products' one row of ``x`` first.
+        norm: taken of all products' ``x`` first, by what :func:`normalises`.
         residual: ``[rows, features]`` with contiguous rows, added to the result of the one product.
         follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
-            began: weights are then read while it still runs.
+            began: weights are then read while it still runs. Otherwise nothing is.
     """
     first, weights = products[0], [product.weight for product in products]
     rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
+    if takes_hopper(*products):
+        from .gemv_hopper import multiply_hopper
+
+        period = PERIOD if at_odd_addresses(weights) else 1
+        return multiply_hopper(
+            *products,
+            period=period,
+            activation=activation,
+            gated=gated,
+            norm=norm,
+            residual=residual,
+            follows=follows,
+        )
     align = 16 // itemsize if all(weight.data_ptr() % 16 == 0 for weight in weights) else 1
     period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
     edges = period > 1 or any(weight.shape[1] % align for weight in weights)
@@ -380,12 +430,12 @@ def multiply(
         EDGES=edges,
         SHIFTED=rows > 1 and align > 1 and all(product.x.dim() == 3 for product in products),
         COPIES=PERIOD if first.out.dim() == 3 else 1,
-        OVERLAPPING=overlapping,
+        TURN=None if not overlapping else "behind weights" if follows else "first",
         APPROXIMATE=itemsize == 2,
         HARDWARE_TANH=target.hardware_tanh,
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
-        overlapping=overlapping and follows,
+        overlapping=overlapping,
     )
 
 

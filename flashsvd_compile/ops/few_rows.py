@@ -1,8 +1,8 @@
 """Regions of a few rows on a GPU, as decoding has them: bound by reading the weights, each of which is read once.
 
-Projections that read the same rows share a launch. An activation or a gate is part of the launch before it, a norm of a
-single row of the one behind it, and a residual of the last. Each launch reads its weights while the one before it ends:
-an operator has at most four of them, and writes no weight.
+Projections that read the same rows share a launch. An activation or a gate is part of the launch before it, a root mean
+square norm of the one behind it where there is a kernel for that, and a residual of the last. Each launch reads its
+weights while the one before it ends: an operator has at most four of them, and writes no weight.
 """
 
 from torch import Tensor
@@ -59,9 +59,11 @@ def _into_rank_space(
     x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm | None, follows: bool
 ) -> tuple[list[Tensor], bool]:
     """``[rows, rank]`` of each projection, a dense one's being ``x``; and whether the next launch follows another."""
-    fused = None if x_norm is None else _in_the_products(x, projections, x_norm)
-    if x_norm is not None and fused is None:
-        x, follows = norm.of_rows(x, x_norm), False
+    fused = None
+    if x_norm is not None:
+        fused = _as_part_of_products(x, projections, x_norm)
+        if fused is None:
+            x, follows = norm.of_rows(x, x_norm), False
     odd = x.shape[0] > 1 and any(p.up.stride(0) % gemv.PERIOD for p in projections)
     take = gemv.shifted_rows if odd else lambda rows, columns, like: like.new_empty(rows, columns)
     latents = [x if p.down is None else take(x.shape[0], proj.rank(p), x) for p in projections]
@@ -75,8 +77,10 @@ def _into_rank_space(
     return latents, follows or bool(narrow)
 
 
-def _in_the_products(x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm) -> RmsNorm | None:
-    """A norm as the kernel takes it: a root mean square of one row, which nothing but products of it read."""
-    if len(x) > 1 or x_norm.centred or x_norm.bias is not None or any(p.down is None for p in projections):
+def _as_part_of_products(x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm) -> RmsNorm | None:
+    """A norm as the kernel takes it: a root mean square of rows that nothing but products of it read."""
+    weights = [p.down for p in projections if p.down is not None]
+    plain = not x_norm.centred and x_norm.bias is None
+    if not plain or len(weights) < len(projections) or not gemv.normalises(x, weights):
         return None
     return RmsNorm(None if x_norm.weight is None else x_norm.weight.reshape(-1), x_norm.eps)

@@ -13,8 +13,9 @@ The stream is alive either way, so its normed copy is memory saved. On a GPU an 
 where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
 stream stay, as the library has no kernel for them.
 
-With a single row on a GPU a norm costs a launch that waits for the one before it and that the next one waits for. There
-the first products of an MLP or of lone projections take a root mean square norm in passing, whatever it is a norm of.
+With few rows on a GPU a norm costs a launch that waits for the one before it and that the next one waits for. There
+the first products of an MLP or of lone projections take a root mean square norm in passing, whatever it is a norm of;
+of several rows where there is a kernel for that (``kernels/gemv_hopper.py``).
 """
 
 import operator
@@ -22,12 +23,14 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..kernels.gemv import MAX_ROWS, at_odd_addresses
+from ..kernels.target import speaks_gluon
 from ..ops.norm import argument_names
 from ..options import Options, Strategy
 from .emit import emit
 from .norms import Norm, read_norm
 from .order import Order
-from .region import Deferred, in_schema_order, is_on_gpu, rows_of
+from .region import Deferred, chip_of, in_schema_order, is_on_gpu, rows_of
 from .residual import OPERATORS, has_kernel_for_few_rows, interrupted, taking_more
 from .values import shape_of, tensor_of, value_of
 from .views import layout_of
@@ -36,15 +39,15 @@ KIND, WEIGHT, BIAS, EPS, _ = argument_names("x")
 
 
 def absorb_norms(graph: Graph, options: Options) -> None:
-    """Let the operators of a graph normalise what they read: the residuals that they add, or a single row."""
+    """Let the operators of a graph normalise what they read: the residuals that they add, or few rows."""
     order = Order.of(graph.nodes)
     for node in order.position:
         x = node.kwargs.get("x")
         if node.op != "call_function" or not isinstance(x, Node):
             continue
-        single = _takes_a_row(node, x)
-        if single or _adds_its_input(node):
-            _absorb(node, x, single, graph, order, options)
+        few = _takes_few_rows(node, x)
+        if few or _adds_its_input(node):
+            _absorb(node, x, few, graph, order, options)
 
 
 def _adds_its_input(node: Node) -> bool:
@@ -55,19 +58,26 @@ def _adds_its_input(node: Node) -> bool:
     return isinstance(kwargs.get("residual"), Node)
 
 
-def _takes_a_row(node: Node, x: Node) -> bool:
-    """Whether there is a kernel for a single row that takes a root mean square norm."""
-    takes_norms = node.target in (ops.mlp, ops.linear, ops.packed_linear)
-    return takes_norms and rows_of(x) == 1 and has_kernel_for_few_rows(node, x)
+def _takes_few_rows(node: Node, x: Node) -> bool:
+    """Whether there is a kernel for these few rows that takes a root mean square norm."""
+    if node.target not in (ops.mlp, ops.linear, ops.packed_linear) or not has_kernel_for_few_rows(node, x):
+        return False
+    rows, chip = rows_of(x), chip_of(x)
+    if rows == 1:
+        return True
+    if not rows.is_number or rows > MAX_ROWS or chip is None or not speaks_gluon(chip):
+        return False
+    first = (tensor_of(factor) for name, factor in node.kwargs.items() if name.endswith("_down"))
+    return not at_odd_addresses([factor for factor in first if factor is not None])
 
 
-def _absorb(node: Node, x: Node, single: bool, graph: Graph, order: Order, options: Options) -> None:
-    """Let the call take the norm that ``x`` is: of its residual, or any root mean square one of a ``single`` row."""
+def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options: Options) -> None:
+    """Let the call take the norm that ``x`` is: of its residual, or any root mean square one of ``few`` rows."""
     residual = node.kwargs.get("residual")
     if x is residual or set(x.users) != {node}:
         return
     norm = _norm_of(x)
-    if norm is None or not (norm.source is residual or (single and norm.kind == "rms")):
+    if norm is None or not (norm.source is residual or (few and norm.kind == "rms")):
         return
     if not _in_one_dtype(norm) or interrupted([*norm.nodes, node], order):
         return
@@ -75,7 +85,7 @@ def _absorb(node: Node, x: Node, single: bool, graph: Graph, order: Order, optio
     with graph.inserting_before(node):
         weight, bias = (v.build(graph) if isinstance(v, Deferred) else v for v in (norm.weight, norm.bias))
         arguments |= {"x": norm.source, KIND: norm.kind, WEIGHT: weight, BIAS: bias, EPS: norm.eps}
-        if target is ops.mlp and options.memory_budget is None and is_on_gpu(x) and not single:
+        if target is ops.mlp and options.memory_budget is None and is_on_gpu(x) and not few:
             arguments["workspace_bytes"] = _larger(graph, node.kwargs["workspace_bytes"], norm.source)
     node.target, node.kwargs = target, in_schema_order(target, arguments)
     for old in reversed(norm.nodes):

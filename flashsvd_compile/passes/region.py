@@ -12,6 +12,7 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from ..kernels.target import Target, target_of
 from ..ops import norm
 from ..ops.projection import argument_names
 from ..options import Options, Strategy
@@ -225,6 +226,14 @@ def rows_of(node: Node) -> sympy.Expr:
 def has_few_rows(node: Node) -> bool:
     """Whether projections of a tensor take the time of their launches, by the sizes that it was traced with."""
     return is_bound_by_launches(sympy.sympify(rows_of(node)).xreplace(hints_of(node)))
+
+
+def chip_of(node: Node) -> Target | None:
+    """What kernels know about the chip that a tensor is on, if it is here."""
+    value = tensor_of(node)
+    if value is None or value.device.type != "cuda" or not torch.cuda.is_available():
+        return None
+    return target_of(value.device)
 
 
 def is_on_gpu(node: Node) -> bool:

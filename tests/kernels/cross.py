@@ -45,21 +45,25 @@ class Usage(NamedTuple):
         shared_memory: bytes.
         tensor_memory: columns; 0 where the chip has none.
         spills: registers of a thread that did not fit and live in memory.
+        registers: of a thread.
     """
 
     shared_memory: int
     tensor_memory: int
     spills: int
+    registers: int
 
 
 def usage_of(compiled: CompiledKernel) -> Usage:
     """Read from the metadata and the machine code of a kernel."""
-    spills = _spills_nvidia(compiled.asm["cubin"]) if "cubin" in compiled.asm else _spills_amd(compiled.asm["amdgcn"])
-    return Usage(compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0, spills)
+    by_nvidia = "cubin" in compiled.asm
+    spills, registers = _of_nvidia(compiled.asm["cubin"]) if by_nvidia else _of_amd(compiled.asm["amdgcn"])
+    return Usage(compiled.metadata.shared, getattr(compiled.metadata, "tmem_size", None) or 0, spills, registers)
 
 
-def _spills_nvidia(cubin: bytes) -> int:
-    """As the driver counts them: local memory, in which our kernels, without arrays and calls, keep nothing else.
+def _of_nvidia(cubin: bytes) -> tuple[int, int]:
+    """Spills and registers. The former as the driver counts them: local memory, in which our kernels, without arrays
+    and calls, keep nothing else.
 
     ``LOCAL`` has been zero since registers spill to the stack; the stack frame is the figure that counts.
     """
@@ -68,15 +72,16 @@ def _spills_nvidia(cubin: bytes) -> int:
         file.write_bytes(cubin)
         command = [knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file]
         report = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    (local_bytes,) = [int(stack) + int(local) for stack, local in re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", report)]
-    return ceil(local_bytes / 4)
+    ((registers, stack, local),) = re.findall(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", report)
+    return ceil((int(stack) + int(local)) / 4), int(registers)
 
 
-def _spills_amd(assembly: str) -> int:
-    """From the kernel's metadata at the end of its assembly."""
+def _of_amd(assembly: str) -> tuple[int, int]:
+    """Spills and registers, from the kernel's metadata at the end of its assembly."""
     counts = re.findall(r"^ *\.[sv]gpr_spill_count: *(\d+)$", assembly, re.MULTILINE)
     scalar, vector = map(int, counts)
-    return scalar + vector
+    (registers,) = re.findall(r"^ *\.vgpr_count: *(\d+)$", assembly, re.MULTILINE)
+    return scalar + vector, int(registers)
 
 
 class _Driver(NamedTuple):

@@ -8,6 +8,8 @@ import torch
 from torch.nn.functional import layer_norm, linear, relu, rms_norm
 
 from flashsvd_compile import ops
+from flashsvd_compile.kernels.target import KNOWN
+from flashsvd_compile.passes import input_norm
 
 from .builder import Rewritten, rewritten, tensor
 from .test_residual import ATTENTION, MLP, REGIONS, X, attention, low_rank, mlp
@@ -169,6 +171,32 @@ def test_two_rows_on_a_gpu_keep_their_norm():
         return mlp(rms_norm(x, (32,), weight), a, b, c, d)
 
     assert absorbed(rewritten(block, tensor(2, 32), WEIGHT, *MLP, device="cuda")) == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "features", "dtype", "spelling", "expected"),
+    [
+        (2, 32, torch.bfloat16, "rms", True),
+        (16, 32, torch.float16, "spelled rms", True),
+        (17, 32, torch.bfloat16, "rms", False),
+        (2, 32, torch.bfloat16, "layer", False),
+        (2, 36, torch.bfloat16, "rms", False),
+        (2, 32, torch.float32, "rms", False),
+    ],
+)
+@pytest.mark.parametrize("chip", ["sm_90", "sm_80"])
+def test_several_rows_where_there_is_a_kernel_for_them(chip, rows, features, dtype, spelling, expected, monkeypatch):
+    """On Hopper, of half precision, by factors whose rows begin at 16-byte boundaries."""
+    monkeypatch.setattr(input_norm, "chip_of", lambda node: KNOWN[chip])
+    monkeypatch.setattr(input_norm, "speaks_gluon", lambda target: target.name == "sm_90")
+    spellings = SPELLINGS | {"rms": lambda x, weight, bias: rms_norm(x, (features,), weight, 1e-6)}
+
+    def block(x, weight, bias, a, b, c, d):
+        return mlp(spellings[spelling](x, weight, bias), a, b, c, d)
+
+    shapes = [(rows, features), (features,), (features,), (8, features), (48, 8), (8, 48), (features, 8)]
+    result = rewritten(block, *(tensor(*shape).to(dtype) for shape in shapes), device="cuda")
+    assert absorbed(result) == (["rms"] if expected and chip == "sm_90" else [])
 
 
 def test_a_norm_that_others_read_stays_before_a_single_row():
