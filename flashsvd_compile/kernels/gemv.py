@@ -15,7 +15,7 @@ already (:func:`shifted_rows`).
 A root mean square norm of a single row is part of the products that read it: these go over all of the row anyway, and
 what it is divided by is the same for all of its elements.
 
-Several rows of half precision go through :mod:`.gemv_hopper` where they can, norms included.
+Up to eight rows of half precision go through :mod:`.gemv_hopper` where they can, norms included.
 """
 
 from collections.abc import Sequence
@@ -32,6 +32,8 @@ from .target import Target, describable, speaks_gluon, target_of
 from .tiles import aligned_columns
 
 MAX_ROWS = 16
+MAX_ON_HOPPER = 8
+"""Rows up to which :mod:`.gemv_hopper` takes several."""
 MAX_PRODUCTS = 3
 PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
@@ -349,7 +351,7 @@ def normalises(x: Tensor, weights: Sequence[Tensor]) -> bool:
 
 def _several_on_hopper(x: Tensor) -> bool:
     """Whether these are several rows of half precision, or shifted copies of such, where Gluon is spoken."""
-    return speaks_gluon(target_of(x.device)) and x.shape[-2] > 1 and x.element_size() == 2
+    return speaks_gluon(target_of(x.device)) and 1 < x.shape[-2] <= MAX_ON_HOPPER and x.element_size() == 2
 
 
 def at_odd_addresses(weights: Sequence[Tensor]) -> bool:

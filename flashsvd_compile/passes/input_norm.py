@@ -23,7 +23,7 @@ import operator
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..kernels.gemv import MAX_ROWS, at_odd_addresses
+from ..kernels.gemv import MAX_ON_HOPPER, at_odd_addresses
 from ..kernels.target import speaks_gluon
 from ..ops.norm import argument_names
 from ..options import Options, Strategy
@@ -65,7 +65,7 @@ def _takes_few_rows(node: Node, x: Node) -> bool:
     rows, chip = rows_of(x), chip_of(x)
     if rows == 1:
         return True
-    if not rows.is_number or rows > MAX_ROWS or chip is None or not speaks_gluon(chip):
+    if not rows.is_number or rows > MAX_ON_HOPPER or chip is None or not speaks_gluon(chip):
         return False
     first = (tensor_of(factor) for name, factor in node.kwargs.items() if name.endswith("_down"))
     return not at_odd_addresses([factor for factor in first if factor is not None])

@@ -177,8 +177,8 @@ def test_two_rows_on_a_gpu_keep_their_norm():
     ("rows", "features", "dtype", "spelling", "expected"),
     [
         (2, 32, torch.bfloat16, "rms", True),
-        (16, 32, torch.float16, "spelled rms", True),
-        (17, 32, torch.bfloat16, "rms", False),
+        (8, 32, torch.float16, "spelled rms", True),
+        (9, 32, torch.bfloat16, "rms", False),
         (2, 32, torch.bfloat16, "layer", False),
         (2, 36, torch.bfloat16, "rms", False),
         (2, 32, torch.float32, "rms", False),
