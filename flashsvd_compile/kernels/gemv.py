@@ -336,6 +336,8 @@ def takes_hopper(*products: Product) -> bool:
     xs, weights = [product.x for product in products], [product.weight for product in products]
     if not _several_on_hopper(xs[0]):
         return False
+    if not all(weight.numel() for weight in weights):
+        return False
     if not at_odd_addresses(weights):
         return all(map(describable, (*xs, *weights)))
     shifted = all(x.dim() == 3 for x in xs)
@@ -346,7 +348,8 @@ def normalises(x: Tensor, weights: Sequence[Tensor]) -> bool:
     """Whether a kernel that multiplies ``x[rows, depth]`` with these weights takes a root mean square norm of it."""
     if len(x) == 1:
         return True
-    return _several_on_hopper(x) and not at_odd_addresses(weights) and all(map(describable, (x, *weights)))
+    readable = not at_odd_addresses(weights) and all(map(describable, (x, *weights)))
+    return _several_on_hopper(x) and readable and all(weight.numel() for weight in weights)
 
 
 def _several_on_hopper(x: Tensor) -> bool:
