@@ -412,17 +412,14 @@ def multiply(
         gemv_kernel,
         (blocks[0] if gated else sum(blocks), 1),
         *(t for p in three for t in (p.x, p.weight, p.out if p.bias is None else p.bias, p.out)),
-        first.x if norm is None or norm.weight is None else norm.weight,
-        first.out if residual is None else residual,
-        0.0 if norm is None else norm.eps,
-        0 if residual is None else residual.stride(0),
+        *beside(first, norm, residual),
         rows,
         blocks[0],
         blocks[min(1, len(blocks) - 1)],
         *(size for p in three for size in _sizes(p)),
         len(products),
         *(product.bias is not None for product in three),
-        NORM=None if norm is None else "plain" if norm.weight is None else "weighted",
+        NORM=kind_of(norm),
         RESIDUAL=residual is not None,
         ACTIVATION=activation,
         GATED=gated,
@@ -442,6 +439,24 @@ def multiply(
         num_warps=tile.num_warps,
         overlapping=overlapping,
     )
+
+
+def beside(product: Product, norm: RmsNorm | None, residual: Tensor | None) -> tuple[Tensor, Tensor, float, int]:
+    """The kernels' arguments for a norm and a residual; a result stands for absent tensors."""
+    weight = None if norm is None else norm.weight
+    return (
+        product.out if weight is None else weight,
+        product.out if residual is None else residual,
+        0.0 if norm is None else norm.eps,
+        0 if residual is None else residual.stride(0),
+    )
+
+
+def kind_of(norm: RmsNorm | None) -> str | None:
+    """What the kernels call a norm."""
+    if norm is None:
+        return None
+    return "plain" if norm.weight is None else "weighted"
 
 
 def _sizes(product: Product) -> tuple[int, ...]:

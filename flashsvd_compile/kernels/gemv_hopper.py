@@ -25,6 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .activations import activate
+from .gemv import MAX_PRODUCTS, beside, kind_of
 from .launch import launch, take_turn
 from .operands import Product, RmsNorm
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
@@ -39,8 +40,6 @@ _TILES = 8
 _ROWS = 8
 """Of ``x``, as many as a product of the tensor cores has at least. With 16 as much is read of ``x`` as of a weight, and
 :mod:`.gemv` is 15 % faster (H200)."""
-_PRODUCTS = 3
-"""At most, of a launch."""
 SIDE = gl.constexpr(_SIDE)
 FEATURES = gl.constexpr(_FEATURES)
 TILES = gl.constexpr(_TILES)
@@ -269,15 +268,12 @@ def multiply_hopper(
     blocks = [period * triton.cdiv(product.weight.shape[0] // period, _FEATURES) for product in products]
     items = blocks[0] if gated else sum(blocks)
     programs, places = _grid(items, processors, 2 * _TILES * _SIDE * (_FEATURES + _ROWS))
-    three = (*products, *[products[-1]] * (_PRODUCTS - len(products)))
+    three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
     launch(
         gemv_hopper_kernel,
         (programs, 1),
         *(operand for product in three for operand in _operands(product, period)),
-        first.out if norm is None or norm.weight is None else norm.weight,
-        first.out if residual is None else residual,
-        0.0 if norm is None else norm.eps,
-        0 if residual is None else residual.stride(0),
+        *beside(first, norm, residual),
         rows,
         items,
         blocks[0],
@@ -285,7 +281,7 @@ def multiply_hopper(
         *(size for product in three for size in _sizes(product)),
         len(products),
         *(product.bias is not None for product in three),
-        NORM=None if norm is None else "plain" if norm.weight is None else "weighted",
+        NORM=kind_of(norm),
         RESIDUAL=residual is not None,
         ACTIVATION=activation,
         GATED=gated,
