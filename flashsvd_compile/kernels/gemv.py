@@ -21,6 +21,7 @@ Up to eight rows of half precision go through :mod:`.gemv_hopper` where they can
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -39,9 +40,9 @@ PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
 
 
-HELD = tl.constexpr(8)
-"""Neighbours that a thread adds up in one register. Eight would be too many: beside a deep tile of a single row 168 are
-what leaves room for three programs a processor, which is how many there are (10.9 us where two take 8.2)."""
+NEIGHBOURS = tl.constexpr(8)
+"""Squares that a thread adds up before it keeps them, in one register for eight. A register each would be too many: 168
+are what leaves room for the three programs a processor that a deep product of one row has (8.2 us; with two 10.9)."""
 
 
 class Tile(NamedTuple):
@@ -147,14 +148,14 @@ def _one_row(
     if TURN == "behind weights":
         take_turn()
     sums = tl.zeros([BLOCK_F, BLOCK_K], tl.float32)
-    squares = tl.zeros([BLOCK_K // HELD], tl.float32)
+    squares = tl.zeros([BLOCK_K // NEIGHBOURS], tl.float32)
     for start in range(0, stop, BLOCK_K):
         following = _weights(weight, f, start + BLOCK_K + k, features, stop, stride_w, lead, ALIGN, BLOCK_K)
         column = start + k - lead
         inside = (column >= 0) & (column < depth)
         part = tl.load(x + column, mask=inside, other=0.0).to(tl.float32)
         if NORM is not None:
-            squares += tl.sum(tl.reshape(part * part, [BLOCK_K // HELD, HELD]), 1)
+            squares += tl.sum(tl.reshape(part * part, [BLOCK_K // NEIGHBOURS, NEIGHBOURS]), 1)
         if NORM == "weighted":
             part *= tl.load(norm_weight + column, mask=inside, other=0.0).to(tl.float32)
         if EDGES:
@@ -334,22 +335,25 @@ def supported(x: Tensor, weights: Sequence[Tensor]) -> bool:
 def takes_hopper(*products: Product) -> bool:
     """Whether the kernel for several rows on Hopper computes these products."""
     xs, weights = [product.x for product in products], [product.weight for product in products]
-    if not _several_on_hopper(xs[0]):
+    if not _several_on_hopper(xs[0]) or not all(weight.numel() for weight in weights):
         return False
-    if not all(weight.numel() for weight in weights):
-        return False
-    if not at_odd_addresses(weights):
+    if not has_odd_rows(weights):
         return all(map(describable, (*xs, *weights)))
-    shifted = all(x.dim() == 3 for x in xs)
-    return shifted and all(w.is_contiguous() and w.shape[0] % PERIOD == w.data_ptr() % 16 == 0 for w in weights)
+    whole = all(w.is_contiguous() and w.shape[0] % PERIOD == 0 and w.data_ptr() % 16 == 0 for w in weights)
+    return whole and all(x.dim() == 3 for x in xs)
 
 
-def normalises(x: Tensor, weights: Sequence[Tensor]) -> bool:
-    """Whether a kernel that multiplies ``x[rows, depth]`` with these weights takes a root mean square norm of it."""
+def normalises(x: Tensor, weights: Sequence[Tensor], norm: RmsNorm) -> bool:
+    """Whether a kernel that multiplies ``x[rows, depth]`` with these weights takes this norm of it.
+
+    Several rows are multiplied with the norm's weight before they are divided by anything, which float16 has no range
+    for.
+    """
     if len(x) == 1:
         return True
-    readable = not at_odd_addresses(weights) and all(map(describable, (x, *weights)))
-    return _several_on_hopper(x) and readable and all(weight.numel() for weight in weights)
+    in_range = norm.weight is None or x.dtype == torch.bfloat16
+    products = [Product(x, weight, None, x) for weight in weights]
+    return in_range and not has_odd_rows(weights) and takes_hopper(*products)
 
 
 def _several_on_hopper(x: Tensor) -> bool:
@@ -357,8 +361,8 @@ def _several_on_hopper(x: Tensor) -> bool:
     return speaks_gluon(target_of(x.device)) and 1 < x.shape[-2] <= MAX_ON_HOPPER and x.element_size() == 2
 
 
-def at_odd_addresses(weights: Sequence[Tensor]) -> bool:
-    """Whether rows of half precision begin elsewhere than at 16-byte boundaries."""
+def has_odd_rows(weights: Sequence[Tensor]) -> bool:
+    """Whether rows of half precision follow each other at other distances than multiples of 16 bytes."""
     return any(weight.stride(0) % PERIOD for weight in weights)
 
 
@@ -379,26 +383,31 @@ def multiply(
             written.
         activation: applied to the one product, or to the first of a gated pair.
         gated: the pair's first result times its second, as wide, into the first one's ``out``.
-        norm: taken of all products' ``x`` first, by what :func:`normalises`.
-        residual: ``[rows, features]`` with contiguous rows, added to the result of the one product.
+        norm: taken of all products' ``x`` first, of what :func:`normalises` says yes to.
+        residual: ``[rows, features]``, added to the result of the one product.
         follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
             began: weights are then read while it still runs. Otherwise nothing is.
     """
+    weight_of_norm = None if norm is None else norm.weight
+    if not all(map(_in_line, (*(product.bias for product in products), weight_of_norm, residual))):
+        products = tuple(product._replace(bias=_copied_into_line(product.bias)) for product in products)
+        norm = None if norm is None else norm._replace(weight=_copied_into_line(norm.weight))
+        residual, follows = _copied_into_line(residual), False
     first, weights = products[0], [product.weight for product in products]
     rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
     if takes_hopper(*products):
         from .gemv_hopper import multiply_hopper
 
-        period = PERIOD if at_odd_addresses(weights) else 1
         return multiply_hopper(
             *products,
-            period=period,
+            period=PERIOD if has_odd_rows(weights) else 1,
             activation=activation,
             gated=gated,
             norm=norm,
             residual=residual,
             follows=follows,
         )
+    assert norm is None or rows == 1
     align = 16 // itemsize if all(weight.data_ptr() % 16 == 0 for weight in weights) else 1
     period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
     edges = period > 1 or any(weight.shape[1] % align for weight in weights)
@@ -439,6 +448,15 @@ def multiply(
         num_warps=tile.num_warps,
         overlapping=overlapping,
     )
+
+
+def _in_line(tensor: Tensor | None) -> bool:
+    """Whether the numbers of a vector, or of a residual's rows, are next to each other."""
+    return tensor is None or tensor.stride(-1) == 1
+
+
+def _copied_into_line(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or _in_line(tensor) else tensor.contiguous()
 
 
 def beside(product: Product, norm: RmsNorm | None, residual: Tensor | None) -> tuple[Tensor, Tensor, float, int]:

@@ -69,10 +69,12 @@ def target_of(device: torch.device) -> Target:
 
 
 def describable(tensor: Tensor) -> bool:
-    """Whether a tensor descriptor may read it: contiguous rows of 16-byte aligned addresses and lengths."""
+    """Whether a tensor descriptor may read it: contiguous rows of 16-byte aligned addresses and distances, not one row
+    again and again.
+    """
     *strides, step = tensor.stride()
-    row_bytes = [max(stride, tensor.shape[-1]) * tensor.element_size() for stride in strides]
-    return step == 1 and tensor.data_ptr() % 16 == 0 and all(size % 16 == 0 for size in row_bytes)
+    aligned = all(stride > 0 and stride * tensor.element_size() % 16 == 0 for stride in strides)
+    return step == 1 and tensor.data_ptr() % 16 == 0 and aligned
 
 
 LEAST_SHARE = 0.75

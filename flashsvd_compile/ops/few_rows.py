@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..kernels import gemv
 from ..kernels.operands import Product, RmsNorm
+from ..kernels.tiles import empty_with_aligned_rows
 from . import norm
 from . import projection as proj
 from .mlp_region import Mlp
@@ -30,11 +31,14 @@ def project(
     residual: Tensor | None = None,
     follows: bool = False,
 ) -> None:
-    """Fill ``outs[j][rows, out_features]`` with up to three projections of ``x[rows, in_features]``: two launches.
+    """Fill each of ``outs`` with its projection of ``x[rows, in_features]``: two launches at most, and a norm's own.
 
     Args:
+        projections: up to three.
+        outs: ``[rows, out_features]`` each, with contiguous rows.
         x_norm: taken of ``x`` first.
         residual: ``[rows, out_features]``, added to the result of a single projection.
+        follows: see :func:`~..kernels.gemv.multiply`.
     """
     latents, follows = _into_rank_space(x, projections, x_norm, follows)
     lifted = zip(latents, projections, outs, strict=True)
@@ -64,8 +68,8 @@ def _into_rank_space(
         fused = _as_part_of_products(x, projections, x_norm)
         if fused is None:
             x, follows = norm.of_rows(x, x_norm), False
-    odd = x.shape[0] > 1 and any(p.up.stride(0) % gemv.PERIOD for p in projections)
-    take = gemv.shifted_rows if odd else lambda rows, columns, like: like.new_empty(rows, columns)
+    several, odd = len(x) > 1, gemv.has_odd_rows([p.up for p in projections])
+    take = gemv.shifted_rows if several and odd else empty_with_aligned_rows
     latents = [x if p.down is None else take(x.shape[0], proj.rank(p), x) for p in projections]
     narrow = [
         Product(x, p.down, p.down_bias, latent)
@@ -80,7 +84,7 @@ def _into_rank_space(
 def _as_part_of_products(x: Tensor, projections: list[Projection[Tensor]], x_norm: Norm) -> RmsNorm | None:
     """A norm as the kernel takes it: a root mean square of rows that nothing but products of it read."""
     weights = [p.down for p in projections if p.down is not None]
-    plain = not x_norm.centred and x_norm.bias is None
-    if not plain or len(weights) < len(projections) or not gemv.normalises(x, weights):
+    if x_norm.centred or x_norm.bias is not None or len(weights) < len(projections):
         return None
-    return RmsNorm(None if x_norm.weight is None else x_norm.weight.reshape(-1), x_norm.eps)
+    taken = RmsNorm(None if x_norm.weight is None else x_norm.weight.reshape(-1), x_norm.eps)
+    return taken if gemv.normalises(x, weights, taken) else None

@@ -20,10 +20,11 @@ of several rows where there is a kernel for that (``kernels/gemv_hopper.py``).
 
 import operator
 
+import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..kernels.gemv import MAX_ON_HOPPER, at_odd_addresses
+from ..kernels.gemv import MAX_ON_HOPPER, has_odd_rows
 from ..kernels.target import speaks_gluon
 from ..ops.norm import argument_names
 from ..options import Options, Strategy
@@ -45,7 +46,7 @@ def absorb_norms(graph: Graph, options: Options) -> None:
         x = node.kwargs.get("x")
         if node.op != "call_function" or not isinstance(x, Node):
             continue
-        few = _takes_few_rows(node, x)
+        few = _normalises_few_rows(node, x)
         if few or _adds_its_input(node):
             _absorb(node, x, few, graph, order, options)
 
@@ -58,23 +59,30 @@ def _adds_its_input(node: Node) -> bool:
     return isinstance(kwargs.get("residual"), Node)
 
 
-def _takes_few_rows(node: Node, x: Node) -> bool:
-    """Whether there is a kernel for these few rows that takes a root mean square norm."""
+def _normalises_few_rows(node: Node, x: Node) -> bool:
+    """Whether there is a kernel for these few rows that takes a root mean square norm: all that reads them is low-rank,
+    and of several they are bfloat16 and the factors' rows begin at 16-byte boundaries.
+    """
     if node.target not in (ops.mlp, ops.linear, ops.packed_linear) or not has_kernel_for_few_rows(node, x):
         return False
-    rows, chip = rows_of(x), chip_of(x)
+    roles = [name.removesuffix("_up") for name, value in node.kwargs.items() if name.endswith("_up") and value]
+    given = [node.kwargs.get(f"{role}_down") for role in roles if role != "out"]
+    first = [tensor_of(factor) for factor in given if isinstance(factor, Node)]
+    if len(first) < len(given):
+        return False
+    rows, chip, value = rows_of(x), chip_of(x), tensor_of(x)
     if rows == 1:
         return True
     if not rows.is_number or rows > MAX_ON_HOPPER or chip is None or not speaks_gluon(chip):
         return False
-    first = (tensor_of(factor) for name, factor in node.kwargs.items() if name.endswith("_down"))
-    return not at_odd_addresses([factor for factor in first if factor is not None])
+    in_range = value is not None and value.dtype == torch.bfloat16
+    return in_range and not has_odd_rows([factor for factor in first if factor is not None])
 
 
 def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options: Options) -> None:
     """Let the call take the norm that ``x`` is: of its residual, or any root mean square one of ``few`` rows."""
     residual = node.kwargs.get("residual")
-    if x is residual or set(x.users) != {node}:
+    if x is residual or set(x.users) != {node} or node.kwargs.get(KIND, "none") != "none":
         return
     norm = _norm_of(x)
     if norm is None or not (norm.source is residual or (few and norm.kind == "rms")):

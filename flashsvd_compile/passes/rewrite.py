@@ -78,9 +78,8 @@ def _rewrite(graph_module: GraphModule, options: Options, transformed: bool) -> 
         absorb_residuals(graph)
     if INPUT_NORM not in options.disable:
         absorb_norms(graph, options)
-    if report.matches:
-        graph.lint()
-        graph_module.recompile()
+    graph.lint()
+    graph_module.recompile()
     logger.debug("%s", report)
     return report
 

@@ -116,7 +116,8 @@ def test_few_rows_in_a_graph_behind_anything(rows, before):
     how: dict[str, Any] = {"width": 3000, "out_features": 1000, "dtype": torch.bfloat16, "ranks": (453, 449, 501)}
     x, *weights = on_gpu(mlp_arguments(rows, 1000, **how))
     source, other = torch.randn_like(x), torch.cuda.Stream()
-    down = weights[0].clone()
+    factors = [weight for weight in weights if isinstance(weight, Tensor) and weight.dim() == 2]
+    written = [factor.clone() for factor in factors]
 
     def step() -> Tensor:
         if before == "copy":
@@ -129,7 +130,8 @@ def test_few_rows_in_a_graph_behind_anything(rows, before):
                 torch.mul(source, 2, out=x)
             torch.cuda.current_stream().wait_stream(other)
         else:
-            torch.mul(down, 2, out=weights[0])
+            for values, factor in zip(written, factors, strict=True):
+                torch.mul(values, 2, out=factor)
         return ops.mlp(x, *weights)
 
     for _ in range(3):
@@ -140,7 +142,8 @@ def test_few_rows_in_a_graph_behind_anything(rows, before):
         result = step()
     for _ in range(4):
         source.normal_()
-        down.normal_(std=0.03)
+        for values in written:
+            values.normal_(std=0.03)
         result.fill_(torch.nan)
         graph.replay()
         assert_within_error_rule(result, reference_of(ops.mlp), (x, *weights), ulps=2)

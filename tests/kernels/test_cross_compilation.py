@@ -97,10 +97,11 @@ def multiply_beside(
 ) -> None:
     out, weight = matrix(rows, features, dtype), matrix(features, depth, dtype)
     x = matrix(rows, depth, dtype)
-    if not norm or gemv.normalises(x, [weight]):
+    taken = RmsNorm(torch.empty(depth, dtype=dtype), 1e-6) if norm else None
+    if taken is None or gemv.normalises(x, [weight], taken):
         gemv.multiply(
             Product(x, weight, None, out),
-            norm=RmsNorm(torch.empty(depth, dtype=dtype), 1e-6) if norm else None,
+            norm=taken,
             residual=torch.empty_like(out) if residual else None,
         )
 

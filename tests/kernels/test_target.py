@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import linear
 
-from flashsvd_compile.kernels.target import allows_tf32
+from flashsvd_compile.kernels.target import allows_tf32, describable
 from flashsvd_compile.ops import linear as low_rank_linear
 
 
@@ -49,3 +49,16 @@ def test_tf32_is_allowed_by_any_interface(allowed):
     x, down, up = torch.randn(5, 8), torch.randn(3, 8), torch.randn(6, 3)
     for _ in range(3):  # as it is, recorded and replayed
         torch.testing.assert_close(low_rank_linear(x, down, None, up, None), linear(linear(x, down), up))
+
+
+def test_what_descriptors_read():
+    """Triton refuses other strides with an assertion, and the hardware other addresses."""
+    memory = torch.empty(4096, dtype=torch.float16)
+
+    def matrix(*strides: int, first: int = 0) -> torch.Tensor:
+        return memory.as_strided((8, 64), strides, first)
+
+    assert describable(matrix(64, 1)) and describable(matrix(72, 1)) and describable(matrix(64, 1, first=8))
+    assert not describable(matrix(64, 2)) and not describable(matrix(68, 1)) and not describable(matrix(64, 1, first=4))
+    assert not describable(memory.unfold(0, 64, 1)[:8]), "rows that overlap"
+    assert not describable(memory[:64].expand(8, 64)), "one row again and again"

@@ -177,7 +177,8 @@ def test_two_rows_on_a_gpu_keep_their_norm():
     ("rows", "features", "dtype", "spelling", "expected"),
     [
         (2, 32, torch.bfloat16, "rms", True),
-        (8, 32, torch.float16, "spelled rms", True),
+        (8, 32, torch.bfloat16, "spelled rms", True),
+        (2, 32, torch.float16, "rms", False),
         (9, 32, torch.bfloat16, "rms", False),
         (2, 32, torch.bfloat16, "layer", False),
         (2, 36, torch.bfloat16, "rms", False),
@@ -186,7 +187,7 @@ def test_two_rows_on_a_gpu_keep_their_norm():
 )
 @pytest.mark.parametrize("chip", ["sm_90", "sm_80"])
 def test_several_rows_where_there_is_a_kernel_for_them(chip, rows, features, dtype, spelling, expected, monkeypatch):
-    """On Hopper, of half precision, by factors whose rows begin at 16-byte boundaries."""
+    """On Hopper, of bfloat16, by factors whose rows begin at 16-byte boundaries."""
     monkeypatch.setattr(input_norm, "chip_of", lambda node: KNOWN[chip])
     monkeypatch.setattr(input_norm, "speaks_gluon", lambda target: target.name == "sm_90")
     spellings = SPELLINGS | {"rms": lambda x, weight, bias: rms_norm(x, (features,), weight, 1e-6)}
@@ -197,6 +198,31 @@ def test_several_rows_where_there_is_a_kernel_for_them(chip, rows, features, dty
     shapes = [(rows, features), (features,), (features,), (8, features), (48, 8), (8, 48), (features, 8)]
     result = rewritten(block, *(tensor(*shape).to(dtype) for shape in shapes), device="cuda")
     assert absorbed(result) == (["rms"] if expected and chip == "sm_90" else [])
+
+
+@pytest.mark.parametrize(("dense", "expected"), [("hidden", []), ("out", ["rms"])])
+def test_a_norm_before_a_single_row_and_a_dense_projection(dense, expected):
+    """The kernel normalises what goes into rank space, not what is multiplied with a whole weight."""
+
+    def block(x, weight, a, b, c, d, into, out):
+        x = rms_norm(x, (32,), weight)
+        hidden = linear(x, into) if dense == "hidden" else low_rank(x, a, b)
+        return linear(relu(hidden), out) if dense == "out" else low_rank(relu(hidden), c, d)
+
+    whole = tensor(48, 32), tensor(32, 48)
+    result = rewritten(block, tensor(1, 32), WEIGHT, *MLP, *whole, device="cuda", strategy="streamed")
+    assert absorbed(result) == expected
+
+
+def test_a_norm_before_a_norm_of_its_own():
+    """A call that normalises already has no place for another one."""
+
+    def block(x, a, b, c, d, weight, own):
+        normed = rms_norm(x, (32,), weight)
+        given = {"hidden_down": a, "hidden_up": b, "out_down": c, "out_up": d, "residual": x}
+        return ops.mlp(x=normed, **given, x_norm="rms", x_norm_weight=own, x_norm_eps=1e-6)
+
+    rewritten(block, X, *MLP, WEIGHT, BIAS).assert_same_result()
 
 
 def test_a_norm_that_others_read_stays_before_a_single_row():

@@ -4,13 +4,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
 
 from flashsvd_compile.ops.attention import _cuda as attention_on_gpu
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.linear import _cuda as linear_on_gpu
 from flashsvd_compile.ops.linear import reference as linear_reference
+from flashsvd_compile.ops.mlp import RESIDUAL as RESIDUAL_OF_MLP
 from flashsvd_compile.ops.mlp import _cuda as mlp_on_gpu
 from flashsvd_compile.ops.mlp import reference as mlp_reference
+from flashsvd_compile.ops.packed_linear import RESIDUAL as RESIDUAL_OF_PACKED
 from flashsvd_compile.ops.packed_linear import _cuda as packed_linear_on_gpu
 from flashsvd_compile.ops.packed_linear import reference as packed_linear_reference
 from tests.kernels.chips import INTERPRETED, running_on
@@ -194,3 +197,23 @@ def test_no_rows(shape):
 def test_no_queries(batch, length):
     arguments = attention_arguments(batch, length, dtype=torch.float16)
     assert attention_on_gpu(*arguments).shape == (batch, length, 32)
+
+
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("layout", ["transposed", "strided", "expanded"])
+def test_few_rows_beside_vectors_and_residuals_of_any_strides(layout, rows):
+    """Input and factors have contiguous rows, or these would not be for the kernel for few rows."""
+    of_x = {"x_norm": norm("rms", 24, dtype=torch.float16), "residual": True, "dtype": torch.float16}
+    packed = packed_linear_on_gpu, packed_linear_reference, RESIDUAL_OF_PACKED
+    for on_gpu, reference, residual, arguments in (
+        (*packed, packed_linear_arguments(rows, 24, ranks=(5,), **of_x)),
+        (*packed, packed_linear_arguments(rows, 24, **of_x)),
+        (mlp_on_gpu, mlp_reference, RESIDUAL_OF_MLP, mlp_arguments(rows, 24, gated=True, **of_x)),
+    ):
+        arguments = tuple(
+            laid_out(a, layout) if isinstance(a, Tensor) and (a.dim() == 1 or i == residual) else a
+            for i, a in enumerate(arguments)
+        )
+        with running_on(INTERPRETED["pointers"]):
+            result = on_gpu(*arguments)
+        assert_within_error_rule(result, reference, arguments, ulps=CANCELLATION)
