@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .activations import activate
-from .gemv import MAX_PRODUCTS, beside, kind_of
+from .gemv import MAX_ON_HOPPER, MAX_PRODUCTS, beside, kind_of
 from .launch import launch, take_turn
 from .operands import Product, RmsNorm
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
@@ -37,13 +37,13 @@ _FEATURES = 16
 """Rows of a weight that are taken together, as many as a product of the tensor cores has."""
 _TILES = 8
 """Side by side in a place of the ring; each of four warps multiplies two of them."""
-_ROWS = 8
-"""Of ``x``, as many as a product of the tensor cores has at least. With 16 as much is read of ``x`` as of a weight, and
-:mod:`.gemv` is 15 % faster (H200)."""
+_PLACE_BYTES = 2 * _TILES * _SIDE * (_FEATURES + MAX_ON_HOPPER)
+_PLACES = SHARED_MEMORY // 2 // _PLACE_BYTES
+"""Of a program's ring that leaves room for that of the next launch's."""
 SIDE = gl.constexpr(_SIDE)
 FEATURES = gl.constexpr(_FEATURES)
 TILES = gl.constexpr(_TILES)
-ROWS = gl.constexpr(_ROWS)
+ROWS = gl.constexpr(MAX_ON_HOPPER)
 STEP = gl.constexpr(_TILES * _SIDE)
 # What a descriptor writes for 64 columns, as three dimensions, the last two in either order.
 BY_ROWS = gl.constexpr(gl.SwizzledSharedLayout(8, 1, 8, [2, 1, 0]))
@@ -64,7 +64,7 @@ def _block(index, part: gl.constexpr, blocks, GATED: gl.constexpr):
         return part, index
     first, second = blocks
     which = gl.where(index < first, 0, gl.where(index < first + second, 1, 2))
-    return which, index - gl.where(which == 0, 0, gl.where(which == 1, first, first + second))
+    return which, index - _of(which, (0, first, first + second))
 
 
 @triton.constexpr_function
@@ -82,7 +82,11 @@ def _lead(block, depth, PERIOD: gl.constexpr):
 @gluon.jit
 def _stream(matrices, OF_X: gl.constexpr, ring, full, empty, work, rows, PRODUCTS: gl.constexpr, GATED: gl.constexpr,
             PERIOD: gl.constexpr, AHEAD: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
-    """Load the weights of all blocks of this program; or the rows that they are multiplied with, in line with them."""
+    """Load the weights of all blocks of this program; or the rows that they are multiplied with, in line with them.
+
+    ``work`` is the first block, the distance to the next, how many there are in all, how many the first two products
+    have, and the products' depths.
+    """
     first, programs, items, blocks, depths = work
     if not AHEAD:
         take_turn()
@@ -123,7 +127,9 @@ def _columns(k, axis: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _normed(x, squares, norm_weight, k, depth, WEIGHTED: gl.constexpr):
-    """Sums of squares ``[TILES, ROWS]`` with those of a place added; its numbers times the norm's weight, in place."""
+    """Sums of squares ``[TILES, ROWS]`` with those of a place added; its numbers times the norm's weight, in place and
+    in the dtype of ``x``.
+    """
     numbers = x.load(BY_THREAD).to(gl.float32)
     squares += gl.sum(numbers * numbers, 2)
     if WEIGHTED:
@@ -176,7 +182,7 @@ def _consume(biases, outs, norm_weight, norm_eps, residual, stride_residual, row
                     tile = ring_x.index(place * TILES)._reinterpret(dtype, [TILES, ROWS, SIDE], BY_ROWS)
                     squares = _normed(tile, squares, norm_weight, k, depth, NORM == "weighted")
                 x = ring_x.index(place * TILES)._reinterpret(dtype, [TILES, SIDE, ROWS], BY_COLUMNS).load(of_x)
-                if PERIOD > 1:  # noqa: SIM102 - this one when compiled, the other when run
+                if PERIOD > 1:  # noqa: SIM102 - known when compiled
                     if (k < lead) | (k + STEP > end):
                         column = _columns(k, 2, of_weight)
                         weight = gl.where((column >= lead) & (column < end), weight, gl.zeros_like(weight))
@@ -220,7 +226,7 @@ def gemv_hopper_kernel(
     RESIDUAL: gl.constexpr, ACTIVATION: gl.constexpr, GATED: gl.constexpr, PERIOD: gl.constexpr, COPIES: gl.constexpr,
     AHEAD: gl.constexpr, PLACES: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`~.gemv.gemv_kernel`, every ``num_programs``-th block of features."""
+    """As :func:`~.gemv.gemv_kernel`. A program takes every ``num_programs``-th block of features."""
     ring_x = gl.allocate_shared_memory(x_0.dtype, [PLACES * TILES, ROWS, SIDE], x_0.layout)
     ring_weight = gl.allocate_shared_memory(weight_0.dtype, [PLACES * TILES, FEATURES, SIDE], weight_0.layout)
     full_x, empty_x = barriers(PLACES, 1), barriers(PLACES, 1)
@@ -255,7 +261,7 @@ def multiply_hopper(
     residual: Tensor | None = None,
     follows: bool = False,
 ) -> None:
-    """As :func:`~.gemv.multiply`, of half precision.
+    """As :func:`~.gemv.multiply`, of two to eight rows of half precision.
 
     Args:
         products: without a period, all matrices are what a descriptor may read. With one, weights are contiguous, have
@@ -267,7 +273,7 @@ def multiply_hopper(
     rows, processors = first.x.shape[-2], target_of(first.x.device).processors
     blocks = [period * triton.cdiv(product.weight.shape[0] // period, _FEATURES) for product in products]
     items = blocks[0] if gated else sum(blocks)
-    programs, places = _grid(items, processors, 2 * _TILES * _SIDE * (_FEATURES + _ROWS))
+    programs, places = _grid(items, processors)
     three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
     launch(
         gemv_hopper_kernel,
@@ -295,15 +301,15 @@ def multiply_hopper(
     )
 
 
-def _grid(items: int, processors: int, place_bytes: int) -> tuple[int, int]:
-    """Programs and places of each one's ring, of half a processor's shared memory or of a quarter.
+def _grid(items: int, processors: int) -> tuple[int, int]:
+    """Programs, and places of each one's ring.
 
-    Two programs a processor, where there is enough to do: one multiplies while the other is between two blocks.
+    Two programs share a processor and the places where there is work for both: one multiplies while the other adds up
+    a block and writes it.
     """
-    half = SHARED_MEMORY // 2 // place_bytes
-    if items > processors and half >= 4:
-        return min(items, 2 * processors), half // 2
-    return min(items, processors), half
+    if items > processors:
+        return min(items, 2 * processors), _PLACES // 2
+    return items, _PLACES
 
 
 def _operands(product: Product, period: int) -> Sequence:
@@ -313,7 +319,7 @@ def _operands(product: Product, period: int) -> Sequence:
         x = x.as_strided((x.shape[0] * x.shape[1], x.stride(1)), (x.stride(1), 1))
     if period > 1:
         weight = weight.view(weight.shape[0] // period, period * weight.shape[1])
-    tiles = tiles_of(x, [_ROWS, _SIDE]), tiles_of(weight, [_FEATURES, _SIDE])
+    tiles = tiles_of(x, [MAX_ON_HOPPER, _SIDE]), tiles_of(weight, [_FEATURES, _SIDE])
     return *tiles, out if bias is None else bias, out
 
 

@@ -9,7 +9,7 @@ class Product(NamedTuple):
     """``out = x @ weight.T + bias``; which layouts it reads, each kernel says itself.
 
     Attributes:
-        x: ``[rows, depth]``.
+        x: ``[rows, depth]``; some kernels take shifted copies of it, ``[copies, rows, depth]``.
         weight: ``[columns, depth]``.
         bias: ``[columns]`` or ``None``.
         out: ``[rows, columns]``, in the dtype of ``x`` and apart from it; all of it is written.

@@ -16,6 +16,7 @@ from .hopper import NEEDS_HOPPER, one_launch
 pytestmark = NEEDS_HOPPER
 
 HALVES = [torch.bfloat16, torch.float16]
+BORDER = 8
 ROWS = [2, 3, 7, 8]
 EVEN = [(1024, 4096), (4096, 1024), (1493, 4096), (304, 72), (8, 8), (40, 264)]
 ODD = [(4096, 1493), (11008, 1493), (24, 9), (8, 1), (1000, 515)]
@@ -33,13 +34,20 @@ def rows_of(values: Tensor, shifted: bool) -> Tensor:
 
 
 def room(rows: int, columns: int, dtype: torch.dtype, shifted: bool = False) -> Tensor:
-    """Room for a result, NaN as everything beside it."""
+    """Room for a result, NaN as everything beside it: some columns of a wider matrix, or shifted rows."""
     like = torch.empty(0, dtype=dtype, device="cuda")
     if not shifted:
-        return like.new_full((rows + 1, columns), torch.nan)[:rows]
+        return like.new_full((rows + 1, columns + 2 * BORDER), torch.nan)[:rows, BORDER:-BORDER]
     copies = gemv.shifted_rows(rows, columns, like)
     copies.as_strided((copies.untyped_storage().nbytes() // 2,), (1,)).fill_(torch.nan)
     return copies
+
+
+def assert_untouched_beside(out: Tensor) -> None:
+    """That everything beside a result in :func:`room` is NaN still."""
+    (rows, columns), stride = out.shape, out.stride(0)
+    whole = out.as_strided((rows + 1, columns + 2 * BORDER), (stride, 1), 0)
+    assert whole.isnan().sum() == whole.numel() - out.numel()
 
 
 def results_of(operands: tuple, activation: str | None, gated: bool, normed: bool) -> list[Tensor]:
@@ -100,6 +108,8 @@ def check(
 
         for copy in out if shifted_out else [out]:
             assert_within_error_rule(copy.contiguous(), expected, given, ulps=2)
+        if not shifted_out:
+            assert_untouched_beside(out)
 
 
 @pytest.mark.parametrize("rows", ROWS)
@@ -151,7 +161,7 @@ def test_what_is_beside_the_rows_of_a_weight_is_not_read():
 
 
 def test_left_to_the_other_kernel():
-    """What descriptors cannot read: features that 8 does not divide, odd rows of ``x`` at one address."""
+    """What descriptors cannot read: features that 8 does not divide, odd rows of ``x`` without shifted copies."""
     x, out = random(8, 515, dtype=torch.bfloat16).cuda(), room(8, 68, torch.bfloat16)
     weight = random(68, 515, dtype=torch.bfloat16).cuda()
     for operand in (x, rows_of(x, True)):
