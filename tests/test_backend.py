@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -480,3 +481,70 @@ class TestPlaceOfKernels:
             compiled(block, inner="inductor")(sample())
             compiled(nn.Linear(FEATURES, FEATURES), inner="inductor")(sample())
         assert len(asked) == 1
+
+
+FREELY: dict[str, Any] = {"strategy": "streamed"}
+"""Rewrites small examples, too."""
+
+
+@pytest.mark.parametrize("inner", ["inductor", "eager"])
+def test_a_result_is_the_callers_to_change(inner):
+    """Also where calls are replayed, and the result is part of a larger allocation."""
+    torch.compiler.reset()
+    module = Block().requires_grad_()
+    compiled = torch.compile(module, backend="flashsvd", options={**FREELY, "inner": inner})
+    for _ in range(4):
+        x = torch.randn(2, 5, FEATURES)
+        result = compiled(x)
+        expected = module(x)
+        torch.testing.assert_close(result, expected)
+        result += 1.0
+        result.sum().backward()
+
+
+def made_without_gradients(x, down, up):
+    with torch.no_grad():
+        weight = up @ down
+    return functional.linear(x, weight)
+
+
+def transposed_without_gradients(x, down, up):
+    with torch.no_grad():
+        down = down.t()
+    return (x @ down) @ up.t()
+
+
+@pytest.mark.parametrize("function", [made_without_gradients, transposed_without_gradients])
+def test_weights_that_have_no_gradients_here(function):
+    torch.compiler.reset()
+    x = torch.randn(3, 7, FEATURES)
+    found = []
+    for call in (function, torch.compile(function, backend="flashsvd", options={**FREELY, "inner": "eager"})):
+        torch.manual_seed(0)
+        weights = [torch.randn(RANK, FEATURES, requires_grad=True), torch.randn(FEATURES, RANK, requires_grad=True)]
+        result = call(x.requires_grad_(), *weights)
+        found.append(torch.autograd.grad(result.sum(), (x, *weights), allow_unused=True))
+    eager, ours = found
+    assert [gradient is None for gradient in ours] == [gradient is None for gradient in eager]
+    for gradient, expected in zip(ours, eager, strict=True):
+        if expected is not None:
+            torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_that_changes_before_its_gradients():
+    """Frozen weights: eager keeps nothing of the stream, so it may be added to in place."""
+    torch.compiler.reset()
+    module = LowRank(FEATURES, FEATURES).requires_grad_(requires_grad=False)
+
+    def function(x):
+        stream = x * 1.0
+        stream += module(stream)
+        stream.relu_()
+        return stream
+
+    gradients = []
+    for call in (function, torch.compile(function, backend="flashsvd", options=FREELY)):
+        x = torch.linspace(-1.0, 1.0, 2 * 5 * FEATURES).view(2, 5, FEATURES).requires_grad_()
+        call(x).sum().backward()
+        gradients.append(x.grad)
+    torch.testing.assert_close(*gradients)

@@ -12,6 +12,7 @@ from .replay import replayed
 
 NAMESPACE = "flashsvd"
 _library = torch.library.Library(NAMESPACE, "DEF")
+_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
 def register(
@@ -70,7 +71,17 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
 
         return call
 
+    def untracked(implementation: Callable) -> Callable:
+        """Results that are part of a larger allocation are no views to autograd, which forbids to change such."""
+
+        @wraps(implementation)
+        def call(*arguments):
+            with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+                return implementation(*arguments)
+
+        return call
+
     for key, kernel in kernels.items():
-        _library.impl(name, as_written(complete(kernel)), key)
+        _library.impl(name, untracked(as_written(complete(kernel))), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(fake), lib=_library)
     return operator

@@ -27,6 +27,8 @@ ELEMENTWISE = {
 CONVERSIONS = {"to", "float", "half", "bfloat16", "type_as", "clone", "contiguous"}
 _IDENTITIES = CONVERSIONS | {"dropout"}
 _MAX_NODES = 24
+_FAR = (4, 5, 7, 10, 20, 38)
+"""Powers of ten up to the largest numbers of bfloat16 and float32: a clip anywhere below shows."""
 _TOLERANCE = 1e-8  # published constants such as 0.7978845608 are rounded at the tenth digit
 
 
@@ -158,8 +160,8 @@ class _NoNumberError(Exception):
 def _samples() -> Tensor:
     with unset_fake_temporarily():
         near = torch.linspace(-7.03, 6.97, 57, dtype=torch.float64, device="cpu")
-        far = torch.tensor([-1e3, -101.5, -31.7, -12.3, 11.9, 33.1, 99.5, 1e3], dtype=torch.float64, device="cpu")
-        return torch.cat((near, far))
+        far = [-1e3, -101.5, -31.7, -12.3, 11.9, 33.1, 99.5, 1e3, *(sign * 10.0**n for n in _FAR for sign in (-1, 1))]
+        return torch.cat((near, torch.tensor(far, dtype=torch.float64, device="cpu")))
 
 
 def _name(chain: Elementwise) -> str | None:

@@ -78,7 +78,11 @@ def _einsum(equation: object, operands: tuple, node: Node) -> Affine | None:
     if len(kept) != 1 or kept in source or output != rows + kept:
         return None
     value = Weight.of(operands[1])
-    return _affine(operands[0], value.transposed if weight[0] == contracted else value, None, node)
+    value = value.transposed if weight[0] == contracted else value
+    sizes = shape_of(operands[0])
+    if sizes is None or sizes[-1] != value.shape[1]:
+        return None  # one of them is 1, and repeated
+    return _affine(operands[0], value, None, node)
 
 
 def _biased(affine: object, bias: object, node: Node) -> Affine | None:

@@ -13,6 +13,7 @@ they were computed from.
 from collections.abc import Iterator
 from functools import partial
 from itertools import permutations, product
+from math import inf
 from typing import NamedTuple
 
 import sympy
@@ -38,7 +39,8 @@ _OPERATIONS = ELEMENTWISE | CONVERSIONS | _REDUCTIONS | _LIBRARY
 _MAX_NODES = 32
 _ROWS = 2
 """Sample size of every dimension that is no feature: what mixes rows then shows."""
-_SCALES = (1e-3, 1.0, 1e3)
+_SCALES = (1e-3, 1.0, 1e3, 1e-9, 1e9, 0.0)
+"""Of the samples, the first for eps. Extremes show a floor or a ceiling, and zero what a padded row gives."""
 _TOLERANCE = 1e-8
 _EPS_DIGITS = 9  # what float64 leaves of an eps of 1e-12 at the smallest scale
 _NO_EPS = 1e-15
@@ -270,9 +272,16 @@ def _matches(chain: _Chain, frame: _Frame, weight: Node | None, bias: Node | Non
             x, values = random(frame.sizes) * scale, {node: random(_shape(node)) for node, _ in given}
             norm = norm._replace(weight=of_heads(weight, values), bias=of_heads(bias, values), eps=eps)
             expected, found = operator.apply(frame.by_heads(x), norm), run(x, values)
-            if found is None or not torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+            if found is None or not _agree(found, expected):
                 return None
     return eps
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Up to rounding, relative to the largest number: at small scales all of them are small."""
+    finite = expected[expected.isfinite()]
+    largest = float(finite.abs().max()) if finite.numel() else 1.0
+    return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True)
 
 
 def _solve_eps(x: Tensor, result: Tensor | None, norm: operator.Norm) -> float | None:
@@ -283,7 +292,7 @@ def _solve_eps(x: Tensor, result: Tensor | None, norm: operator.Norm) -> float |
     row = row - row.mean() if norm.centred else row
     scale = (row * scaled).sum() / row.square().sum()
     eps = float(scale**-2 - row.square().mean())
-    if not eps >= -_NO_EPS:
+    if not -_NO_EPS <= eps < inf:
         return None
     return 0.0 if eps < _NO_EPS else float(f"{eps:.{_EPS_DIGITS}g}")
 

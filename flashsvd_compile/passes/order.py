@@ -3,12 +3,14 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch.fx import Node
 
 from .mutation import mutated_arguments
 
+_GRADIENTS = "_set_grad_enabled"
 _MODE_SWITCHES = {
-    "_set_grad_enabled",
+    _GRADIENTS,
     "_enter_autocast",
     "_exit_autocast",
     "_enter_inference_mode",
@@ -50,6 +52,11 @@ class Order:
         writers = filter(mutated_arguments, position)
         within = position if transformed else _transformed(position)
         return cls(position, tuple(writers), tuple(switches), frozenset(within))
+
+    def gradients_at(self, node: Node) -> bool:
+        """Whether gradients are on where a node is computed."""
+        before = [s for s in self.switches if _name(s) == _GRADIENTS and self.position[s] < self.position[node]]
+        return bool(before[-1].args[0]) if before else torch.is_grad_enabled()
 
 
 def _name(node: Node) -> str:

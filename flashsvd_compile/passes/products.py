@@ -91,6 +91,10 @@ def _of_einsum(equation: object, operands: tuple) -> Product | None:
     left, _, right = inputs.partition(",")
     if not arrow or any(len(set(letters)) != len(letters) for letters in (left, right, result)):
         return None
+    shapes = shape_of(operands[0]) or (), shape_of(operands[1]) or ()
+    of_left, of_right = dict(zip(left, shapes[0], strict=False)), dict(zip(right, shapes[1], strict=False))
+    if any(size != of_right.get(letter, size) for letter, size in of_left.items()):
+        return None  # one of them is 1, and repeated
     product = Product(*operands, left, right, result)
     sizes = (len(product.shared) in (1, 2), *(len(x) == 1 for x in (product.summed, product.of_left, product.of_right)))
     whole = set(result) == set(product.shared + product.of_left + product.of_right)

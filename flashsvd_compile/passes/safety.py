@@ -21,6 +21,7 @@ from .order import Order
 from .region import Region
 from .values import tensor_of
 from .vocabulary import live_dropout
+from .weights import is_weight
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 DEVICES = ("cpu", "cuda")
@@ -34,8 +35,11 @@ def obstacle_to(region: Region, order: Order) -> Obstacle | None:
         or tensor_subclass(region)
         or dropout(region)
         or mode_change(region, order)
+        or gradient_mode(region, order)
         or transform(region, order)
         or mutation(region, order)
+        or mutation_within(region, order)
+        or mutation_before_gradients(region, order)
         or device(region)
         or dtype(region)
         or features(region)
@@ -81,6 +85,29 @@ def mode_change(region: Region, order: Order) -> Obstacle | None:
     return None
 
 
+def gradient_mode(region: Region, order: Order) -> Obstacle | None:
+    """Weights that were computed where gradients were off, or on, and are read where they are not: what the operator
+    reads instead, which they were computed from, has gradients of its own.
+    """
+    here = order.gradients_at(region.output)
+    for node in _computed_weights(region):
+        if order.gradients_at(node) != here:
+            sentence = f"{node.name!r} and {region.output.name!r} are computed in different grad modes"
+            return Obstacle(RefusalReason.MODE_CHANGED, sentence)
+    return None
+
+
+def _computed_weights(region: Region) -> set[Node]:
+    """What the graph computes the region's weights by, however little of it the operator still needs."""
+    found: set[Node] = set()
+    outside = {*region.nodes, *region.inputs.values()}
+    new = {read for node in region.nodes for read in node.all_input_nodes} - outside
+    while new:
+        found |= {node for node in new if is_weight(node) and node.op not in ("placeholder", "get_attr")}
+        new = {above for node in new & found for above in node.all_input_nodes} - outside - found
+    return found
+
+
 def transform(region: Region, order: Order) -> Obstacle | None:
     """A transform of ``torch.func`` in the graph: operators have gradients and no other rules."""
     if region.output in order.transformed:
@@ -106,6 +133,43 @@ def mutation(region: Region, order: Order) -> Obstacle | None:
             if alias is not None:
                 sentence = f"{node.name!r} overwrites {written.name!r}, which shares memory with {alias.name!r}"
                 return Obstacle(RefusalReason.ALIASED, sentence)
+    return None
+
+
+def mutation_within(region: Region, order: Order) -> Obstacle | None:
+    """An in-place operation of the region's own that changes more than what it returns: what the region reads, or what
+    it computed before and reads afterwards by another name. The operator works on values and changes nothing.
+    """
+    inside = set(region.nodes)
+    outside = [node for node in region.reads if node not in inside]
+    for writer in order.writers:
+        if writer not in inside:
+            continue
+        at, later = order.position[writer], [n for n in region.nodes if order.position[n] > order.position[writer]]
+        stale = [n for reader in later for n in reader.all_input_nodes if n is not writer]
+        stale = [n for n in stale if order.position.get(n, at) < at]
+        for written in mutated_arguments(writer):
+            alias = _alias_among((*outside, *stale), written)
+            if alias is not None:
+                sentence = f"{writer.name!r} overwrites {written.name!r}, which shares memory with {alias.name!r}"
+                return Obstacle(RefusalReason.ALIASED, sentence)
+    return None
+
+
+def mutation_before_gradients(region: Region, order: Order) -> Obstacle | None:
+    """An in-place write, after the region, to what it would have to keep for its gradients: an operator keeps all that
+    it reads, where the model may need none of it.
+    """
+    tensors = [tensor_of(node) for node in region.reads]
+    if not order.gradients_at(region.output) or not any(t is not None and t.requires_grad for t in tensors):
+        return None
+    for node in order.writers:
+        if order.position[node] > order.position[region.output]:
+            for written in mutated_arguments(node):
+                alias = _alias_among(region.reads, written)
+                if alias is not None:
+                    sentence = f"{node.name!r} overwrites {alias.name!r}, which gradients would be computed from"
+                    return Obstacle(RefusalReason.MUTATED, sentence)
     return None
 
 

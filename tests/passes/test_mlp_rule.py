@@ -91,6 +91,8 @@ def test_every_spelling_of_an_activation_is_read(spelling):
         torch.tanh,
         functional.leaky_relu,
         lambda x: functional.gelu(x).clamp(-10.0, 10.0),
+        lambda x: functional.relu(x).clamp(max=2000.0),
+        lambda x: functional.silu(x.clamp(-65504.0, 65504.0)),
         lambda x: x * torch.sigmoid(1.7 * x),
         lambda x: functional.relu(x) + 0.01,
         lambda x: functional.silu(x) * 1.1,

@@ -1,5 +1,7 @@
 """Norms of queries and keys between projection and scores: every spelling, and what is left alone."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.nn import functional
@@ -212,6 +214,29 @@ def test_eps_is_found(eps, expected):
     norm = lambda x, w, b: x * torch.rsqrt(x.square().mean(-1, True) + eps) * w  # noqa: E731
     kwargs = call_of(rewritten(per_head(norm, norm), X, WEIGHT, BIAS, *Q, *K, *V, *OUT))
     assert kwargs.get("q_norm_eps", 0.0) == pytest.approx(expected, rel=1e-8)
+
+
+OTHER_NORMS: dict[str, Callable] = {
+    "a floor of the root": lambda x: x / x.pow(2).mean(-1, keepdim=True).sqrt().clamp(min=1e-6),
+    "a floor of the mean square": lambda x: x * x.pow(2).mean(-1, keepdim=True).clamp(min=1e-12).rsqrt(),
+    "a ceiling of the mean square": lambda x: x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).clamp(max=1e8).rsqrt(),
+    "a clipped input": lambda x: torch.layer_norm(x.clamp(-1e4, 1e4), (DIM,)),
+    "eps of nothing": lambda x: torch.rms_norm(x, (DIM,), None, 1e-18),
+    "eps beside the root": lambda x: x / (x.pow(2).mean(-1, keepdim=True).sqrt() + 1e-16),
+    "nothing": lambda x: x * 0.0,
+}
+
+
+@pytest.mark.parametrize("name", OTHER_NORMS)
+def test_what_only_looks_like_a_norm(name):
+    """It differs at zero, where a padded row is, or far from 1. The projections are rewritten all the same."""
+    norm = lambda x, w, b: OTHER_NORMS[name](x) * w  # noqa: E731
+    padded = X.clone()
+    padded[0, 3:] = 0.0
+    for scale in (1.0, 1e-7, 1e6):
+        result = rewritten(per_head(norm, norm), padded * scale, WEIGHT, BIAS, *Q, *K, *V, *OUT)
+        assert result.count("attention") == 0
+        result.assert_same_result()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

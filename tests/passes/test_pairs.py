@@ -125,3 +125,12 @@ def test_a_diagonal_is_folded_inside_the_graph_so_that_reloaded_weights_count():
     result = rewritten(lambda x, d, s, u: linear(linear(x, d) * s, u), X3, DOWN, DIAGONAL, UP)
     reloaded = (X3, tensor(RANK, IN, seed=8), tensor(RANK, seed=9), tensor(OUT, RANK, seed=10))
     torch.testing.assert_close(result.module(*reloaded), result.function(*reloaded))
+
+
+def test_an_einsum_that_repeats_a_single_feature():
+    def function(x, down, up):
+        return linear(torch.einsum("bld,rd->blr", x[..., :1], down), up)
+
+    result = rewritten(function, tensor(2, 5, 24), tensor(4, 24), tensor(20, 4))
+    assert result.count("linear") == 0
+    result.assert_same_result()

@@ -114,6 +114,53 @@ def test_a_write_before_or_after_the_region_does_no_harm():
     result.assert_same_result()
 
 
+def scales_queries_that_are_keys_too(x, down, up):
+    """Two views of one projection; one is overwritten."""
+    both = linear(linear(x, down), up)
+    q, k, v = (heads(y) for y in (both, both, linear(linear(x, down), up)))
+    q.mul_(0.5)
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def scales_queries_that_overlap_keys(x, down, up):
+    packed = linear(linear(x, down), torch.cat((up, up)))
+    q, k, v = (heads(packed[..., start : start + OUT]) for start in (0, 8, OUT))
+    q.mul_(0.5)
+    return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def activates_a_gate_that_is_read_by_another_name(x, down, up):
+    gate = linear(linear(x, down), up)
+    alias = gate.view(-1, OUT)
+    return linear(linear(functional.silu(gate, inplace=True) * alias.view(2, 5, OUT), up.t()), down.t())
+
+
+def heads(y):
+    return y.view(2, 5, 4, OUT // 4).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [scales_queries_that_are_keys_too, scales_queries_that_overlap_keys, activates_a_gate_that_is_read_by_another_name],
+)
+def test_a_write_within_that_shows_by_another_name(function):
+    result = rewritten(function, X, DOWN, UP)
+    assert RefusalReason.ALIASED in result.reasons
+    assert result.count("attention") == result.count("mlp") == 0
+    result.assert_same_result()
+
+
+def test_a_write_within_that_nothing_else_sees():
+    def function(x, down, up):
+        q, k, v = (heads(linear(linear(x, down), up)) for _ in range(3))
+        q.mul_(0.5)
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.count("attention") == 1
+    result.assert_same_result()
+
+
 def test_a_write_to_an_intermediate_by_a_view():
     def function(x, down, up):
         h = linear(x, down)
