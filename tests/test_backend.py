@@ -548,3 +548,27 @@ def test_an_input_that_changes_before_its_gradients():
         call(x).sum().backward()
         gradients.append(x.grad)
     torch.testing.assert_close(*gradients)
+
+
+def test_gradients_of_an_item_that_sees_nothing():
+    """Attention spelled out, its padding a large negative number beside the scores."""
+    torch.compiler.reset()
+    weights = [torch.randn(*shape) * 0.3 for _ in range(3) for shape in ((RANK, FEATURES), (FEATURES, RANK))]
+    weights = [weight.requires_grad_() for weight in weights]
+    padding = torch.zeros(2, 1, 1, 9)
+    padding[1] = torch.finfo(torch.float32).min
+
+    def attention(x, padding):
+        down_up = zip(weights[::2], weights[1::2], strict=True)
+        projected = (functional.linear(functional.linear(x, down), up) for down, up in down_up)
+        q, k, v = (y.unflatten(-1, (HEADS, -1)).transpose(1, 2) for y in projected)
+        scores = q @ k.mT * (FEATURES // HEADS) ** -0.5 + padding
+        return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+
+    x, found = torch.randn(2, 9, FEATURES), []
+    for call in (attention, torch.compile(attention, backend="flashsvd", options={**FREELY, "inner": "eager"})):
+        found.append(torch.autograd.grad(call(x, padding).square().sum(), weights))
+    report = last_report()
+    assert report is not None and report.count("attention") == 1
+    for expected, gradient in zip(*found, strict=True):
+        torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
