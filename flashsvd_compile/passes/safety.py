@@ -91,7 +91,9 @@ def gradient_mode(region: Region, order: Order) -> Obstacle | None:
     """
     here = order.gradients_at(region.output)
     for node in _computed_weights(region):
-        if order.gradients_at(node) != here:
+        made_of = (tensor_of(above) for above in node.all_input_nodes)
+        trained = any(tensor is not None and tensor.requires_grad for tensor in made_of)
+        if trained and order.gradients_at(node) != here:
             sentence = f"{node.name!r} and {region.output.name!r} are computed in different grad modes"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)
     return None
