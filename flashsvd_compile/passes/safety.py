@@ -139,8 +139,8 @@ def mutation(region: Region, order: Order) -> Obstacle | None:
 
 
 def mutation_within(region: Region, order: Order) -> Obstacle | None:
-    """An in-place operation of the region's own that changes more than what it returns: what the region reads, or what
-    it computed before and reads afterwards by another name. The operator works on values and changes nothing.
+    """An operation of the region's own that writes elsewhere than over its intermediates (``out=``), or to what the
+    region reads, or computed before and reads afterwards by another name. The operator works on values only.
     """
     inside = set(region.nodes)
     outside = [node for node in region.reads if node not in inside]
@@ -151,6 +151,8 @@ def mutation_within(region: Region, order: Order) -> Obstacle | None:
         stale = [n for reader in later for n in reader.all_input_nodes if n is not writer]
         stale = [n for n in stale if order.position.get(n, at) < at]
         for written in mutated_arguments(writer):
+            if written not in inside:
+                return Obstacle(RefusalReason.MUTATED, f"{writer.name!r} overwrites {written.name!r}")
             alias = _alias_among((*outside, *stale), written)
             if alias is not None:
                 sentence = f"{writer.name!r} overwrites {written.name!r}, which shares memory with {alias.name!r}"

@@ -150,6 +150,33 @@ def test_a_write_within_that_shows_by_another_name(function):
     result.assert_same_result()
 
 
+def second_factor_into(x, down, up, e):
+    torch.matmul(linear(x, down), up.t(), out=e)
+    return e + 1
+
+
+def bias_into(x, down, up, e):
+    total = torch.add(linear(linear(x, down), up), up[:, 0], out=e)
+    return total.sum() + e
+
+
+def hidden_layer_into(x, down, up, e):
+    hidden = torch.matmul(linear(x, down), up.t(), out=e)
+    return linear(linear(functional.gelu(hidden), up.t()), down.t()) + e.sum()
+
+
+@pytest.mark.parametrize("function", [second_factor_into, bias_into, hidden_layer_into])
+def test_a_result_that_is_written_elsewhere(function):
+    """What ``out=`` names is read by its own name, or belongs to the caller."""
+    result = rewritten(function, X, DOWN, UP, torch.zeros(2, 5, OUT))
+    assert RefusalReason.MUTATED in result.reasons
+    result.assert_same_result()
+    found, expected = torch.zeros(2, 5, OUT), torch.zeros(2, 5, OUT)
+    result.module(X, DOWN, UP, found)
+    function(X, DOWN, UP, expected)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_write_within_that_nothing_else_sees():
     def function(x, down, up):
         q, k, v = (heads(linear(linear(x, down), up)) for _ in range(3))
