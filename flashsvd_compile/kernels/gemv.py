@@ -39,8 +39,6 @@ would read as much out of the L2 as of the weights, and is 15 % slower than the 
 MAX_PRODUCTS = 3
 PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
-
-
 NEIGHBOURS = tl.constexpr(8)
 """Squares that a thread adds up before it keeps them, in one register for eight. A register each would be too many: 168
 are what leaves room for the three programs a processor that a deep product of one row has (8.2 us; with two 10.9)."""
@@ -429,10 +427,7 @@ def multiply(
         *(size for p in three for size in _sizes(p)),
         len(products),
         *(product.bias is not None for product in three),
-        NORM=kind_of(norm),
-        RESIDUAL=residual is not None,
-        ACTIVATION=activation,
-        GATED=gated,
+        **constants_of(activation, gated, norm, residual),
         ROWS=1 if rows == 1 else MAX_ROWS,
         BLOCK_F=tile.block_f,
         BLOCK_K=tile.block_k,
@@ -471,11 +466,12 @@ def beside(product: Product, norm: RmsNorm | None, residual: Tensor | None) -> t
     )
 
 
-def kind_of(norm: RmsNorm | None) -> str | None:
-    """What the kernels call a norm."""
-    if norm is None:
-        return None
-    return "plain" if norm.weight is None else "weighted"
+def constants_of(
+    activation: str | None, gated: bool, norm: RmsNorm | None, residual: Tensor | None
+) -> dict[str, str | bool | None]:
+    """The kernels' constants for what a product is computed with."""
+    kind = None if norm is None else "plain" if norm.weight is None else "weighted"
+    return {"NORM": kind, "RESIDUAL": residual is not None, "ACTIVATION": activation, "GATED": gated}
 
 
 def _sizes(product: Product) -> tuple[int, ...]:

@@ -25,7 +25,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
 from .activations import activate
-from .gemv import MAX_ON_HOPPER, MAX_PRODUCTS, beside, kind_of
+from .gemv import MAX_ON_HOPPER, MAX_PRODUCTS, beside, constants_of
 from .launch import launch, take_turn
 from .operands import Product, RmsNorm
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
@@ -287,10 +287,7 @@ def multiply_hopper(
         *(size for product in three for size in _sizes(product)),
         len(products),
         *(product.bias is not None for product in three),
-        NORM=kind_of(norm),
-        RESIDUAL=residual is not None,
-        ACTIVATION=activation,
-        GATED=gated,
+        **constants_of(activation, gated, norm, residual),
         PERIOD=period,
         COPIES=first.out.shape[0] if first.out.dim() == 3 else 1,
         AHEAD=follows,

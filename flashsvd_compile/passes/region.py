@@ -207,11 +207,12 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
         "itemsize": tensor.element_size(),
         "device": _name_of(tensor.device),
         "hints": {symbol: hint for node in inputs for symbol, hint in hints_of(node).items()},
-        "differentiated": torch.is_grad_enabled() and any(map(_requires_grad, read)),
+        "differentiated": torch.is_grad_enabled() and any(map(requires_grad, read)),
     }
 
 
-def _requires_grad(node: Node) -> bool:
+def requires_grad(node: Node) -> bool:
+    """Whether gradients of a tensor are wanted."""
     tensor = tensor_of(node)
     return tensor is not None and tensor.requires_grad
 

@@ -18,7 +18,7 @@ from .affine import read_affine
 from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
-from .region import Region
+from .region import Region, requires_grad
 from .values import tensor_of
 from .vocabulary import live_dropout
 from .weights import is_weight
@@ -91,9 +91,7 @@ def gradient_mode(region: Region, order: Order) -> Obstacle | None:
     """
     here = order.gradients_at(region.output)
     for node in _computed_weights(region):
-        made_of = (tensor_of(above) for above in node.all_input_nodes)
-        trained = any(tensor is not None and tensor.requires_grad for tensor in made_of)
-        if trained and order.gradients_at(node) != here:
+        if any(map(requires_grad, node.all_input_nodes)) and order.gradients_at(node) != here:
             sentence = f"{node.name!r} and {region.output.name!r} are computed in different grad modes"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)
     return None
@@ -164,8 +162,7 @@ def mutation_before_gradients(region: Region, order: Order) -> Obstacle | None:
     """An in-place write, after the region, to what it would have to keep for its gradients: an operator keeps all that
     it reads, where the model may need none of it.
     """
-    tensors = [tensor_of(node) for node in region.reads]
-    if not order.gradients_at(region.output) or not any(t is not None and t.requires_grad for t in tensors):
+    if not order.gradients_at(region.output) or not any(map(requires_grad, region.reads)):
         return None
     for node in order.writers:
         if order.position[node] > order.position[region.output]:
