@@ -12,7 +12,6 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -70,21 +69,21 @@ def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
     if attn.softcap:
         heads = capped.reference(q, k, v, mask, attn)
     else:
-        with _right_gradients(mask):
+        with _right_gradients(mask, q, k, v):
             heads = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=attn.scale, enable_gqa=attn.group > 1)
     del q, k, v
     merged = heads.transpose(1, 2).flatten(2)
     return (merged if attn.out is None else proj.apply(merged, attn.out)).contiguous()
 
 
-def _right_gradients(mask: Tensor | None) -> AbstractContextManager:
+def _right_gradients(mask: Tensor | None, *heads: Tensor) -> AbstractContextManager:
     """Where PyTorch attends so that it can be differentiated.
 
     On a CPU its fused kernel multiplies the gradients of a query that sees no key, as a mask of large negative numbers
     says it, by the number of keys (PyTorch 2.13).
     """
     added = mask is not None and mask.is_floating_point() and mask.device.type == "cpu"
-    return sdpa_kernel(SDPBackend.MATH) if added and torch.is_grad_enabled() else nullcontext()
+    return sdpa_kernel(SDPBackend.MATH) if added and any(t.requires_grad for t in heads) else nullcontext()
 
 
 def _normalised(x: Tensor, context: Tensor, attn: Attention) -> tuple[Tensor, Tensor]:
