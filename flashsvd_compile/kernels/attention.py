@@ -242,18 +242,32 @@ def supported(head_dim: int, value_dim: int, dtype: torch.dtype, device: torch.d
     return tile_of(target_of(device), max(head_dim, value_dim), dtype.itemsize) is not None
 
 
-SPECIALISED_DIM = 128
-"""Head size at which the kernel in Gluon is faster, by 7 to 25 % (H100, 2048 to 16384 keys). Heads of 64 are bound by
-their softmax in both."""
-SPECIALISED_WINDOWS = (-1, -1), (-1, 0)
-"""Left and right reach of what it attends to: everything, and causally."""
+SPECIALISED_ROWS = {64: 192, 128: 128}
+"""Head sizes that the kernel in Gluon is faster at, and the queries of its tiles. At 64 by 9 %, padded by 7 % (H200,
+8192 keys); at 128 by 7 to 25 % (H100, 2048 to 16384)."""
 SPECIALISED_KEYS = 2048
-"""Fewer were not timed. At heads of 64 its 128 queries a program take 15 % longer over 512 keys."""
+"""Fewer were not timed at heads of 128. At 64 it takes up to 46 % longer over 1024 and 512."""
+EVEN_SHARE = 0.9
+"""Of what the chip could do while it turns to tiles of 64. At 0.86 and less the other kernel is as fast or faster, by
+blocks of 64 queries and several programs a processor; at 0.97 this one (H200)."""
 
 
 def is_specialised(target: Target, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel in Gluon takes heads of these sizes, padded or not."""
-    return speaks_gluon(target) and head_dim == value_dim == SPECIALISED_DIM and dtype.itemsize == 2
+    return speaks_gluon(target) and head_dim == value_dim in SPECIALISED_ROWS and dtype.itemsize == 2
+
+
+def _is_faster_specialised(target: Target, q: Tensor, kv_len: int, window: tuple[int, int]) -> bool:
+    """Whether it is the faster for heads that it takes: of 64 not causally, and where its large tiles come out even."""
+    items, q_len, heads, head_dim = q.shape
+    if kv_len < SPECIALISED_KEYS:
+        return False
+    if head_dim == 128:
+        return window in ((-1, -1), (-1, 0))
+    rows = SPECIALISED_ROWS[head_dim]
+    tiles = triton.cdiv(q_len, rows) * items * heads
+    in_rounds = rows * triton.cdiv(tiles, target.processors) * target.processors
+    return window == (-1, -1) and q_len * items * heads >= EVEN_SHARE * in_rounds
 
 
 def key_bounds(key_padding: Tensor) -> Tensor:
@@ -296,9 +310,8 @@ def attention(
     strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
     descriptor = target.descriptors and all(map(describable, tensors))
     how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
-    worth_it = kv_len >= SPECIALISED_KEYS and (window_left, window_right) in SPECIALISED_WINDOWS
-    specialised = worth_it and is_specialised(target, head_dim, value_dim, q.dtype)
-    if tile is None and descriptor and specialised:
+    specialised = tile is None and descriptor and is_specialised(target, head_dim, value_dim, q.dtype)
+    if specialised and _is_faster_specialised(target, q, kv_len, (window_left, window_right)):
         from .attention_hopper import attention_hopper
 
         attention_hopper(q, k, v, out, causal=window_right == 0, **how)

@@ -1,9 +1,13 @@
 """Flash attention on Hopper, in Gluon: :mod:`.attention` without a window, its warps specialised.
 
 One warp streams blocks of 128 keys and of their values through a ring in shared memory, from one tile to the next
-without a break. Two warpgroups of 64 queries each consume them, and nothing makes them go in step. Each has the scores
-of a block and the values of the block before multiplied at once, and takes the softmax of the former beside the latter
-(FlashAttention-3, arXiv:2407.08608). Blocks before the first visible key and behind the last are not loaded.
+without a break. Warpgroups of 64 queries each consume them, as many as registers have room for, and nothing makes them
+go in step. Blocks before the first visible key and behind the last are not loaded.
+
+What one warpgroup does beside the softmax of a block depends on the head's size. At 128 it has the values of the block
+before multiplied (FlashAttention-3, arXiv:2407.08608). At 64 there are three warpgroups, whose registers do not hold
+the weights of two blocks: it takes the softmax by halves, one beside the product of the other with its values, and has
+the second half's values and the next block's scores multiplied in one go.
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
@@ -16,6 +20,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
 
 from .activations import LOG2_E
+from .attention import SPECIALISED_ROWS
 from .launch import launch, take_turn
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
@@ -23,8 +28,10 @@ from .tiles import by_items
 
 _ROWS = 64
 """Queries of a warpgroup."""
-_BLOCK = 2 * _ROWS
-"""Queries of a tile and keys of a block: of one size, so that without padding only a tile's last block needs a mask."""
+_BLOCK = 128
+"""Keys of a block."""
+_REGISTERS = {64: (128, 160), 128: (168, 240)}
+"""Of a thread, by head size: when a program begins, and of a warpgroup that multiplies."""
 _QUERY_PLACES = 2
 _CACHED = 32 * 2**20
 """Bytes of keys and values that stay in the cache while all their queries pass."""
@@ -33,23 +40,30 @@ BLOCK = gl.constexpr(_BLOCK)
 QUERY_PLACES = gl.constexpr(_QUERY_PLACES)
 
 
+@gluon.constexpr_function
+def _over(columns):
+    """Layout of what a warpgroup multiplies, by its columns."""
+    return gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, columns, 16])
+
+
 @gluon.jit
-def _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL: gl.constexpr, PADDED: gl.constexpr):
-    """Item, head, first query, and first and last block of keys of a tile.
+def _tile(index, work, padding, TILE: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr):
+    """Item, head, first query, and first and last block of keys of a tile of so many queries.
 
     Tiles of one item and head, which read the same keys, come in a row. Under causality the longest come first, of as
     many heads ``together`` as have keys and values in the cache.
     """
-    tiles = gl.cdiv(q_len, BLOCK)
+    item_heads, heads, together, q_len, kv_len = work
+    tiles = gl.cdiv(q_len, TILE)
     if CAUSAL:
         first_head = index // (tiles * together) * together
         beside = gl.minimum(together, item_heads - first_head)
         index -= first_head * tiles
-        m = (tiles - 1 - index // beside) * BLOCK
+        m = (tiles - 1 - index // beside) * TILE
         item_head = first_head + index % beside
-        stop = gl.minimum(kv_len, m + BLOCK)
+        stop = gl.minimum(kv_len, m + TILE)
     else:
-        m = index % tiles * BLOCK
+        m = index % tiles * TILE
         item_head = index // tiles
         stop = kv_len
     item, head = item_head // heads, item_head % heads
@@ -70,7 +84,7 @@ def _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL: gl
 
 @gluon.jit
 def _row_of(padding, item, kv_len):
-    """An item's key padding, its stride, and the block from which on only a tile's last needs a mask."""
+    """An item's key padding, its stride, and the block from which on only a tile's last needs it."""
     key_padding, bounds, stride_b, stride = padding
     bounds += item * 3
     first = gl.load(bounds)
@@ -95,6 +109,23 @@ def _shift(row_max, scale, PADDED: gl.constexpr):
 
 
 @gluon.jit
+def _hide(scores, block, hidden, PADDED: gl.constexpr):
+    """Scores of a block that is not a tile's last, -inf where padding hides a key."""
+    if PADDED:
+        row, stride, first_whole, kv_len = hidden
+        if block < first_whole:
+            scores = gl.where(_seen(row, stride, block, kv_len, _over(BLOCK)), scores, float("-inf"))
+    return scores
+
+
+@gluon.jit
+def _release(empty, place):
+    """Give a place of the ring back, once all four warps are through with what they read."""
+    gl.thread_barrier()
+    mbarrier.arrive(empty.index(place), count=1)
+
+
+@gluon.jit
 def _load(source, item, row, column, ring, full, empty, place, parity, PLACES: gl.constexpr):
     """Fill a place of the ring, once it is empty, with a block of keys or values."""
     mbarrier.wait(empty.index(place), parity ^ 1)
@@ -105,20 +136,23 @@ def _load(source, item, row, column, ring, full, empty, place, parity, PLACES: g
 
 
 @gluon.jit
-def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding, item_heads,
-             together, heads, q_len, kv_len, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr,
-             PADDED: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
+def _produce(q, k, v, queries_ring, keys_ring, turns, work, padding, GROUP: gl.constexpr, DIM: gl.constexpr,
+             CAUSAL: gl.constexpr, PADDED: gl.constexpr, PLACES: gl.constexpr, WARPGROUPS: gl.constexpr):  # fmt: skip
     """Load all tiles of this program, last block first; a block's values come behind the keys of the block after."""
+    TILE: gl.constexpr = ROWS * WARPGROUPS
+    queries, q_full, q_empty = queries_ring
+    ring, full, empty = keys_ring
+    first, tiles, programs = turns
     place = 0
     parity = 0
     q_place = 0
     q_parity = 0
     for index in range(first, tiles, programs):
-        item, head, m, begin, last = _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL, PADDED)
+        item, head, m, begin, last = _tile(index, work, padding, TILE, CAUSAL, PADDED)
         mbarrier.wait(q_empty.index(q_place), q_parity ^ 1)
-        mbarrier.expect(q_full.index(q_place), 2 * q.block_type.nbytes)
-        for i in gl.static_range(2):
-            some = queries.index(2 * q_place + i).reshape(q.block_type.shape)
+        mbarrier.expect(q_full.index(q_place), WARPGROUPS * q.block_type.nbytes)
+        for i in gl.static_range(WARPGROUPS):
+            some = queries.index(WARPGROUPS * q_place + i).reshape(q.block_type.shape)
             tma.async_copy_global_to_shared(q, [item, m + i * ROWS, head * DIM], q_full.index(q_place), some)
         q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
         column = head // GROUP * DIM
@@ -132,129 +166,218 @@ def _produce(q, k, v, queries, ring, full, empty, q_full, q_empty, first, progra
 
 
 @gluon.jit
-def _consume(HALF: gl.constexpr, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
-             item_heads, together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM: gl.constexpr,
-             CAUSAL: gl.constexpr, PADDED: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
-    """Attend from one half of the queries of all tiles of this program."""
-    over_keys: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK, 16])
-    over_dims: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, DIM, 16])
-    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=over_dims, k_width=2)
+def _values_of_last_beside(scores, query, keys_ring, place, parity, last, begin, hidden, scale, DIM: gl.constexpr,
+                           PADDED: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
+    """Attend to blocks ``last .. begin`` from the scores of the last; the softmax beside the values of a block before.
+
+    Returns what is summed up, by rows the weights' sums, and where the ring stands.
+    """
+    over_dims: gl.constexpr = _over(DIM)
     over_rows: gl.constexpr = gl.SliceLayout(1, over_dims)
-    dtype: gl.constexpr = ring.dtype
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=over_dims, k_width=2)
+    ring, full, empty = keys_ring
+    no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=_over(BLOCK))
+    row_max = gl.max(scores, 1)
+    weights = gl.exp2(scores * scale - _shift(row_max, scale, PADDED)[:, None])
+    row_sum = gl.sum(weights, 1)
+    weights = gl.convert_layout(weights.to(ring.dtype), operand)
+    acc = gl.zeros([ROWS, DIM], gl.float32, layout=over_dims)
+    mbarrier.wait(full.index(place), parity)
+    block = last
+    for _ in range(begin, last):
+        product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        v_place, v_parity = next_place(place, parity, PLACES)
+        mbarrier.wait(full.index(v_place), v_parity)
+        sums = warpgroup_mma(weights, ring.index(v_place), acc, is_async=True)
+        scores = warpgroup_mma_wait(1, deps=(product,))
+        _release(empty, place)
+        block -= 1
+        scores = _hide(scores, block, hidden, PADDED)
+        new_max = gl.maximum(row_max, gl.max(scores, 1))
+        shift = _shift(new_max, scale, PADDED)
+        new_weights = gl.exp2(scores * scale - shift[:, None])
+        decay = gl.exp2(row_max * scale - shift)
+        row_sum = row_sum * decay + gl.sum(new_weights, 1)
+        row_max = new_max
+        new_weights = new_weights.to(ring.dtype)
+        place, parity = next_place(v_place, v_parity, PLACES)
+        # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
+        mbarrier.wait(full.index(place), parity)
+        acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
+        _release(empty, v_place)
+        acc = acc * gl.convert_layout(decay, over_rows)[:, None]
+        weights = gl.convert_layout(new_weights, operand)
+    sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
+    acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
+    _release(empty, place)
+    place, parity = next_place(place, parity, PLACES)
+    return acc, row_sum, place, parity
+
+
+@gluon.jit
+def _values_by_halves(scores, query, keys_ring, place, parity, last, begin, hidden, scale, DIM: gl.constexpr,
+                      PADDED: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
+    """The same, half the softmax of a block beside the values of its other half, which takes fewer registers."""
+    over_half: gl.constexpr = _over(BLOCK // 2)
+    half_rows: gl.constexpr = gl.SliceLayout(1, over_half)
+    over_dims: gl.constexpr = _over(DIM)
+    over_rows: gl.constexpr = gl.SliceLayout(1, over_dims)
+    operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=over_dims, k_width=2)
+    half: gl.constexpr = BLOCK // 2
+    ring, full, empty = keys_ring
+    no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=_over(BLOCK))
+    row_max = gl.max(scores, 1)
+    row_sum = gl.zeros([ROWS], gl.float32, layout=half_rows)
+    acc = gl.zeros([ROWS, DIM], gl.float32, layout=over_dims)
+    block = last
+    for _ in range(begin, last):
+        v_place, v_parity = next_place(place, parity, PLACES)
+        some, others = scores.reshape([ROWS, 2, half]).permute((0, 2, 1)).split()
+        shift = gl.convert_layout(_shift(row_max, scale, PADDED), half_rows)[:, None]
+        some = gl.exp2(gl.convert_layout(some, over_half, assert_trivial=True) * scale - shift)
+        row_sum += gl.sum(some, 1)
+        some = gl.convert_layout(some.to(ring.dtype), operand)
+        mbarrier.wait(full.index(v_place), v_parity)
+        sums = warpgroup_mma(some, ring.index(v_place).slice(0, half), acc, is_async=True)
+        others = gl.exp2(gl.convert_layout(others, over_half, assert_trivial=True) * scale - shift)
+        row_sum += gl.sum(others, 1)
+        others = gl.convert_layout(others.to(ring.dtype), operand)
+        sums = warpgroup_mma(others, ring.index(v_place).slice(half, half), sums, is_async=True)
+        mbarrier.wait(full.index(place), parity)
+        product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
+        acc, some, others = warpgroup_mma_wait(1, deps=(sums, some, others))
+        scores = warpgroup_mma_wait(0, deps=(product,))
+        _release(empty, place)
+        mbarrier.arrive(empty.index(v_place), count=1)
+        block -= 1
+        scores = _hide(scores, block, hidden, PADDED)
+        new_max = gl.maximum(row_max, gl.max(scores, 1))
+        decay = gl.exp2(row_max * scale - _shift(new_max, scale, PADDED))
+        row_sum *= gl.convert_layout(decay, half_rows)
+        row_max = new_max
+        acc = acc * gl.convert_layout(decay, over_rows)[:, None]
+        place, parity = next_place(v_place, v_parity, PLACES)
+    weights = gl.exp2(scores * scale - _shift(row_max, scale, PADDED)[:, None])
+    row_sum += gl.convert_layout(gl.sum(weights, 1), half_rows)
+    weights = gl.convert_layout(weights.to(ring.dtype), operand)
+    mbarrier.wait(full.index(place), parity)
+    sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
+    acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
+    _release(empty, place)
+    place, parity = next_place(place, parity, PLACES)
+    return acc, row_sum, place, parity
+
+
+@gluon.jit
+def _consume(PART: gl.constexpr, out, strides, scale, queries_ring, keys_ring, turns, work, padding,
+             DIM: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr, PLACES: gl.constexpr,
+             WARPGROUPS: gl.constexpr):  # fmt: skip
+    """Attend from one warpgroup's part of the queries of all tiles of this program."""
+    over_keys: gl.constexpr = _over(BLOCK)
+    over_rows: gl.constexpr = gl.SliceLayout(1, _over(DIM))
+    queries, q_full, q_empty = queries_ring
+    ring, full, empty = keys_ring
+    first, tiles, programs = turns
+    q_len, kv_len = work[3], work[4]
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=over_keys)
     place = 0
     parity = 0
     q_place = 0
     q_parity = 0
     for index in range(first, tiles, programs):
-        item, head, m, begin, last = _tile(index, padding, item_heads, together, heads, q_len, kv_len, CAUSAL, PADDED)
+        item, head, m, begin, last = _tile(index, work, padding, ROWS * WARPGROUPS, CAUSAL, PADDED)
+        m += PART * ROWS
         if PADDED:
-            padding_row, stride, first_whole = _row_of(padding, item, kv_len)
-            block = last
-            seen = _seen(padding_row, stride, block, kv_len, over_keys)  # loads beside the wait for the keys
-        query = queries.index(2 * q_place + HALF)
+            row, stride, first_whole = _row_of(padding, item, kv_len)
+            hidden = (row, stride, first_whole, kv_len)
+            seen = _seen(row, stride, last, kv_len, over_keys)  # loads beside the wait for the keys
+        else:
+            hidden = ()
+        query = queries.index(WARPGROUPS * q_place + PART)
         mbarrier.wait(q_full.index(q_place), q_parity)
         mbarrier.wait(full.index(place), parity)
         product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
         scores = warpgroup_mma_wait(0, deps=(product,))
-        gl.thread_barrier()  # all four warps are through with what they read
-        mbarrier.arrive(empty.index(place), count=1)
+        _release(empty, place)
         place, parity = next_place(place, parity, PLACES)
 
-        # Unless padding hides it, each query sees the first key of this block, as m is a multiple of BLOCK: no maximum
-        # is -inf.
+        # Unless padding hides it, each query sees the first key of this block, also under causality, where tiles are
+        # of BLOCK queries: no maximum is -inf.
         keys = last * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, over_keys))
         if CAUSAL:
-            rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, over_keys))
+            rows = m + gl.arange(0, ROWS, layout=gl.SliceLayout(1, over_keys))
             visible = keys[None, :] < gl.minimum(rows + 1, kv_len)[:, None]
         else:
             visible = (keys < kv_len)[None, :]
         if PADDED:
             visible &= seen
         scores = gl.where(visible, scores, float("-inf"))
-        row_max = gl.max(scores, 1)
-        weights = gl.exp2(scores * scale - _shift(row_max, scale, PADDED)[:, None])
-        row_sum = gl.sum(weights, 1)
-        weights = gl.convert_layout(weights.to(dtype), operand)
-        acc = gl.zeros([ROWS, DIM], gl.float32, layout=over_dims)
-        mbarrier.wait(full.index(place), parity)
-
-        for _ in range(begin, last):
-            product = warpgroup_mma(query, ring.index(place).permute((1, 0)), no_scores, use_acc=False, is_async=True)
-            v_place, v_parity = next_place(place, parity, PLACES)
-            mbarrier.wait(full.index(v_place), v_parity)
-            sums = warpgroup_mma(weights, ring.index(v_place), acc, is_async=True)
-            scores = warpgroup_mma_wait(1, deps=(product,))
-            gl.thread_barrier()
-            mbarrier.arrive(empty.index(place), count=1)
-            if PADDED:
-                block -= 1
-                if block < first_whole:
-                    scores = gl.where(_seen(padding_row, stride, block, kv_len, over_keys), scores, float("-inf"))
-            new_max = gl.maximum(row_max, gl.max(scores, 1))
-            shift = _shift(new_max, scale, PADDED)
-            new_weights = gl.exp2(scores * scale - shift[:, None])
-            decay = gl.exp2(row_max * scale - shift)
-            row_sum = row_sum * decay + gl.sum(new_weights, 1)
-            row_max = new_max
-            new_weights = new_weights.to(dtype)
-            place, parity = next_place(v_place, v_parity, PLACES)
-            # Before the wait for the products: the assembler moves that above the softmax, but not across a branch.
-            mbarrier.wait(full.index(place), parity)
-            acc, weights, new_weights = warpgroup_mma_wait(0, deps=(sums, weights, new_weights))
-            gl.thread_barrier()
-            mbarrier.arrive(empty.index(v_place), count=1)
-            acc = acc * gl.convert_layout(decay, over_rows)[:, None]
-            weights = gl.convert_layout(new_weights, operand)
-
+        if WARPGROUPS == 2:
+            acc, row_sum, place, parity = _values_of_last_beside(
+                scores, query, keys_ring, place, parity, last, begin, hidden, scale, DIM, PADDED, PLACES
+            )
+        else:
+            acc, row_sum, place, parity = _values_by_halves(
+                scores, query, keys_ring, place, parity, last, begin, hidden, scale, DIM, PADDED, PLACES
+            )
         mbarrier.arrive(q_empty.index(q_place), count=1)
         q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
-        sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
-        acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(place), count=1)
-        place, parity = next_place(place, parity, PLACES)
 
         if PADDED:
             row_sum = gl.where(row_sum == 0.0, 1.0, row_sum)
         acc = acc * gl.convert_layout(1.0 / row_sum, over_rows)[:, None]
-        rows = m + HALF * ROWS + gl.arange(0, ROWS, layout=over_rows)
-        columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, over_dims))
-        pointers = out + item.to(gl.int64) * stride_ob + rows[:, None].to(gl.int64) * stride_om
-        gl.store(pointers + head * DIM + columns[None, :], acc.to(dtype), mask=(rows < q_len)[:, None])
+        rows = m + gl.arange(0, ROWS, layout=over_rows)
+        columns = gl.arange(0, DIM, layout=gl.SliceLayout(0, _over(DIM)))
+        pointers = out + item.to(gl.int64) * strides[0] + rows[:, None].to(gl.int64) * strides[1]
+        gl.store(pointers + head * DIM + columns[None, :], acc.to(ring.dtype), mask=(rows < q_len)[:, None])
 
 
 @gluon.jit
 def attention_hopper_kernel(
     q, k, v, out, key_padding, bounds, stride_ob, stride_om, stride_pb, stride_p, tiles, item_heads, together, heads,
     q_len, kv_len, scale, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr,
-    PLACES: gl.constexpr,
+    PLACES: gl.constexpr, WARPGROUPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of 128 queries of a head."""
+    """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of the queries of a head."""
     of_queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], q.dtype)
     of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, DIM], k.dtype)
-    queries = gl.allocate_shared_memory(q.dtype, [2 * QUERY_PLACES, ROWS, DIM], of_queries)
+    queries = gl.allocate_shared_memory(q.dtype, [WARPGROUPS * QUERY_PLACES, ROWS, DIM], of_queries)
     ring = gl.allocate_shared_memory(k.dtype, [PLACES, BLOCK, DIM], of_keys)
-    full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
-    q_full, q_empty = barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, 2)
-    first = gl.program_id(0)
-    programs = gl.num_programs(0)
+    queries_ring = (queries, barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, WARPGROUPS))
+    keys_ring = (ring, barriers(PLACES, 1), barriers(PLACES, WARPGROUPS))
+    turns = (gl.program_id(0), tiles, gl.num_programs(0))
+    work = (item_heads, heads, together, q_len, kv_len)
     padding = (key_padding, bounds, stride_pb, stride_p) if PADDED else ()
+    strides = (stride_ob, stride_om)
     take_turn()
-    gl.warp_specialize(
-        [
-            (_consume, (0, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
-                        item_heads, together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PADDED,
-                        PLACES)),
-            (_consume, (1, out, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
-                        item_heads, together, heads, q_len, kv_len, stride_ob, stride_om, scale, DIM, CAUSAL, PADDED,
-                        PLACES)),
-            (_produce, (q, k, v, queries, ring, full, empty, q_full, q_empty, first, programs, tiles, padding,
-                        item_heads, together, heads, q_len, kv_len, GROUP, DIM, CAUSAL, PADDED, PLACES)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+    if WARPGROUPS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (0, out, strides, scale, queries_ring, keys_ring, turns, work, padding, DIM, CAUSAL, PADDED,
+                            PLACES, WARPGROUPS)),
+                (_consume, (1, out, strides, scale, queries_ring, keys_ring, turns, work, padding, DIM, CAUSAL, PADDED,
+                            PLACES, WARPGROUPS)),
+                (_produce, (q, k, v, queries_ring, keys_ring, turns, work, padding, GROUP, DIM, CAUSAL, PADDED, PLACES,
+                            WARPGROUPS)),
+            ],
+            [4, 1],
+            [REGISTERS, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (0, out, strides, scale, queries_ring, keys_ring, turns, work, padding, DIM, CAUSAL, PADDED,
+                            PLACES, WARPGROUPS)),
+                (_consume, (1, out, strides, scale, queries_ring, keys_ring, turns, work, padding, DIM, CAUSAL, PADDED,
+                            PLACES, WARPGROUPS)),
+                (_consume, (2, out, strides, scale, queries_ring, keys_ring, turns, work, padding, DIM, CAUSAL, PADDED,
+                            PLACES, WARPGROUPS)),
+                (_produce, (q, k, v, queries_ring, keys_ring, turns, work, padding, GROUP, DIM, CAUSAL, PADDED, PLACES,
+                            WARPGROUPS)),
+            ],
+            [4, 4, 1],
+            [REGISTERS, REGISTERS, 24],
+        )  # fmt: skip
 
 
 def attention_hopper(
@@ -276,14 +399,21 @@ def attention_hopper(
         k, v: ``[items, kv_len, kv_heads, dim]``, laid out likewise; at least one key.
         out: ``[items, q_len, heads, dim]``, laid out likewise.
         scale: positive factor on the scores.
-        causal: key ``j`` is visible to query ``i`` when ``j <= i``; else all are.
+        causal: key ``j`` is visible to query ``i`` when ``j <= i``, which only heads of 128 can do; else all are.
         key_padding: ``[items, kv_len]`` bool, true where visible, and ``bounds``, its :func:`~.attention.key_bounds`.
+
+    Raises:
+        ValueError: causal heads of 64.
     """
     items, q_len, heads, dim = q.shape
     kv_len, kv_heads = k.shape[1:3]
     views = [tiles_of(by_items(tensor), [1, rows, dim]) for tensor, rows in ((q, _ROWS), (k, _BLOCK), (v, _BLOCK))]
-    tiles = triton.cdiv(q_len, _BLOCK) * items * heads
-    block_bytes = _BLOCK * dim * q.element_size()
+    rows = SPECIALISED_ROWS[dim]
+    if causal and rows != _BLOCK:
+        raise ValueError(f"heads of {dim} are not attended to causally, only heads of 128")
+    tiles = triton.cdiv(q_len, rows) * items * heads
+    at_first, multiplying = _REGISTERS[dim]
+    row_bytes = dim * q.element_size()
     launch(
         attention_hopper_kernel,
         (min(tiles, target_of(q.device).processors), 1),
@@ -304,8 +434,10 @@ def attention_hopper(
         DIM=dim,
         CAUSAL=causal,
         PADDED=key_padding is not None,
-        PLACES=(SHARED_MEMORY - _QUERY_PLACES * block_bytes) // block_bytes,
+        PLACES=(SHARED_MEMORY - _QUERY_PLACES * rows * row_bytes) // (_BLOCK * row_bytes),
+        WARPGROUPS=rows // _ROWS,
+        REGISTERS=multiplying,
         num_warps=4,
-        maxnreg=168,
+        maxnreg=at_first,
         overlapping=True,
     )
