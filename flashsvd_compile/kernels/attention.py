@@ -257,7 +257,7 @@ def is_specialised(target: Target, head_dim: int, value_dim: int, dtype: torch.d
     return speaks_gluon(target) and head_dim == value_dim in SPECIALISED_ROWS and dtype.itemsize == 2
 
 
-def _is_faster_specialised(target: Target, q: Tensor, kv_len: int, window: tuple[int, int]) -> bool:
+def is_faster_specialised(target: Target, q: Tensor, kv_len: int, window: tuple[int, int]) -> bool:
     """Whether it is the faster for heads that it takes: of 64 not causally, and where its large tiles come out even."""
     items, q_len, heads, head_dim = q.shape
     if kv_len < SPECIALISED_KEYS:
@@ -311,7 +311,7 @@ def attention(
     descriptor = target.descriptors and all(map(describable, tensors))
     how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
     specialised = tile is None and descriptor and is_specialised(target, head_dim, value_dim, q.dtype)
-    if specialised and _is_faster_specialised(target, q, kv_len, (window_left, window_right)):
+    if specialised and is_faster_specialised(target, q, kv_len, (window_left, window_right)):
         from .attention_hopper import attention_hopper
 
         attention_hopper(q, k, v, out, causal=window_right == 0, **how)

@@ -43,6 +43,14 @@ CAUSAL_SHARE = 0.55
 CAUSAL_TAIL = 6.5e-9
 """Seconds a key: each chunk of causal attention ends with programs whose queries see all keys, the others idle (H100:
 7 us a chunk at 512 keys, 17 at 2048, 55 at 8192)."""
+LONG_KEYS = 2048
+"""From which on our attention to heads of 64 is by three warpgroups that share a block of keys, unless it is causal."""
+LONG_ATTENTION = 0.92
+"""Factor on its time (H200: 0.90 to 0.96)."""
+TILE_ROWS = 192
+"""Queries of three warpgroups."""
+EVEN_SHARE = 0.9
+"""Of the rounds that such tiles take of the chip: where they fill less, smaller tiles are as fast, and taken."""
 UNEVEN_HEADS = 2
 """Factor on attention to heads that a GPU must round up, as it reads them without descriptors: 1.5 measured for 12 key
 heads of 40 or 48, 2.6 and 3.5 for one of 40 or 72 (H100, 32x512)."""
@@ -136,7 +144,8 @@ def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: s
         projections *= _by_blocks(shape, device, workspace_bytes)
     elif limit is not None and max(map(shape.latent, shape.ranks)) > limit:
         projections *= CHUNKED_PROJECTIONS
-    return projections + _core(shape, device) + _attention_launches(shape, workspace_bytes, device)
+    core = _core(shape, device) * _of_long_attention(shape, device)
+    return projections + core + _attention_launches(shape, workspace_bytes, device)
 
 
 def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -160,7 +169,8 @@ def attention_merged(
 ) -> sympy.Expr:
     """In chunks, with each pair of factors multiplied that costs more than its product; chunks as of ``merged``."""
     projections = _attention_projections(shape, device, _merged_projection)
-    return projections + _core(shape, device) + _attention_launches(merged, workspace_bytes, device)
+    core = _core(shape, device) * _of_long_attention(shape, device)
+    return projections + core + _attention_launches(merged, workspace_bytes, device)
 
 
 def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -234,6 +244,21 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     flops = 2 * shape.batch * shape.q_len * shape.kv_len * width * (CAUSAL_SHARE if shape.causal else 1)
     traffic = memory.attention_as_written(shape)
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
+
+
+def _of_long_attention(shape: AttentionShape, device: Device) -> sympy.Expr:
+    """Factor on the time of attention: a kernel of large tiles takes it where keys are many and tiles come out even.
+
+    All of them: whether a chunk's do is left out, as for 8 % of attention a plan would take four times the workspace.
+    """
+    sizes = {shape.features["q"] // shape.num_heads, shape.features["v"] // shape.num_kv_heads}
+    if not device.specialised or shape.causal or shape.itemsize != 2 or sizes != {64}:
+        return sympy.S.One
+    heads, processors = shape.batch * shape.num_heads, sympy.Integer(device.full_rows) / LARGE_ROWS
+    rounds = memory.up(heads * memory.up(shape.q_len / TILE_ROWS) / processors)
+    filled = heads * shape.q_len / (TILE_ROWS * processors * memory.largest(1, rounds))
+    takes_it = memory.down(memory.smallest(1, shape.kv_len / LONG_KEYS, filled / EVEN_SHARE))
+    return sympy.S.One - (1 - LONG_ATTENTION) * takes_it
 
 
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:

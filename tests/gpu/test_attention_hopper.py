@@ -239,8 +239,9 @@ def test_causality_of_narrow_heads_is_refused():
 def test_padding_is_passed_on_to_it(dim, causal):
     q, k, v = operands(2048, 2048, dim, heads=6, kv_heads=6)
     key_padding = PADDINGS["both sides"](2048)[:2].cuda()
+    options = how(dim, key_padding)
     out = torch.full_like(q, torch.nan)
     with one_launch() as launches:
-        attention.attention(q, k, v, out, window_left=-1, window_right=0 if causal else -1, **how(dim, key_padding))
+        attention.attention(q, k, v, out, window_left=-1, window_right=0 if causal else -1, **options)
     assert launches[0].kernel.__name__ == "attention_hopper_kernel"
     assert_within_error_rule(out, reference, (q, k, v, dim**-0.5, causal, key_padding))

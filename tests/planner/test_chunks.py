@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flashsvd_compile.kernels import projection as projection_kernel
+from flashsvd_compile.kernels.attention import is_faster_specialised
 from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.ops.attention_gpu import _chunking, _come_together
 from flashsvd_compile.ops.attention_region import Attention
@@ -111,3 +112,24 @@ def test_rows_are_cut_as_predicted(rows, width, rank, features, gated, kib):
     assert memory.mlp_chunks(shape, device, workspace) == -(-rows // tile.rows)
     if tile.rows > 1:  # of one row there may be more than the workspace holds
         assert 4 * tile.elements <= memory.mlp_streamed(shape, device, workspace) <= 1024 * kib
+
+
+@given(
+    batch=st.integers(1, 40),
+    heads=st.integers(1, 32),
+    q_len=st.integers(1, 10000),
+    kv_len=st.integers(1, 10000),
+    head_dim=st.sampled_from([32, 64, 128]),
+    causal=st.booleans(),
+)
+def test_long_attention_is_faster_where_its_kernel_is_taken(batch, heads, q_len, kv_len, head_dim, causal):
+    width = heads * head_dim
+    ranks: dict[str, int | None] = dict.fromkeys("qkv", 16)
+    lengths = (sympy.Integer(size) for size in (batch, q_len, kv_len))
+    shape = AttentionShape(
+        ranks, dict.fromkeys("qkv", width), sympy.Integer(width), 2, "H100", {}, *lengths, heads, heads, False, causal
+    )
+    queries = torch.empty(batch, q_len, heads, head_dim, dtype=torch.bfloat16, device="meta")
+    target = KNOWN["sm_90"]._replace(processors=device_of("H100").full_rows // time.LARGE_ROWS)
+    taken = head_dim == 64 and is_faster_specialised(target, queries, kv_len, (-1, 0 if causal else -1))
+    assert time._of_long_attention(shape, device_of("H100")) == (time.LONG_ATTENTION if taken else 1)
