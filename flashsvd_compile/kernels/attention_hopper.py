@@ -126,6 +126,17 @@ def _release(empty, place):
 
 
 @gluon.jit
+def _with_values(acc, weights, keys_ring, place, parity, PLACES: gl.constexpr):
+    """``acc`` and the weighted values in a place of the ring, which is given back, and the place after."""
+    ring, _, empty = keys_ring
+    sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
+    acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
+    _release(empty, place)
+    place, parity = next_place(place, parity, PLACES)
+    return acc, place, parity
+
+
+@gluon.jit
 def _load(source, item, row, column, ring, full, empty, place, parity, PLACES: gl.constexpr):
     """Fill a place of the ring, once it is empty, with a block of keys or values."""
     mbarrier.wait(empty.index(place), parity ^ 1)
@@ -207,10 +218,7 @@ def _values_of_last_beside(scores, query, keys_ring, place, parity, last, begin,
         _release(empty, v_place)
         acc = acc * gl.convert_layout(decay, over_rows)[:, None]
         weights = gl.convert_layout(new_weights, operand)
-    sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
-    acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
-    _release(empty, place)
-    place, parity = next_place(place, parity, PLACES)
+    acc, place, parity = _with_values(acc, weights, keys_ring, place, parity, PLACES)
     return acc, row_sum, place, parity
 
 
@@ -261,10 +269,7 @@ def _values_by_halves(scores, query, keys_ring, place, parity, last, begin, hidd
     row_sum += gl.convert_layout(gl.sum(weights, 1), half_rows)
     weights = gl.convert_layout(weights.to(ring.dtype), operand)
     mbarrier.wait(full.index(place), parity)
-    sums = warpgroup_mma(weights, ring.index(place), acc, is_async=True)
-    acc, weights = warpgroup_mma_wait(0, deps=(sums, weights))
-    _release(empty, place)
-    place, parity = next_place(place, parity, PLACES)
+    acc, place, parity = _with_values(acc, weights, keys_ring, place, parity, PLACES)
     return acc, row_sum, place, parity
 
 
