@@ -12,6 +12,7 @@ from rich import print as rich_print
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
+from .errors import InvalidOptionError
 from .kernels.autotune import tuner_of_user, tuning
 from .options import Options
 from .passes import rewrite
@@ -120,8 +121,11 @@ def _show(debug: bool | Path, before: str, after: str, report: RewriteReport) ->
         print(f"# before\n{before}\n# after\n{after}")
         rich_print(report)
         return
-    directory = next(d for number in count() if not (d := debug / f"graph_{number}").exists())
-    directory.mkdir(parents=True)
-    (directory / "before.py").write_text(before)
-    (directory / "after.py").write_text(after)
-    (directory / "report.txt").write_text(f"{report}\n")
+    try:
+        directory = next(d for number in count() if not (d := debug / f"graph_{number}").exists())
+        directory.mkdir(parents=True)
+        (directory / "before.py").write_text(before)
+        (directory / "after.py").write_text(after)
+        (directory / "report.txt").write_text(f"{report}\n")
+    except OSError as error:
+        raise InvalidOptionError("debug", str(debug), "True, False or a directory that can be written") from error

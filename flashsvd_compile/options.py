@@ -90,7 +90,9 @@ def _one_of(key: str, valid: tuple[str, ...]):
 
 def _disable(value: Any) -> frozenset[str]:
     names = [value] if isinstance(value, str) else value
-    if not isinstance(names, (list, tuple, set, frozenset)) or not set(names) <= set(RULES):
+    if not isinstance(names, (list, tuple, set, frozenset)) or not all(
+        isinstance(name, str) and name in RULES for name in names
+    ):
         raise InvalidOptionError("disable", value, f"a list of rule names out of {', '.join(RULES)}")
     return frozenset(names)
 
@@ -103,9 +105,9 @@ def _mode(value: Any) -> str | None:
 
 
 def _memory_budget(value: Any) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and value > 0):
+    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63):
         return value
-    raise InvalidOptionError("memory_budget", value, "a positive number of bytes, or None")
+    raise InvalidOptionError("memory_budget", value, "a positive number of bytes below 2**63, or None")
 
 
 def _autotune(value: Any) -> bool:

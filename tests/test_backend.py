@@ -133,6 +133,19 @@ def test_one_graph_serves_all_lengths_and_batches(block):
     assert len(graphs) == 1
 
 
+def test_features_that_a_model_asks_its_input_for(block):
+    """Under ``dynamic=True`` their number is a symbol that was found to be a number."""
+
+    def function(x):
+        batch, length, features = x.shape
+        return block(x).view(batch * length, features)
+
+    with torch.no_grad():
+        fast = torch.compile(function, backend="flashsvd", dynamic=True, options={"strategy": "streamed"})
+        torch.testing.assert_close(fast(sample()), function(sample()))
+    assert latest().count("attention") == 2
+
+
 def test_mark_dynamic_needs_one_graph(block):
     fast = compiled(block)
     with torch.no_grad():

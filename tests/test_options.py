@@ -53,9 +53,12 @@ def test_an_unknown_option_lists_the_known_ones():
         ({"strategy": "fast"}, "'auto', 'fused', 'streamed', 'absorbed', 'merged', 'kept'"),
         ({"inner": "tvm"}, "'inductor', 'aot_eager', 'eager'"),
         ({"disable": ["attn"]}, "attention, mlp, linear"),
+        ({"disable": [["mlp"]]}, "attention, mlp, linear"),
+        ({"disable": [{}]}, "attention, mlp, linear"),
         ({"debug": 3}, "True, False or a directory"),
         ({"mode": "fastest"}, "'reduce-overhead'"),
         ({"memory_budget": -1}, "a positive number of bytes"),
+        ({"memory_budget": 2**63}, r"9223372036854775808; valid: a positive number of bytes below 2\*\*63"),
         ({"memory_budget": True}, "a positive number of bytes"),
         ({"autotune": "yes"}, "True or False"),
         ({"autotune": 1}, "True or False"),
@@ -64,6 +67,19 @@ def test_an_unknown_option_lists_the_known_ones():
 def test_an_invalid_value_lists_the_valid_ones(options, valid):
     with pytest.raises(InvalidOptionError, match=valid):
         Options.parse(options)
+
+
+def test_the_largest_memory_budget_is_taken():
+    assert Options.parse({"memory_budget": 2**63 - 1}).memory_budget == 2**63 - 1
+
+
+@pytest.mark.parametrize("where", ["file", "file/below", "/proc/absent"])
+def test_a_debug_directory_that_cannot_be_made(tmp_path: Path, where: str):
+    (tmp_path / "file").write_text("")
+    graph = torch.fx.symbolic_trace(nn.ReLU())
+    options = {"debug": tmp_path / where, "inner": "eager"}
+    with pytest.raises(InvalidOptionError, match=rf"'debug' cannot be '.*{where}'; valid: True, False or a directory"):
+        flashsvd(graph, [torch.randn(2)], options=options)
 
 
 def test_errors_can_be_caught_as_value_errors_and_as_ours():

@@ -1,6 +1,7 @@
 """``flashsvd bench``: measure a model from disk, or one of BERT-base's shape with random weights."""
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -27,9 +28,11 @@ def bench(
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the BERT-base shape.")] = 12,
     samples: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
-    record: Annotated[Path | None, typer.Option(help="JSON file to write.")] = None,
+    record: Annotated[Path | None, typer.Option(help="JSON file to write.", dir_okay=False, writable=True)] = None,
 ) -> None:
     """Compare dense eager, factored eager, factored Inductor and flashsvd on this device."""
+    if record is not None and not (record.parent.is_dir() and os.access(record.parent, os.W_OK)):
+        raise typer.BadParameter(f"--record cannot be {record}: {record.parent} is no folder that can be written to")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         dense = model_folder.load(model) if model else _bert_base(layers)

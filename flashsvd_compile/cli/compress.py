@@ -21,6 +21,7 @@ def compress(
     """Factor the dense layers of a model by truncated SVD."""
     try:
         dense = model_folder.load(model)
+        model_folder.create(out, source=model)
         factored = factorise(dense, keep_ratio, ranks=_parse_ranks(rank or []))
         model_folder.save(factored, out, source=model)
     except FlashSVDError as error:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ..backend import last_report
+from ..errors import FlashSVDError
 from ..report import RewriteReport
 from . import minilm
 from .comparison import DENSE, EAGER, Measured, compare
@@ -27,8 +28,11 @@ def demo(
     on_gpu = device.type == "cuda"
     model = minilm.load()
     batch = model.tokenize(minilm.sentences(512 if on_gpu else 32))
-    with console.status("compressing"):
-        factored = minilm.factored(model, keep_ratio).to(device)
+    try:
+        with console.status("compressing"):
+            factored = minilm.factored(model, keep_ratio).to(device)
+    except FlashSVDError as error:
+        raise typer.BadParameter(str(error)) from error
     batch = {name: tensor.to(device) for name, tensor in batch.items()}
     samples = 20 if on_gpu else 7
     with console.status("compiling and measuring"):

@@ -20,26 +20,56 @@ def load(folder: Path) -> nn.Module:
         folder: holds ``config.json`` and either :data:`FACTORED_WEIGHTS` or weights that transformers loads.
 
     Raises:
-        CheckpointError: no such folder, or weights that do not fit the configuration.
+        CheckpointError: no such folder, no configuration or weights that transformers can load, or weights that do not
+            fit the configuration.
     """
-    import transformers
-
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+    factored = (folder / FACTORED_WEIGHTS).exists()
+    try:
+        model = _from_transformers(folder, with_weights=not factored)
+    except Exception as error:  # of any class: a configuration may be wrong in many ways, each with an error of its own
+        raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
+    return load_factored(model, folder / FACTORED_WEIGHTS) if factored else model
+
+
+def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
+    import transformers
+
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    if (folder / FACTORED_WEIGHTS).exists():
-        make = getattr(architecture, "_from_config", None) or architecture.from_config
-        return load_factored(make(config), folder / FACTORED_WEIGHTS).eval()
-    return architecture.from_pretrained(folder, local_files_only=True).eval()
+    if with_weights:
+        return architecture.from_pretrained(folder, local_files_only=True).eval()
+    make = getattr(architecture, "_from_config", None) or architecture.from_config
+    return make(config).eval()
+
+
+def create(folder: Path, source: Path) -> None:
+    """Make the folder for a factored model, unless it is there.
+
+    Raises:
+        CheckpointError: it cannot be made, or is the folder ``source`` of the dense model.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder} is no folder that can be made: {error}") from error
+    if folder.samefile(source):
+        raise CheckpointError(f"{folder} holds the dense model; write the factored one to another folder")
 
 
 def save(model: nn.Module, folder: Path, source: Path) -> None:
-    """Write a factored model; configuration and tokenizer are copied from the folder that it was loaded from."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for file in source.iterdir():
-        if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
-            shutil.copy(file, folder)
+    """Write a factored model; configuration and tokenizer are copied from the folder that it was loaded from.
+
+    Raises:
+        CheckpointError: a file cannot be written.
+    """
+    try:
+        for file in source.iterdir():
+            if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
+                shutil.copy(file, folder)
+    except OSError as error:
+        raise CheckpointError(f"cannot copy the configuration to {folder}: {error}") from error
     save_factored(model, folder / FACTORED_WEIGHTS)
 
 

@@ -12,6 +12,8 @@ from .low_rank_linear import LowRankLinear
 
 FORMAT = "flashsvd-factored-1"
 LAYERS_KEY = "flashsvd_layers"
+EXAMPLE = {"in_features": 768, "rank": 192, "out_features": 768, "down_bias": False, "bias": True}
+"""What the metadata says of a layer."""
 
 
 def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -22,14 +24,18 @@ def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
         path: of the file to write.
 
     Raises:
-        CheckpointError: the model has no low-rank layer.
+        CheckpointError: the model has no low-rank layer, or the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_model
 
     layers = {name: _describe(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise CheckpointError("the model has no low-rank layer; compress it first")
-    save_model(model, str(path), metadata={"format": FORMAT, LAYERS_KEY: json.dumps(layers)})
+    try:
+        save_model(model, str(path), metadata={"format": FORMAT, LAYERS_KEY: json.dumps(layers)})
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"cannot write {path}: {error}") from error
 
 
 def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
@@ -46,11 +52,14 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
     from safetensors.torch import load_model
 
     dense = dict(dense_layers(model))
-    low_rank: dict[str, nn.Module] = {}
+    low_rank: dict[str, LowRankLinear] = {}
     for name, shape in _read_layers(path).items():
         if name not in dense:
             raise CheckpointError(f"{path}: the model has no dense layer {name!r}")
-        low_rank[name] = dense[name].low_rank(shape["rank"], shape["down_bias"])
+        try:
+            low_rank[name] = dense[name].low_rank(shape["rank"], shape["down_bias"])
+        except (RuntimeError, TypeError) as error:
+            raise CheckpointError(f"{path}: no layer {name!r} of rank {shape['rank']} can be made: {error}") from error
         if _describe(low_rank[name]) != shape:
             raise CheckpointError(f"{path}: layer {name!r} is {shape}, in the model {_describe(low_rank[name])}")
     factored = replaced(model, low_rank)
@@ -61,8 +70,7 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
     return factored
 
 
-def _describe(layer: nn.Module) -> dict[str, Any]:
-    assert isinstance(layer, LowRankLinear)
+def _describe(layer: LowRankLinear) -> dict[str, Any]:
     return {
         "in_features": layer.in_features,
         "rank": layer.rank,
@@ -83,4 +91,21 @@ def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is no factored checkpoint of format {FORMAT}; save_factored writes those")
-    return json.loads(metadata[LAYERS_KEY])
+    try:
+        layers = json.loads(metadata.get(LAYERS_KEY, ""))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {LAYERS_KEY} of its metadata is no JSON: {error}") from error
+    if not isinstance(layers, dict):
+        raise CheckpointError(f"{path}: {LAYERS_KEY} of its metadata is {layers!r}, expected layers by name")
+    for name, shape in layers.items():
+        if not _is_description(shape):
+            raise CheckpointError(f"{path}: layer {name!r} is {shape!r}, expected a shape such as {EXAMPLE}")
+    return layers
+
+
+def _is_description(shape: object) -> bool:
+    return (
+        isinstance(shape, dict)
+        and {key: type(value) for key, value in shape.items()} == {key: type(value) for key, value in EXAMPLE.items()}
+        and shape["rank"] > 0
+    )

@@ -3,6 +3,8 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
+from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,8 +26,8 @@ def compress(
     keep_ratio: float = 0.5,
     *,
     ranks: Mapping[str, int] | None = None,
-    targets: Iterable[str] = ("*",),
-    skip: Iterable[str] = DEFAULT_SKIP,
+    targets: str | Iterable[str] = ("*",),
+    skip: str | Iterable[str] = DEFAULT_SKIP,
     calibrate: Callable[[ModelT], object] | None = None,
 ) -> ModelT:
     """A copy of the model with its dense layers factored; the model itself is left as it was.
@@ -33,14 +35,15 @@ def compress(
     Each ``nn.Linear`` (and ``Conv1D`` of transformers) of ``m`` outputs and ``n`` inputs becomes a
     :class:`LowRankLinear` of rank ``r = floor(keep_ratio * m * n / (m + n))``, at least 1. Left dense are layers where
     two factors would not be smaller, ``r * (m + n) >= m * n``; weights that other modules share, such as a language
-    model's head tied to its embedding; subclasses of ``nn.Linear``; and layers with hooks.
+    model's head tied to its embedding; subclasses of ``nn.Linear``; and layers with hooks. Layers that are low-rank
+    already stay as they are.
 
     Args:
         keep_ratio: share of a weight's parameters that its factors may have, between 0 and 1.
         ranks: rank by layer name, ahead of ``keep_ratio``. Keys are shell patterns of dotted names, such as
             ``"*.attention.*"``; of several that fit, the first counts.
-        targets: patterns of the names to factor.
-        skip: patterns of the names to leave dense, whatever ``targets`` and ``ranks`` say.
+        targets: patterns of the names to factor; a plain string is one pattern.
+        skip: likewise, patterns of the names to leave dense, whatever ``targets`` and ``ranks`` say.
         calibrate: runs the model on sample data, as ``lambda model: model(**batch)``. The factors then keep the
             layers' outputs on that data rather than the weights, which loses far less. A layer that does not run gets
             the plain decomposition, as all do without ``calibrate``.
@@ -49,13 +52,13 @@ def compress(
         The factored copy, of the same class, dtypes, devices and training mode.
 
     Raises:
-        CompressionError: a value out of range, a pattern that fits no layer, nothing to factor, or a weight that
-            cannot be decomposed (not floating point, not finite, on the meta device).
+        CompressionError: a value out of range or of another type, a pattern that fits no layer, nothing to factor, or
+            a weight or calibration data that cannot be decomposed (not floating point, not finite, on the meta device).
     """
-    ranks = dict(ranks or {})
-    _check_values(keep_ratio, ranks)
+    ranks = {} if ranks is None else ranks
+    _check_values(keep_ratio, ranks, calibrate)
+    targets, skip = _patterns("targets", targets), _patterns("skip", skip)
     layers = {name: layer for name, layer in dense_layers(model) if not _fits_any(name, skip)}
-    targets = tuple(targets)
     _check_patterns((*targets, *ranks), layers)
     chosen = {
         name: rank
@@ -64,7 +67,7 @@ def compress(
     }
     if not chosen:
         raise CompressionError("the model has no layer that low rank would make smaller")
-    moments = second_moments(model, chosen, lambda: calibrate(model)) if calibrate else {}
+    moments = second_moments(model, chosen, lambda: calibrate(model)) if calibrate is not None else {}
     log.info("factoring %d of %d dense layers", len(chosen), len(layers))
     factored = {name: _factorise(name, layers[name], rank, moments.get(name)) for name, rank in chosen.items()}
     return replaced(model, factored)
@@ -100,12 +103,28 @@ def _rank(name: str, layer: DenseLayer, keep_ratio: float, ranks: Mapping[str, i
     return rank
 
 
-def _check_values(keep_ratio: float, ranks: Mapping[str, int]) -> None:
-    if not 0 < keep_ratio < 1:
+def _check_values(keep_ratio: float, ranks: object, calibrate: object) -> None:
+    if not isinstance(keep_ratio, Real) or not 0 < keep_ratio < 1:
         raise CompressionError(f"keep_ratio must be between 0 and 1, not {keep_ratio!r}")
+    if calibrate is not None and not callable(calibrate):
+        raise CompressionError(f"calibrate must be a function that runs the model, not {calibrate!r}")
+    if not isinstance(ranks, Mapping):
+        raise CompressionError(f"ranks must map patterns of layer names to ranks, not {ranks!r}")
     for pattern, rank in ranks.items():
+        if not isinstance(pattern, str):
+            raise CompressionError(f"ranks must map patterns of layer names to ranks, not {pattern!r}")
         if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
             raise CompressionError(f"the rank of {pattern!r} must be a positive integer, not {rank!r}")
+
+
+def _patterns(argument: str, value: Any) -> tuple[str, ...]:
+    """The patterns given for an argument; a plain string is one."""
+    if isinstance(value, str):
+        return (value,)
+    patterns = tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise CompressionError(f"{argument} must be patterns of layer names, not {value!r}")
+    return tuple(map(str, patterns))
 
 
 def _check_patterns(patterns: Iterable[str], layers: Mapping[str, DenseLayer]) -> None:

@@ -123,7 +123,7 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
         return
     one_kernel = q.shape[-1] == v.shape[-1]
     unmasked = attn.mask is None and attn.key_padding is None and attn.documents is None
-    if unmasked and is_causal(attn) and one_kernel:
+    if unmasked and is_causal(attn) and one_kernel and attn.scale > 0:  # else PyTorch's kernel gives NaN (2.13, CPU)
         out[:, : keys.start] = 0.0
         visible = slice(keys.start, None)
         _causal(out[:, visible], q[:, visible], k[:, keys], v[:, keys], attn)

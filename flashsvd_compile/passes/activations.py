@@ -29,6 +29,8 @@ _IDENTITIES = CONVERSIONS | {"dropout"}
 _MAX_NODES = 24
 _FAR = (4, 5, 7, 10, 20, 38)
 """Powers of ten up to the largest numbers of bfloat16 and float32: a clip anywhere below shows."""
+_SHIFTS = (7, 19, 43)
+"""Of the samples, so that small numbers meet large ones and other signs."""
 _TOLERANCE = 1e-8  # published constants such as 0.7978845608 are rounded at the tenth digit
 
 
@@ -82,6 +84,7 @@ def collect(node: Node, is_leaf: Callable[[Node], bool]) -> Elementwise | None:
         return None
     leaves: dict[Node, None] = {}
     nodes: dict[Node, None] = {}
+    entered: set[Node] = set()
 
     def visit(node: Node) -> bool:
         if node in nodes or node in leaves:
@@ -90,7 +93,8 @@ def collect(node: Node, is_leaf: Callable[[Node], bool]) -> Elementwise | None:
         if is_leaf(node) or not _is_elementwise(node) or any(shape_of(i) != shape for i in inputs):
             leaves[node] = None
             return True
-        if not all(visit(argument) for argument in inputs) or len(nodes) == _MAX_NODES:
+        entered.add(node)
+        if len(entered) > _MAX_NODES or not all(visit(argument) for argument in inputs):
             return False
         nodes[node] = None
         return True
@@ -161,7 +165,8 @@ def _samples() -> Tensor:
     with unset_fake_temporarily():
         near = torch.linspace(-7.03, 6.97, 57, dtype=torch.float64, device="cpu")
         far = [-1e3, -101.5, -31.7, -12.3, 11.9, 33.1, 99.5, 1e3, *(sign * 10.0**n for n in _FAR for sign in (-1, 1))]
-        return torch.cat((near, torch.tensor(far, dtype=torch.float64, device="cpu")))
+        bends = [sign * 10.0**-n for n in range(1, 7) for sign in (-1, 1)]
+        return torch.cat((near, torch.tensor([*far, *bends], dtype=torch.float64, device="cpu")))
 
 
 def _name(chain: Elementwise) -> str | None:
@@ -171,11 +176,11 @@ def _name(chain: Elementwise) -> str | None:
 
 
 def _gated_name(chain: Elementwise, activated: Node, linear: Node) -> str | None:
-    """The activation when the chain is ``act(activated) * linear``."""
+    """The activation when the chain is ``act(activated) * linear``, however small or large either is."""
     x = _samples()
     names = set()
-    for other in (0.37, -2.9):
-        result = evaluate(chain, {activated: x, linear: torch.full_like(x, other)})
+    for other in (x.flip(0), *(x.roll(shift) for shift in _SHIFTS)):
+        result = evaluate(chain, {activated: x, linear: other})
         names.add(None if result is None else _known(result / other, x))
     return names.pop() if len(names) == 1 else None
 

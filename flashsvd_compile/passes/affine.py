@@ -1,7 +1,9 @@
 """Reads an affine map of the last dimension, ``y = x @ weight.T + bias``, in any spelling."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from .values import number_of, shape_of, tensor_of
@@ -25,15 +27,20 @@ class Affine(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def read_affine(node: Node, diagonal: bool = False) -> Affine | None:
+_MAX_STEPS = 32
+"""Operations that one map is read out of."""
+
+
+def read_affine(node: Node, diagonal: bool = False, steps: int = 0) -> Affine | None:
     """``node`` as one affine map of the last dimension.
 
     Args:
         node: the result.
         diagonal: also fold a multiplication of the features by a vector or a number, as found between two factors.
+        steps: operations read already.
     """
     call = read(node)
-    if call is None or tensor_of(node) is None:
+    if call is None or tensor_of(node) is None or steps > _MAX_STEPS:
         return None
     if call.op == "linear":
         bias = call.get("bias")
@@ -47,11 +54,13 @@ def read_affine(node: Node, diagonal: bool = False) -> Affine | None:
     if call.op == "einsum":
         return _einsum(call["equation"], call["operands"], node)
     if call.op == "add" and number_of(call.get("alpha", 1)) == 1:
-        return _biased(call.input, call["other"], node) or _biased(call["other"], call.input, node)
+        pairs = (call.input, call["other"]), (call["other"], call.input)
+        return _first(_biased(affine, bias, node, steps + 1) for affine, bias in pairs)
     if diagonal and call.op == "mul":
-        return _scaled(call.input, call["other"], node) or _scaled(call["other"], call.input, node)
+        pairs = (call.input, call["other"]), (call["other"], call.input)
+        return _first(_scaled(affine, factor, node, steps + 1) for affine, factor in pairs)
     if diagonal and call.op == "dropout":
-        inner = read_affine(call.input, diagonal=True)
+        inner = read_affine(call.input, True, steps + 1)
         return None if inner is None else inner._replace(nodes=(*inner.nodes, node))
     return None
 
@@ -62,6 +71,8 @@ def _affine(source: object, weight: Weight, bias: Node | None, node: Node) -> Af
         return None
     if len(weight.shape) != 2 or not all(isinstance(size, int) for size in weight.shape):
         return None
+    if bias is not None and shape_of(bias) != (weight.shape[0],):
+        return None  # one number for all features
     return Affine(source, weight, None if bias is None else Weight.of(bias), (node,))
 
 
@@ -85,11 +96,15 @@ def _einsum(equation: object, operands: tuple, node: Node) -> Affine | None:
     return _affine(operands[0], value, None, node)
 
 
-def _biased(affine: object, bias: object, node: Node) -> Affine | None:
+def _first(found: Iterable[Affine | None]) -> Affine | None:
+    return next((affine for affine in found if affine is not None), None)
+
+
+def _biased(affine: object, bias: object, node: Node, steps: int) -> Affine | None:
     """An affine map plus a vector over the features."""
     if not is_weight(bias, 1) or not isinstance(affine, Node) or not isinstance(bias, Node):
         return None
-    inner = read_affine(affine)
+    inner = read_affine(affine, steps=steps)
     if inner is None or shape_of(affine) != shape_of(node) or shape_of(bias) != (inner.weight.shape[0],):
         return None
     if len(affine.users) > 1:
@@ -99,13 +114,13 @@ def _biased(affine: object, bias: object, node: Node) -> Affine | None:
     return inner._replace(bias=total, nodes=(*inner.nodes, node))
 
 
-def _scaled(affine: object, factor: object, node: Node) -> Affine | None:
+def _scaled(affine: object, factor: object, node: Node, steps: int) -> Affine | None:
     """An affine map times a vector over the features, or times a number."""
     if not isinstance(affine, Node) or shape_of(affine) != shape_of(node) or len(affine.users) > 1:
         return None
-    inner = read_affine(affine, diagonal=True)
-    if inner is None:
-        return None
+    inner = read_affine(affine, True, steps)
+    if inner is None or inner.weight.value.dtype == torch.float16:
+        return None  # a product with it may be too small or too large for float16
     number = number_of(factor)
     if number is not None:
         scale, column = number, number

@@ -95,7 +95,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     merges = read_merges(core)
     if not merges:
         return _unsupported(f"the heads of {node.name!r} are not concatenated to [batch, len, features]")
-    out, output, out_nodes = read_out(merges)
+    out, output, out_nodes = read_out(core, merges)
     members = present(q=q.factored, k=k.factored, v=v.factored, out=out)
     if not any(member.rank is not None for member in members.values()):
         return None

@@ -49,11 +49,13 @@ def _concatenates(node: Node, core: Core) -> bool:
     return trace(node, wanted)[:2] == (core.result.node, layout)
 
 
-def read_out(merges: list[Merge]) -> tuple[Factored | None, Node, tuple[Node, ...]]:
+def read_out(core: Core, merges: list[Merge]) -> tuple[Factored | None, Node, tuple[Node, ...]]:
     """The output projection as ``(projection, result, nodes)``; without one, the concatenated heads themselves."""
     best: tuple[Factored | None, Node, tuple[Node, ...]] | None = None
     node, nodes = merges[-1]
     rows = [(shape_of(merge.tensor) or ())[:-1] for merge in merges]
+    layout = core.result.layout
+    batched = extent(named(layout, "batch")), extent(named(layout, "query"))
     while len(node.users) == 1:
         (node,) = node.users
         found = None if live_dropout(node) else _projection_behind(node)
@@ -62,12 +64,12 @@ def read_out(merges: list[Merge]) -> tuple[Factored | None, Node, tuple[Node, ..
         factored, passed = found
         into = [merge for merge in merges if merge.tensor is factored.source]
         shape = shape_of(node)
-        if into and shape is not None and (len(shape) == 3 or shape[:-1] in rows):
+        if into and shape is not None and shape[:-1] in (*rows, batched):
             best = factored, node, nodes + passed
     if best is not None:
         return best
-    batched = [merge for merge in merges if len(shape_of(merge.tensor) or ()) == 3] or merges
-    tensor, nodes = batched[-1]
+    whole = [merge for merge in merges if len(shape_of(merge.tensor) or ()) == 3] or merges
+    tensor, nodes = whole[-1]
     return None, tensor, nodes
 
 

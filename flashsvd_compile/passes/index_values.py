@@ -5,6 +5,7 @@ numbers. See :mod:`.index_algebra`.
 """
 
 from dataclasses import dataclass, replace
+from functools import partial
 
 import sympy
 from torch.fx import Node
@@ -181,5 +182,13 @@ def minimum(position: Position, sizes: dict[sympy.Symbol, sympy.Expr]) -> Positi
         slope = lowest.coeff(symbol)
         if not slope.is_nonnegative and not slope.is_nonpositive:
             return None
+        if not all(map(partial(_is_linear, symbol), sympy.Add.make_args(lowest))):
+            return None
         lowest = sympy.expand(lowest.xreplace({symbol: sympy.Integer(0) if slope.is_nonnegative else size - 1}))
     return lowest
+
+
+def _is_linear(symbol: sympy.Symbol, term: sympy.Expr) -> bool:
+    """Whether a term of an expanded sum is; a square or an absolute value has no coefficient, or one that varies."""
+    slope = sympy.sympify(term.coeff(symbol))
+    return symbol not in term.free_symbols or (slope != 0 and symbol not in slope.free_symbols)

@@ -11,6 +11,7 @@ from functools import partial
 from math import inf
 from typing import Any, NamedTuple
 
+import sympy
 import torch
 from torch.fx import Graph, Node
 
@@ -37,6 +38,8 @@ class Mask(NamedTuple):
         floored: masked scores are raised to the least finite number, so that a query that may see no key attends to
             all of them evenly.
         heads: with them, the first of three dimensions is that of batch items by heads, or of size 1.
+        leading: dimensions of the scores where they are restricted, but for queries and keys; ``None`` where they are
+            batch and heads.
     """
 
     node: Node
@@ -44,6 +47,14 @@ class Mask(NamedTuple):
     inverted: bool = False
     floored: bool = False
     heads: int | None = None
+    leading: tuple[sympy.Expr, ...] | None = None
+
+    def fits(self, batch: sympy.Expr, heads: sympy.Expr) -> bool:
+        """Whether it says the same of ``[batch, heads, queries, keys]``."""
+        own = (shape_of(self.node) or ())[:-2]
+        if self.leading is None or self.heads is not None:
+            return True
+        return len(own) <= 2 and (all(size == 1 for size in own) or self.leading == (batch, heads))
 
     @property
     def visible(self) -> Node | None:
@@ -117,7 +128,9 @@ class Scores(NamedTuple):
 
 
 def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
-    """The operator's arguments for all masks together."""
+    """The operator's arguments for all masks together, the outermost first."""
+    if _hides_together(masks, scores, read_mask):
+        return _as_one(masks, scores)
     arguments: dict[str, Any] = {}
     for mask in masks:
         arguments_of = _arguments if mask.fill is None else _arguments_of_fill
@@ -125,12 +138,92 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask)
         if isinstance(found, Obstacle):
             return found
         twice = arguments.keys() & found.keys()
-        if twice - {"mask"} or (twice and mask.floored != masks[0].floored):
+        if twice and mask.floored != masks[0].floored:
+            return _as_one(masks, scores)
+        if twice - {"mask"}:
             return _unknown(mask, "is one of two masks that cannot be told to the operator together")
         if twice:
             found["mask"] = _together(arguments["mask"], found["mask"], mask.floored)
         arguments |= found
     return arguments
+
+
+def _hides_together(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> bool:
+    """Whether a query may see no key by several masks, of which one puts a finite number for scores.
+
+    Such a query attends evenly to the keys whose scores are least negative, which may be those that only one mask
+    hides. So no mask of finite level is told as structure beside one that may hide a query's own key, and the later of
+    two replaces what the earlier put.
+    """
+    found = [_Restriction.by(mask, scores, read_mask) for mask in masks if not _is_bias(mask)]
+    if len(found) < 2 or not any(restriction.finite for restriction in found):
+        return False
+    windows = all(r.keeps_own_key for r in found)
+    as_structure = any(r.finite and r.told for r in found)
+    fills = sum(not r.told for r in found) > 1 and any(r.finite and not r.told and r.fills for r in found)
+    return fills or (as_structure and not windows)
+
+
+class _Restriction(NamedTuple):
+    """What one of several masks does.
+
+    Attributes:
+        finite: masked scores are finite numbers, as far as is known.
+        told: it is told to the operator as structure, not as a tensor.
+        keeps_own_key: each query sees itself.
+        fills: it replaces scores instead of adding to them.
+    """
+
+    finite: bool
+    told: bool
+    keeps_own_key: bool
+    fills: bool
+
+    @classmethod
+    def by(cls, mask: Mask, scores: Scores, read_mask: ReadMask) -> "_Restriction":
+        fills = mask.fill is not None
+        node = mask.visible if fills else mask.node
+        reading = MaskReading(residual=mask.node) if node is None else read_mask(node, mask.floored and not fills)
+        keeps = reading.residual is None and not reading.key_paddings and scores.square
+        level = mask.fill if fills else -inf if _is_boolean(mask.node) else level_of(mask.node)
+        finite = level != -inf or mask.floored
+        return cls(finite, keeps if fills and finite else reading.residual is None, keeps, fills)
+
+
+def _is_bias(mask: Mask) -> bool:
+    """Whether numbers of each head's own are added, which no mask has, at no known level."""
+    per_head = mask.heads is not None or (shape_of(mask.node) or ())[-3:-2] not in ((), (1,))
+    return mask.fill is None and per_head and level_of(mask.node) is None
+
+
+def _as_one(masks: tuple[Mask, ...], scores: Scores) -> dict[str, Any] | Obstacle:
+    """One additive mask for all: what they make of scores of 0, next to which any other scores are rounded away."""
+    x = tensor_of(scores.x)
+    least = torch.finfo(scores.dtype).min
+    for mask in masks:
+        value = tensor_of(mask.node)
+        adds = mask.fill is None and value is not None and value.dtype == scores.dtype
+        if mask.heads is not None or not (adds or (mask.fill is not None and mask.fill <= least)):
+            return _unknown(mask, "is one of several masks by which a query may see no key")
+    if x is None or x.dtype != scores.dtype or scores.dtype == torch.float16:
+        return _unknown(masks[0], f"is one of several masks of scores of {scores.dtype}, which round no score away")
+    return {"mask": Deferred(partial(_replayed, masks, scores.dtype), tuple(mask.node for mask in masks))}
+
+
+def _replayed(masks: tuple[Mask, ...], dtype: torch.dtype, graph: Graph) -> Node:
+    total: Node | None = None
+    for at, mask in reversed(list(enumerate(masks))):
+        if mask.fill is None:
+            total = mask.node if total is None else emit(graph, "add", total, mask.node)
+        else:
+            hidden = mask.node if mask.inverted else emit(graph, "logical_not", mask.node)
+            start = emit(graph, "mul", emit(graph, "to", hidden, dtype), 0.0) if total is None else total
+            fill = mask.fill if mask.fill == -inf else max(mask.fill, torch.finfo(dtype).min)
+            total = emit(graph, "masked_fill", start, hidden, fill)
+        if mask.floored and not any(outer.floored for outer in masks[:at]):
+            total = _raised(total, graph)
+    assert total is not None
+    return total
 
 
 def _together(outer: Node | Deferred, inner: Node | Deferred, floored: bool) -> Deferred:
@@ -145,7 +238,7 @@ def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, gra
     if _is_boolean(parts[0]):
         return emit(graph, "logical_and", *parts)
     if _is_boolean(parts[1]):
-        return emit(graph, torch.where, parts[1], parts[0], float("-inf"))
+        return emit(graph, torch.where, parts[1], parts[0], emit(graph, "new_full", parts[0], (), -inf))
     total = emit(graph, "add", *parts)
     return _raised(total, graph) if floored else total
 
@@ -196,10 +289,10 @@ def _raised(node: Node, graph: Graph) -> Node:
 def _arguments_of_fill(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     visible, fill = mask.visible, mask.fill
     assert fill is not None
-    if mask.floored:
-        fill = max(fill, torch.finfo(scores.dtype).min)
+    if mask.floored or fill != -inf:
+        fill = max(fill, torch.finfo(scores.dtype).min)  # of scores that are wider than queries and keys
     reading = MaskReading(residual=mask.node) if visible is None else read_mask(visible, False)
-    if fill == float("-inf"):
+    if fill == -inf:
         return {"mask": _call("logical_not", mask.node)} if visible is None else _structure(reading, scores.x)
     if scores.square and reading.residual is None and not reading.key_paddings:  # every query sees at least itself
         return _structure(reading, scores.x)

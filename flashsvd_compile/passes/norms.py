@@ -39,8 +39,12 @@ _OPERATIONS = ELEMENTWISE | CONVERSIONS | _REDUCTIONS | _LIBRARY
 _MAX_NODES = 32
 _ROWS = 2
 """Sample size of every dimension that is no feature: what mixes rows then shows."""
-_SCALES = (1e-3, 1.0, 1e3, 1e-9, 1e9, 0.0)
+_SCALES = (1e-3, 1.0, 1e3, 1e-9, 1e9, 1e18, 1e36, 0.0)
 """Of the samples, the first for eps. Extremes show a floor or a ceiling, and zero what a padded row gives."""
+_LARGE = 1e30
+"""Scale of weights and biases that show a ceiling behind them."""
+_SPIKE = 1e6
+"""Of one feature over the others, which a norm makes as large as it makes any: a ceiling on its result shows."""
 _TOLERANCE = 1e-8
 _EPS_DIGITS = 9  # what float64 leaves of an eps of 1e-12 at the smallest scale
 _NO_EPS = 1e-15
@@ -180,6 +184,7 @@ def _chains(node: Node) -> Iterator[_Chain]:
     """The operations above ``node``, once for each tensor of its shape at which they may begin."""
     leaves: dict[Node, None] = {}
     nodes: dict[Node, None] = {}
+    entered: set[Node] = set()
 
     def visit(node: Node) -> bool:
         if node in nodes or node in leaves:
@@ -188,7 +193,8 @@ def _chains(node: Node) -> Iterator[_Chain]:
         if call is None or call.op not in _OPERATIONS or _is_projected(node):
             leaves[node] = None
             return True
-        if not all(visit(above) for above in _tensors_into(node)) or len(nodes) == _MAX_NODES:
+        entered.add(node)
+        if len(entered) > _MAX_NODES or not all(visit(above) for above in _tensors_into(node)):
             return False
         nodes[node] = None
         return True
@@ -268,8 +274,9 @@ def _matches(chain: _Chain, frame: _Frame, weight: Node | None, bias: Node | Non
         eps = _solve_eps(frame.by_heads(x), result, norm)
         if eps is None:
             return None
-        for scale in _SCALES:
-            x, values = random(frame.sizes) * scale, {node: random(_shape(node)) for node, _ in given}
+        for scale, gain, spike in (*((scale, 1.0, 1.0) for scale in _SCALES), (1.0, _LARGE, 1.0), (1.0, 1.0, _SPIKE)):
+            x, values = random(frame.sizes) * scale, {node: random(_shape(node)) * gain for node, _ in given}
+            x[..., -1] *= spike
             norm = norm._replace(weight=of_heads(weight, values), bias=of_heads(bias, values), eps=eps)
             expected, found = operator.apply(frame.by_heads(x), norm), run(x, values)
             if found is None or not _agree(found, expected):

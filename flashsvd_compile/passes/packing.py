@@ -29,23 +29,23 @@ from ..ops.packed_linear import ROLES
 from ..ops.projection import argument_names
 from .emit import emit
 from .order import Order
-from .region import has_few_rows
+from .region import has_few_rows, requires_grad
 from .values import shape_of, value_of
 
 
 def pack_projections(graph: Graph) -> None:
     """Pack the lone projections of a graph that the rules have run over."""
-    for group in _groups(graph):
+    order = Order.of(graph.nodes)
+    for group in _groups(order):
         for start in range(0, len(group), len(ROLES)):
             first, *others = group[start : start + len(ROLES)]
             members = [first, *(other for other in others if not _is_computed_from(other, group))]
             if len(members) > 1:
-                _pack(graph, members)
+                _pack(graph, members, order)
 
 
-def _groups(graph: Graph) -> list[list[Node]]:
+def _groups(order: Order) -> list[list[Node]]:
     """Projections of the same few rows, between which nothing is overwritten and no mode is switched."""
-    order = Order.of(graph.nodes)
     barriers = sorted(order.position[node] for node in (*order.writers, *order.switches))
 
     def stretch(node: Node) -> tuple[int, int]:
@@ -60,10 +60,14 @@ def _of_few_rows(node: Node) -> bool:
     return isinstance(x, Node) and has_few_rows(x)
 
 
-def _pack(graph: Graph, members: list[Node]) -> None:
-    """Put the packed call where the first of the members is, whose users may come before the last."""
+def _pack(graph: Graph, members: list[Node], order: Order) -> None:
+    """Put the packed call where the first of the members is, whose users may come before the last.
+
+    Of one row a part is contiguous as it is: a view, which autograd lets nobody change in place.
+    """
     first = members[0]
     arguments = packed_arguments(members)
+    tracked = order.gradients_at(first) and any(map(requires_grad, arguments.values()))
     for argument in arguments.values():
         _hoist(argument, first)
     with graph.inserting_before(first):
@@ -72,7 +76,7 @@ def _pack(graph: Graph, members: list[Node]) -> None:
             packed.meta["example_value"] = ops.packed_linear(**map_arg(arguments, value_of))
         parts = emit(graph, "split", packed, [int(features_of(member)) for member in members], -1)
         for index, member in enumerate(members):
-            part = emit(graph, "contiguous", emit(graph, operator.getitem, parts, index))
+            part = emit(graph, "clone" if tracked else "contiguous", emit(graph, operator.getitem, parts, index))
             part.meta = member.meta | part.meta
             member.replace_all_uses_with(part)
     for member in members:
@@ -111,8 +115,11 @@ def _is_computed_from(member: Node, group: list[Node]) -> bool:
 
 def _hoist(weight: Node, before: Node) -> None:
     """Move what computes a factor in front of a node, which it does not depend on."""
-    if weight < before:
-        return
-    for node in weight.all_input_nodes:
-        _hoist(node, before)
-    before.prepend(weight)
+    waiting, moving = [weight], set()
+    while waiting:
+        node = waiting.pop()
+        if not node < before and node not in moving:
+            moving.add(node)
+            waiting += node.all_input_nodes
+    for node in sorted(moving):
+        before.prepend(node)

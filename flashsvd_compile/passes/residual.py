@@ -19,6 +19,8 @@ MLP or of a lone projection, which becomes a ``packed_linear_v2`` of one member 
 
 from typing import Any
 
+import sympy
+from torch import Tensor
 from torch._ops import OpOverload
 from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -27,7 +29,7 @@ from .. import ops
 from .order import Order
 from .packing import packed_arguments
 from .region import has_few_rows, in_schema_order, is_on_gpu, rows_of
-from .values import number_of, shape_of, tensor_of
+from .values import number_of, shape_of, size_of, tensor_of
 from .vocabulary import live_dropout, read
 
 OPERATORS = (ops.attention, ops.mlp)
@@ -121,7 +123,13 @@ def _alike(residual: Node, node: Node, total: Node) -> bool:
     added, result, summed = tensor_of(residual), tensor_of(node), tensor_of(total)
     if added is None or result is None or summed is None or is_traceable_wrapper_subclass(added):
         return False
-    return added.dtype == result.dtype == summed.dtype and added.device == result.device
+    alike = added.dtype == result.dtype == summed.dtype and added.device == result.device
+    return alike and _strides(result) == _strides(summed)
+
+
+def _strides(tensor: Tensor) -> list[sympy.Expr | None]:
+    """By dimension; of one of size 1 any will do."""
+    return [None if size == 1 else size_of(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
 
 
 def interrupted(nodes: list[Node], order: Order) -> bool:

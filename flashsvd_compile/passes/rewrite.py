@@ -129,13 +129,15 @@ def _replace(region: Region, graph: Graph, order: Order, options: Options) -> Ma
 
 def _erase(nodes: Sequence[Node], graph: Graph) -> None:
     """Remove the region's nodes, which nothing uses any more, and views of weights that only they used."""
-    for node in reversed(nodes):
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
         inputs = node.all_input_nodes
         if node._erased or node.users:
             continue
         graph.erase_node(node)
-        dead = [i for i in inputs if not i.users and i.op in ("call_function", "call_method") and _is_pure_view(i)]
-        _erase(dead, graph)
+        calls = ("call_function", "call_method")
+        waiting += [i for i in inputs if not i.users and i.op in calls and i not in nodes and _is_pure_view(i)]
 
 
 def _is_pure_view(node: Node) -> bool:

@@ -218,8 +218,8 @@ def _without_heads(leaf: Node, names: list[str]) -> Node | None:
         for step in reversed(view.steps):
             layout = None if layout is None else step.back(layout)
         node = view.source
-        if layout is None or any(len(dim) > 1 for dim in layout):
-            return None
+        if layout is None or any(len(dim) > 1 or not all(isinstance(axis, Axis) for axis in dim) for dim in layout):
+            return None  # a part of a larger table is used as it is
         order = ["".join(axis.name for axis in dim if isinstance(axis, Axis)) for dim in layout]
         if order[:-2] in ([], [""], ["batch"]) and order[-2:] in (["position", "column"], ["", "column"]):
             return node

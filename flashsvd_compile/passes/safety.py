@@ -19,7 +19,7 @@ from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
 from .region import Region, requires_grad
-from .values import tensor_of
+from .values import size_of, tensor_of
 from .vocabulary import live_dropout
 from .weights import is_weight
 
@@ -231,7 +231,7 @@ def features(region: Region) -> Obstacle | None:
     sizes = [(name, tuple(tensor.shape[-1:])) for name, tensor in inputs if tensor is not None]
     sizes += [(weight.leaves[0].name, weight.shape) for weight in region.weights]
     for name, shape in sizes:
-        if not all(isinstance(size, int) for size in shape):
+        if not all(size_of(size).is_Integer for size in shape):
             return Obstacle(RefusalReason.UNKNOWN_SIZE, f"{name!r} has {shape[-1]} features")
     return None
 

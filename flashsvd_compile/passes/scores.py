@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..report import RefusalReason
-from .axes import Axis, Layout, extent
+from .axes import Axis, Layout, extent, named
 from .columns import example
 from .factored import Obstacle
 from .masking import Mask, read_fill, read_floor
@@ -121,6 +121,9 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     if operands is None:
         return _unsupported(f"the axes of {node.name!r} are not batch, heads, queries and keys")
     q, k, v, result = operands
+    items = extent(named(q.layout, "batch")), extent(named(q.layout, "head"))
+    if not all(mask.fits(*items) for mask in scores.masks):
+        return _unsupported(f"a mask of {probabilities.name!r} is not of batch, heads, queries and keys")
     dtype = _multiplied_in(scores.nodes[0], q.node)
     nodes = (*scores.nodes, probabilities, *after, node)
     return Core(q, k, v, scores.masks, False, scores.scale, scores.softcap, dtype, result, nodes)
@@ -227,7 +230,9 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         masked = None if scaled else _read_addition(node) or read_fill(node)
         if masked is None:
             return _unsupported(f"scores pass through {node.name!r}, which is not understood")
-        node, masks = masked[0], (*masks, masked[1]._replace(floored=floored))
+        node, mask = masked
+        leading = (shape_of(node) or ())[:-2]
+        masks = (*masks, mask._replace(floored=floored, leading=leading))
 
 
 def _with_bias(
@@ -264,8 +269,7 @@ def _read_addition(node: Node) -> tuple[Node, Mask] | None:
         shape, masked = shape_of(scores), tensor_of(mask)
         if shape is None or masked is None or not _leads_to_product(scores):
             continue
-        of_all_items = len(shape) == 4 or masked.dim() < 3 or masked.shape[0] == 1
-        fits = shape == shape_of(node) and masked.dtype == result.dtype and of_all_items
+        fits = shape == shape_of(node) and masked.dtype == result.dtype
         return (scores, Mask(mask)) if fits else None
     return None
 

@@ -38,7 +38,8 @@ def hints_of(node: Node) -> dict[sympy.Symbol, int]:
         if isinstance(size, torch.SymInt):
             environment = size.node.shape_env
             known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # before torch 2.13
-            hints |= {symbol: int(known[symbol]) for symbol in size.node.expr.free_symbols if symbol in known}
+            symbols = [symbol for symbol in size.node.expr.free_symbols if symbol in known]
+            hints |= {symbol: int(known[symbol]) for symbol in symbols if sympy.sympify(known[symbol]).is_Integer}
     return hints
 
 

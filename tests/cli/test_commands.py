@@ -8,7 +8,7 @@ import torch
 from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
-from flashsvd_compile.cli import app, demo, minilm, model_folder
+from flashsvd_compile.cli import app, bench, demo, minilm, model_folder
 from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, compare
 from flashsvd_compile.compress import LowRankLinear, compress
 
@@ -69,6 +69,38 @@ class TestCompress:
     def test_no_model_folder(self, tmp_path: Path):
         assert "no config.json" in refused("compress", tmp_path, tmp_path / "small")
 
+    def test_the_dense_models_own_folder_is_not_written_to(self, folder: Path):
+        before = sorted(folder.iterdir())
+        assert "holds the dense model; write the factored one to another folder" in refused("compress", folder, folder)
+        assert sorted(folder.iterdir()) == before
+
+    @pytest.mark.parametrize("out", ["file", "file/below"])
+    def test_no_folder_can_be_made(self, folder: Path, tmp_path: Path, out: str):
+        (tmp_path / "file").write_text("")
+        assert "is no folder that can be made" in refused("compress", folder, tmp_path / out)
+
+    def test_factored_model(self, folder: Path, tmp_path: Path):
+        run("compress", folder, tmp_path / "small")
+        for arguments in (["compress", tmp_path / "small", tmp_path / "smaller"], ["bench", tmp_path / "small"]):
+            assert "fits none of the 0 layers that can be factored" in refused(*arguments)
+
+
+@pytest.mark.parametrize("command", ["compress", "explain", "bench"])
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", "is not a valid JSON file"),
+        ('{"model_type": "nothing_known"}', "`nothing_known`"),
+        ('{"model_type": "bert", "hidden_size": "wide"}', "'hidden_size' expected int"),
+        ('{"model_type": "bert", "architectures": ["BertConfig"]}', "'eval'"),
+        ('{"model_type": "bert"}', "no file named model.safetensors"),
+    ],
+)
+def test_folders_that_transformers_cannot_load(tmp_path: Path, command: str, config: str, message: str):
+    (tmp_path / "config.json").write_text(config)
+    output = refused(command, tmp_path, *([tmp_path / "small"] if command == "compress" else []))
+    assert "transformers cannot load" in output and message in output
+
 
 class TestExplain:
     def test_factored_model(self, folder: Path, tmp_path: Path):
@@ -90,6 +122,15 @@ def test_bench_writes_a_record(folder: Path, tmp_path: Path):
     assert all(row["time_ms"] > 0 and row["peak_bytes"] > 0 and row["samples"] == 2 for row in record["rows"])
 
 
+@pytest.mark.parametrize("record", ["absent/record.json", "dense"])
+def test_bench_refuses_a_record_it_cannot_write_before_it_measures(
+    folder: Path, tmp_path: Path, record: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(bench, "compare", lambda *_, **__: pytest.fail("measured"))
+    output = refused("bench", folder, "--record", tmp_path / record)
+    assert ("is no folder that can be written to" if record != "dense" else "is a directory") in output
+
+
 def test_comparison(bert: BertModel):
     factored = compress(bert)
     inputs = model_folder.sample_inputs(bert, 2, 24)
@@ -109,6 +150,10 @@ def test_demo_prints_its_table(monkeypatch: pytest.MonkeyPatch):
     for name in (DENSE, EAGER, INDUCTOR, OURS):
         assert name in output
     assert "Rewritten: 6 attention, 6 mlp, 0 linear regions. Left alone: 0 sites." in output
+
+
+def test_demo_names_a_mistake():
+    assert "keep_ratio must be between 0 and 1, not 2.0" in refused("demo", "--keep-ratio", 2)
 
 
 def test_sample_inputs_of_every_kind_of_model():

@@ -1,5 +1,6 @@
 """Factored checkpoints come back as they were, and mismatches are named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from flashsvd_compile.compress import LowRankLinear, compress, load_factored, save_factored
+from flashsvd_compile.compress.checkpoint import FORMAT, LAYERS_KEY
 from flashsvd_compile.errors import CheckpointError
 
 
@@ -44,6 +46,20 @@ def test_round_trip_with_tied_weights(tmp_path: Path):
     assert loaded.lm_head.weight is loaded.transformer.wte.weight
 
 
+def test_round_trip_with_a_shared_bias(tmp_path: Path):
+    def make_shared() -> nn.Sequential:
+        model = make(depth=3)
+        model[0].bias = model[1].bias
+        return model
+
+    small = compress(make_shared(), targets=["0", "1"])
+    save_factored(small, tmp_path / "model.safetensors")
+    loaded = load_factored(make_shared(), tmp_path / "model.safetensors")
+    x = torch.randn(4, 24)
+    assert torch.equal(loaded(x), small(x))
+    assert loaded[0].bias is loaded[1].bias
+
+
 def test_dtype_is_the_models(tmp_path: Path):
     save_factored(compress(make()), tmp_path / "model.safetensors")
     loaded = load_factored(make().to(torch.bfloat16), tmp_path / "model.safetensors")
@@ -59,6 +75,36 @@ class TestRefusals:
     def test_dense_model_is_not_saved(self, tmp_path: Path):
         with pytest.raises(CheckpointError, match="no low-rank layer"):
             save_factored(make(), tmp_path / "model.safetensors")
+
+    @pytest.mark.parametrize("where", ["absent/model.safetensors", "."])
+    def test_file_that_cannot_be_written(self, tmp_path: Path, where: str):
+        with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / where}"):
+            save_factored(compress(make()), tmp_path / where)
+
+    @pytest.mark.parametrize(
+        ("layers", "message"),
+        [
+            (None, "flashsvd_layers of its metadata is no JSON"),
+            ("{", "flashsvd_layers of its metadata is no JSON"),
+            ("[]", r"is \[\], expected layers by name"),
+            ({"0": 3}, "layer '0' is 3, expected a shape"),
+            ({"0": {}}, r"layer '0' is {}, expected a shape such as {'in_features"),
+            ({"rank": "3"}, "'rank': '3'.*expected a shape"),
+            ({"rank": True}, "'rank': True.*expected a shape"),
+            ({"rank": 0}, "'rank': 0.*expected a shape"),
+            ({"rank": 2**62}, "no layer '0' of rank 4611686018427387904"),
+            ({"rank": 10**30}, "no layer '0' of rank 1000000000000000000"),
+        ],
+    )
+    def test_layers_that_are_broken(self, tmp_path: Path, layers: object, message: str):
+        if isinstance(layers, dict) and "rank" in layers:
+            shape = {"in_features": 24, "out_features": 24, "down_bias": False, "bias": False}
+            layers = {"0": shape | layers}
+        text = layers if isinstance(layers, str) else json.dumps(layers)
+        metadata = {"format": FORMAT} | ({LAYERS_KEY: text} if layers is not None else {})
+        save_file(make().state_dict(), tmp_path / "broken.safetensors", metadata=metadata)
+        with pytest.raises(CheckpointError, match=f"broken.safetensors: .*{message}"):
+            load_factored(make(), tmp_path / "broken.safetensors")
 
     def test_no_such_file(self, tmp_path: Path):
         with pytest.raises(CheckpointError, match="absent"):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import re
 
 import pytest
 import torch
@@ -80,6 +81,25 @@ def test_targets_and_skip(block: Block):
     assert set(ranks_of(compress(block, skip=["up"]))) == {"query", "down", "classifier"}
 
 
+def test_a_plain_string_is_one_pattern(block: Block):
+    assert set(ranks_of(compress(block, targets="up"))) == {"up"}
+    assert set(ranks_of(compress(block, skip="up"))) == {"query", "down", "classifier"}
+
+
+def test_patterns_may_come_from_a_generator(block: Block):
+    small = compress(block, targets=(pattern for pattern in ["*"]), skip=(name for name in ["up", "classifier"]))
+    assert set(ranks_of(small)) == {"query", "down"}
+
+
+def test_factors_are_not_factored_again(block: Block):
+    once = compress(block, targets=["up"])
+    twice = compress(once, 0.3)
+    assert set(ranks_of(twice)) == {"query", "up", "down"}
+    assert torch.equal(twice.up.weight, once.up.weight)
+    with pytest.raises(CompressionError, match="fits none of the 0 layers"):
+        compress(twice)
+
+
 def test_layer_that_would_not_shrink_stays_dense(block: Block):
     small = compress(block, ranks={"query": 24, "up": 31})
     assert ranks_of(small) == {"up": 31, "down": 16}
@@ -95,6 +115,24 @@ def test_dtype_bias_mode_and_trainability_are_kept(block: Block):
     assert not any(module.training for module in small.modules())
     assert not any(p.requires_grad for p in small.query.parameters())
     assert all(p.requires_grad for p in small.down.parameters())
+
+
+def test_bias_that_trains_alone_still_does(block: Block):
+    block.query.weight.requires_grad_(False)
+    small = compress(block)
+    assert [name for name, p in small.query.named_parameters() if p.requires_grad] == ["up.bias"]
+
+
+def test_shared_bias_stays_shared():
+    bias = nn.Parameter(torch.randn(16))
+    model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.LayerNorm(16))
+    for module in model.children():
+        module.bias = bias
+    small = compress(model, skip=["1"])
+    assert set(ranks_of(small)) == {"0", "2"}
+    assert all(module.bias is small[0].bias for module in small.children())
+    assert small[0].bias is not bias
+    assert torch.equal(small[0].get_parameter("up.bias"), bias)
 
 
 def test_gpt2_conv1d_and_tied_head():
@@ -148,6 +186,18 @@ class TestCalibrated:
         assert torch.equal(by_plain["up.up.weight"], by_data["up.up.weight"])
         assert not torch.equal(by_plain["query.up.weight"], by_data["query.up.weight"])
 
+    def test_a_single_sample_and_a_keyword_argument(self, block: Block):
+        x = torch.randn(48)
+        by_vector = compress(block, calibrate=lambda model: model.query(x))
+        by_keyword = compress(block, calibrate=lambda model: model.query(input=x[None]))
+        assert torch.equal(by_vector.query.weight, by_keyword.query.weight)
+        assert not torch.equal(by_vector.query.weight, compress(block).query.weight)
+
+    @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
+    def test_inputs_not_finite(self, block: Block, value: float):
+        with pytest.raises(CompressionError, match="calibrate gave 'query' inputs that are NaN, infinite"):
+            compress(block, calibrate=lambda model: model(torch.full((3, 48), value)))
+
     def test_no_hook_remains(self, block: Block):
         def interrupted(model: Block):
             raise KeyboardInterrupt
@@ -167,6 +217,29 @@ class TestRefusals:
     def test_rank_no_positive_integer(self, block: Block, rank: int):
         with pytest.raises(CompressionError, match=rf"'query'.*{rank}"):
             compress(block, ranks={"query": rank})
+
+    @pytest.mark.parametrize("keep_ratio", ["0.5", None, True, [0.5]])
+    def test_keep_ratio_no_number(self, block: Block, keep_ratio):
+        with pytest.raises(
+            CompressionError, match=f"keep_ratio must be between 0 and 1, not {re.escape(repr(keep_ratio))}"
+        ):
+            compress(block, keep_ratio)
+
+    @pytest.mark.parametrize(
+        ("argument", "message"),
+        [
+            ({"ranks": 4}, "ranks must map patterns of layer names to ranks, not 4"),
+            ({"ranks": ["up"]}, r"ranks must map patterns of layer names to ranks, not \['up'\]"),
+            ({"ranks": {1: 4}}, "ranks must map patterns of layer names to ranks, not 1"),
+            ({"skip": None}, "skip must be patterns of layer names, not None"),
+            ({"skip": [3]}, r"skip must be patterns of layer names, not \[3\]"),
+            ({"targets": None}, "targets must be patterns of layer names, not None"),
+            ({"calibrate": 3}, "calibrate must be a function that runs the model, not 3"),
+        ],
+    )
+    def test_argument_of_another_type(self, block: Block, argument: dict, message: str):
+        with pytest.raises(CompressionError, match=message):
+            compress(block, **argument)
 
     @pytest.mark.parametrize("where", [{"ranks": {"nowhere.*": 4}}, {"targets": ["nowhere.*"]}])
     def test_pattern_fits_nothing(self, block: Block, where: dict):

@@ -19,8 +19,7 @@ from .regions import LAYOUTS, NO_NORM, attention_arguments, norm, packed, paddin
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 RANKS = st.none() | st.integers(1, 19)
-
-
+SCALE = [argument.name for argument in ops.attention._schema.arguments].index("scale")
 PARTS = slice(0, 40), slice(40, 90)
 
 
@@ -235,6 +234,13 @@ class TestMasks:
         """A row of finite minima is no masked row: its softmax is that of the scores, uniform after rounding."""
         mask = torch.full((7, 7), torch.finfo(torch.float32).min)
         assert (check(attention_arguments(mask=mask, out=False)) != 0).all()
+
+    @pytest.mark.parametrize("scale", [-0.4, 0.0])
+    def test_causal_window_of_scores_scaled_by_no_positive_number(self, scale):
+        """PyTorch's own kernel gives NaN there."""
+        arguments = [*attention_arguments(1, 200, window=(-1, 0), workspace_bytes=1 << 16)]
+        arguments[SCALE] = scale
+        assert check(tuple(arguments)).isfinite().all()
 
     def test_causal_window_equals_a_causal_mask(self):
         arguments = attention_arguments(window=(-1, 0))

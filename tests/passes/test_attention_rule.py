@@ -675,3 +675,13 @@ def see_all():
 
 def see_earlier():
     return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+
+
+@pytest.mark.parametrize("shape", [(1, BATCH * LENGTH, WIDTH), (LENGTH, BATCH, WIDTH), (3, 4, WIDTH)], ids=str)
+def test_other_rows_of_the_result_are_not_lost(shape):
+    def function(x, qd, qu, kd, ku, vd, vu, od, ou):
+        return attention()(x, qd, qu, kd, ku, vd, vu, od, ou).view(shape) + torch.ones(shape[1], 1)
+
+    result = rewritten(function, X, *ALL)
+    assert result.count("attention") == 1, result.report
+    result.assert_same_result()

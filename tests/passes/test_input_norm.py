@@ -277,3 +277,27 @@ def test_a_post_norm_model_is_left_alone():
         return rms_norm(operator.add(x, linear(relu(x), weight)) + mlp(x, a, b, c, d), (32,))
 
     assert absorbed(rewritten(block, X, *MLP, tensor(32, 32))) == []
+
+
+CLIPPED: dict[str, Callable] = {
+    "before the weight": lambda x, weight: (
+        (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)).clamp(-5, 5) * weight
+    ),
+    "behind the weight": lambda x, weight: rms_norm(x, (32,), weight, 1e-6).clamp(-300.0, 300.0),
+    "of a layer norm": lambda x, weight: layer_norm(x, (32,)).clamp(-5, 5) * weight,
+    "of the input": lambda x, weight: rms_norm(x.clamp(-1e12, 1e12), (32,), weight, 1e-6),
+}
+
+
+@pytest.mark.parametrize("spelling", CLIPPED)
+def test_a_clip_around_the_norm_is_kept(spelling):
+    """It shows where one feature is much larger than the others, or a weight large."""
+
+    def block(x, a, b, c, d, weight):
+        return x + mlp(CLIPPED[spelling](x, weight), a, b, c, d)
+
+    x = X.clone()
+    x[..., 3] *= 1e3
+    result = rewritten(block, x, *MLP, 100 * WEIGHT)
+    assert absorbed(result) == []
+    result.assert_same_result()

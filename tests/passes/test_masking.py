@@ -6,6 +6,7 @@ from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flashsvd_compile import RefusalReason
+from tests.ops.accuracy import assert_within_error_rule
 
 from .builder import rewritten, tensor
 
@@ -251,4 +252,121 @@ def test_a_sink_beside_the_keys_is_refused():
 def test_a_softmax_over_the_queries_is_refused():
     result = run(lambda s: functional.softmax(s, dim=-2))
     assert result.count("attention") == 0
+    result.assert_same_result()
+
+
+NO_KEY_TOGETHER = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool)
+"""Padding on the left: the first queries see no key where attention is causal, too."""
+LOW = torch.zeros(BATCH, 1, 1, LENGTH).masked_fill(~NO_KEY_TOGETHER[:, None, None], MIN)
+CAUSAL_GIVEN = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
+
+
+def causal_of(level):
+    return torch.full((LENGTH, LENGTH), level).triu(1)
+
+
+HIDING = {
+    "where causal, least number; padding added": (lambda s, p: torch.where(causal(), s, MIN) + p, LOW),
+    "both added": (lambda s, p: s + causal_of(MIN) + p, LOW),
+    "both filled": (
+        lambda s, p, c: s.masked_fill(~c, MIN).masked_fill(~p[:, None, None], MIN), NO_KEY_TOGETHER, CAUSAL_GIVEN,
+    ),
+    "both filled, the other way round": (
+        lambda s, p, c: s.masked_fill(~p[:, None, None], MIN).masked_fill(~c, MIN), NO_KEY_TOGETHER, CAUSAL_GIVEN,
+    ),
+    "filled, one of them understood": (
+        lambda s, p: s.masked_fill(~causal(), MIN).masked_fill(~p[:, None, None], MIN), NO_KEY_TOGETHER,
+    ),
+    "added, then filled": (lambda s, p, c: (s + p).masked_fill(~c, MIN), LOW, CAUSAL_GIVEN),
+    "raised to the least number": (
+        lambda s, p: torch.max(s.masked_fill(~causal(), INF) + p, torch.full((), MIN)), LOW.masked_fill(LOW < 0, INF),
+    ),
+    "one raised, then filled": (
+        lambda s, p, c: torch.max(s + p, torch.full((), MIN)).masked_fill(~c, INF),
+        LOW.masked_fill(LOW < 0, INF), CAUSAL_GIVEN,
+    ),
+    "the least number, then -inf": (
+        lambda s, p: (s + causal_of(MIN)).masked_fill(~p[:, None, None], INF),
+        torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", HIDING)
+def test_queries_that_see_no_key_by_two_masks_together(spelling):
+    """They attend evenly to what the scores' least numbers leave, which is told as one mask."""
+    mask_scores, *masks = HIDING[spelling]
+    assert arguments_of(run(mask_scores, *masks)) == {"mask"}
+
+
+def test_windows_together_stay_structure():
+    """Every query sees itself by both."""
+
+    def near():
+        return torch.arange(LENGTH)[:, None] - torch.arange(LENGTH)[None, :] < 3
+
+    result = run(lambda s: s.masked_fill(~causal(), MIN).masked_fill(~near(), MIN))
+    assert arguments_of(result) == {"window_left", "window_right"}
+
+
+def test_an_opaque_mask_beside_a_bias_of_each_head():
+    bias = tensor(HEADS, LENGTH, LENGTH)
+    for spelling in (
+        lambda s, b, m: (s + b).masked_fill(m, INF),
+        lambda s, b, m: torch.where(m.logical_not(), s + b, INF),
+    ):
+        assert arguments_of(run(spelling, bias, ~RANDOM)) == {"mask"}
+
+
+def test_several_masks_with_a_level_that_scores_are_not_lost_beside_are_refused():
+    result = run(lambda s, p: s.masked_fill(~causal(), -1e9) + p, LOW)
+    assert result.reasons == [RefusalReason.UNKNOWN_MASK]
+    result.assert_same_result()
+
+
+def test_widened_scores_filled_with_the_least_number_of_float32():
+    """It is -inf to bfloat16, which would give zeros where all keys are hidden."""
+
+    def function(x, down, up, out, hidden):
+        q, k, v = (linear(linear(x, down), up).view(BATCH, LENGTH, HEADS, DIM).transpose(1, 2) for _ in range(3))
+        scores = (q @ k.transpose(2, 3)).float().masked_fill(hidden, MIN)
+        return linear((scores.softmax(-1).to(v.dtype) @ v).transpose(1, 2).flatten(2), out)
+
+    hidden = ~PADDING[:, None, None] | torch.tensor([True, False])[:, None, None, None]
+    result = rewritten(function, X.bfloat16(), *(weight.bfloat16() for weight in WEIGHTS), hidden)
+    assert result.count("attention") == 1, result.report
+    assert_within_error_rule(result.module(*result.inputs), function, result.inputs)
+
+
+LEADING = {
+    "windows of an item": (
+        lambda s, m: (s.view(1, BATCH, HEADS, LENGTH, LENGTH) + m[None, :, None]).view_as(s),
+        tensor(BATCH, LENGTH, LENGTH),
+    ),
+    "groups of heads, added": (
+        lambda s, m: (s.view(BATCH, 2, 2, LENGTH, LENGTH) + m).view_as(s), tensor(1, 2, 1, LENGTH, LENGTH),
+    ),
+    "groups of heads, filled": (
+        lambda s, m: s.view(BATCH, 2, 2, LENGTH, LENGTH).masked_fill(m, INF).view_as(s), ~RANDOM[:, 0][:, None],
+    ),
+    "items by heads": (
+        lambda s, m: s.flatten(0, 1).masked_fill(m, INF).view_as(s), ~RANDOM.flatten(0, 1),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("spelling", LEADING)
+def test_masks_of_other_dimensions_than_batch_and_heads_are_refused(spelling):
+    result = run(*LEADING[spelling])
+    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
+    result.assert_same_result()
+
+
+def test_a_mask_of_one_head_in_three_dimensions_is_refused():
+    def function(x, down, up, out, padding):
+        q, k, v = (linear(linear(x, down), up) for _ in range(3))
+        return linear((q @ k.mT).masked_fill(~padding[:, None], INF).softmax(-1) @ v, out)
+
+    result = rewritten(function, X, *WEIGHTS, PADDING)
+    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
     result.assert_same_result()

@@ -437,3 +437,22 @@ def test_a_mask_written_in_place_stays_a_mask(query):
         return mask
 
     left_as_it_is(static(mask, query), "written in place")
+
+
+@pytest.mark.parametrize(
+    "condition",
+    [
+        lambda i, j: (i - j) * (i - j) <= 4,
+        lambda i, j: j * j <= i * i,
+        lambda i, j: (i - j) ** 2 <= 4,
+        lambda i, j: (i - j).abs() * j <= 4,
+        lambda i, j: j * i <= 12,
+    ],
+)
+def test_conditions_that_are_not_linear_are_left_as_they_are(condition):
+    def mask(query):
+        i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)[None, :]
+        return query.sum(), condition(i, j)
+
+    captured = dynamo(mask, torch.randn(BATCH, HEADS, LENGTH, DIM))
+    assert read_mask(captured.output).residual is not None

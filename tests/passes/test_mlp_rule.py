@@ -221,3 +221,42 @@ def test_rows_reordered_between_projection_and_activation_are_not_ignored():
     result = rewritten(mlp, square, *HIDDEN, *OUT)
     assert result.count("mlp") == 0
     result.assert_same_result()
+
+
+NO_GATES = {
+    "clipped on both sides": lambda g, h: functional.silu(g) * h.clamp(-7, 7),
+    "clipped from above": lambda g, h: functional.silu(g) * h.clamp(max=50.0),
+    "bent": lambda g, h: functional.silu(g) * (h - functional.relu(h - 3)),
+    "with a floor": lambda g, h: functional.silu(g) * torch.maximum(h, g * 0 - 5),
+}
+
+
+@pytest.mark.parametrize("spelling", NO_GATES)
+def test_a_gate_that_is_not_linear_in_its_other_half(spelling):
+    def function(x, d1, u1, d2, u2, d3, u3):
+        return low_rank(NO_GATES[spelling](low_rank(x, d1, u1), low_rank(x, d2, u2)), d3, u3)
+
+    result = rewritten(function, 50 * X, *GATE, *HIDDEN, *OUT)
+    assert result.count("mlp") == 0
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("steep", [lambda x: x * torch.sigmoid(1000 * x), lambda x: functional.softplus(x, beta=1e4)])
+def test_steep_activations_are_no_relu(steep):
+    result = rewritten(lambda x, a, b, c, d: low_rank(steep(low_rank(x, a, b)), c, d), X / 1e3, *HIDDEN, *OUT)
+    assert result.count("mlp") == 0
+    result.assert_same_result()
+
+
+def test_long_chains_before_and_behind_a_projection():
+    def function(x, down, up):
+        for _ in range(400):
+            x = torch.tanh(x) * 1.01
+        x = low_rank(x, down, up)
+        for _ in range(400):
+            x = x + 0.001
+        return x
+
+    result = rewritten(function, X, *HIDDEN)
+    assert result.count("linear") == 1
+    result.assert_same_result()

@@ -109,3 +109,20 @@ def test_a_factor_computed_from_a_projection_is_not_packed_with_it():
 
 def test_packing_can_be_disabled():
     assert calls(rewritten(three, X, *FACTORS, disable=["packing"])) == (0, 3)
+
+
+def test_a_result_of_one_row_can_be_changed_in_place():
+    """A part of one row is contiguous as it is: a view, which autograd lets nobody change."""
+    first, second = (torch.nn.Sequential(torch.nn.Linear(32, 8, False), torch.nn.Linear(8, 48)) for _ in range(2))
+
+    def function(x):
+        a, b = first(x), second(x)
+        return a.relu_() + b
+
+    x = torch.randn(1, 32)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="flashsvd", options={"strategy": "streamed", "inner": "aot_eager"})
+    result = compiled(x)
+    torch.testing.assert_close(result, function(x))
+    result.sum().backward()
+    assert first[0].weight.grad is not None

@@ -1,5 +1,6 @@
 """A lone low-rank pair is found in every spelling, and computes the same."""
 
+import math
 import operator
 
 import pytest
@@ -133,4 +134,36 @@ def test_an_einsum_that_repeats_a_single_feature():
 
     result = rewritten(function, tensor(2, 5, 24), tensor(4, 24), tensor(20, 4))
     assert result.count("linear") == 0
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("shape", [(1,), (), (1, OUT), (7, OUT)], ids=str)
+def test_biases_that_are_broadcast(shape):
+    bias = tensor(math.prod(shape)).view(shape)
+    result = rewritten(lambda x, down, up, bias: linear(linear(x, down), up, bias), X2, DOWN, UP, bias)
+    assert result.count("linear") == 0
+    result.assert_same_result()
+
+
+def test_a_bias_of_one_number_in_addmm():
+    result = rewritten(lambda x, u, v, b: torch.addmm(b, x @ u, v), X2, U, V, tensor(1))
+    result.assert_same_result()
+
+
+def test_a_diagonal_beside_float16_factors_is_left_alone():
+    """Their product may be too small or too large for float16."""
+    inputs = (X2.half() / 1e3, DOWN.half(), UP.half(), torch.full((RANK,), 3e4).half())
+    result = rewritten(lambda x, down, up, scale: linear(linear(x, down) * scale, up), *inputs)
+    assert result.count("linear") == 0
+    assert result.module(*inputs).isfinite().all()
+
+
+def test_long_chains_of_scales_between_the_factors():
+    def function(x, down, up):
+        h = linear(x, down)
+        for _ in range(400):
+            h = h * 1.001
+        return linear(h, up)
+
+    result = rewritten(function, X2, DOWN, UP)
     result.assert_same_result()

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import linear
 
-from flashsvd_compile import RefusalReason, rewrite
+from flashsvd_compile import RefusalReason, last_report, rewrite
 
 from .builder import call, graph_of, rewritten, tensor
 
@@ -357,3 +357,13 @@ def test_writes_in_every_spelling_and_functions_that_may_do_anything(write):
     assert result.report.matches == []
     assert result.reasons == [RefusalReason.MUTATED]
     result.assert_same_result()
+
+
+def test_nested_tensors_are_left_alone():
+    pair = torch.nn.Sequential(torch.nn.Linear(IN, RANK, False), torch.nn.Linear(RANK, OUT))
+    x = torch.nested.nested_tensor([torch.randn(3, IN), torch.randn(5, IN)], layout=torch.jagged)
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(pair, backend="flashsvd", options={"strategy": "streamed", "inner": "aot_eager"})
+        torch.testing.assert_close(compiled(x).values(), pair(x).values())
+    assert [refusal.reason for refusal in last_report().refusals] == [RefusalReason.TENSOR_SUBCLASS]

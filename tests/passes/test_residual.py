@@ -204,3 +204,15 @@ def test_lone_projections_of_few_rows_on_a_gpu(rows, dtype, expected):
 def test_disabled():
     result = rewritten(lambda x, a, b, c, d: x + mlp(normed(x), a, b, c, d), X, *MLP, disable=["residual"])
     assert absorbed(result) == 0
+
+
+def test_a_sum_of_other_strides_stays():
+    """It is laid out like the residual, as in models that have the sequence first."""
+
+    def block(x, a, b, c, d):
+        r = x.transpose(0, 1)
+        return (r + mlp(normed(r), a, b, c, d)).transpose(0, 1).view(-1, 32)
+
+    result = rewritten(block, X, *MLP)
+    assert absorbed(result) == 0
+    result.assert_same_result()

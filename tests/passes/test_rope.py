@@ -274,3 +274,21 @@ def test_tables_that_differ_between_heads_are_refused():
 
     table = torch.randn(1, HEADS, LENGTH, DIM)
     assert read_rope(dynamo(spelling, queries(), table, table).output) is None
+
+
+PARTS = {
+    "the first positions": (lambda table: table[:LENGTH], (2 * LENGTH, DIM)),
+    "one of two tables": (lambda table: table[1], (BATCH, LENGTH, DIM)),
+    "the last item": (lambda table: table[1:], (BATCH, LENGTH, DIM)),
+    "the first of a pair": (lambda table: table.unbind(0)[0], (BATCH, LENGTH, DIM)),
+}
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_of_larger_tables(part):
+    take, shape = PARTS[part]
+
+    def spelling(x, cos, sin):
+        return x * take(cos) + turned_halves(x) * take(sin)
+
+    rotates(dynamo(spelling, queries(), torch.randn(shape), torch.randn(shape)))
