@@ -366,4 +366,6 @@ def test_nested_tensors_are_left_alone():
     with torch.no_grad():
         compiled = torch.compile(pair, backend="flashsvd", options={"strategy": "streamed", "inner": "aot_eager"})
         torch.testing.assert_close(compiled(x).values(), pair(x).values())
-    assert [refusal.reason for refusal in last_report().refusals] == [RefusalReason.TENSOR_SUBCLASS]
+    report = last_report()
+    assert report is not None
+    assert [refusal.reason for refusal in report.refusals] == [RefusalReason.TENSOR_SUBCLASS]

@@ -125,10 +125,10 @@ def test_rows_are_cut_as_predicted(rows, width, rank, features, gated, kib):
 def test_long_attention_is_faster_where_its_kernel_is_taken(batch, heads, q_len, kv_len, head_dim, causal):
     width = heads * head_dim
     ranks: dict[str, int | None] = dict.fromkeys("qkv", 16)
-    lengths = (sympy.Integer(size) for size in (batch, q_len, kv_len))
-    shape = AttentionShape(
-        ranks, dict.fromkeys("qkv", width), sympy.Integer(width), 2, "H100", {}, *lengths, heads, heads, False, causal
-    )
+    features: dict[str, int] = dict.fromkeys("qkv", width)
+    b, queried, n = map(sympy.Integer, (batch, q_len, kv_len))
+    d = sympy.Integer(width)
+    shape = AttentionShape(ranks, features, d, 2, "H100", {}, b, queried, n, heads, heads, False, causal)
     queries = torch.empty(batch, q_len, heads, head_dim, dtype=torch.bfloat16, device="meta")
     target = KNOWN["sm_90"]._replace(processors=device_of("H100").full_rows // time.LARGE_ROWS)
     taken = head_dim == 64 and is_faster_specialised(target, queries, kv_len, (-1, 0 if causal else -1))
