@@ -122,10 +122,10 @@ def test_rows_are_cut_as_predicted(rows, width, rank, features, gated, kib):
     head_dim=st.sampled_from([32, 64, 128]),
     causal=st.booleans(),
 )
-def test_long_attention_is_faster_where_its_kernel_is_taken(batch, heads, q_len, kv_len, head_dim, causal):
+def test_long_attention_is_faster_where_its_kernel_is_taken(batch, heads, q_len, kv_len, head_dim: int, causal):
     width = heads * head_dim
     ranks: dict[str, int | None] = dict.fromkeys("qkv", 16)
-    features: dict[str, int] = dict.fromkeys("qkv", width)
+    features: dict[str, int] = dict.fromkeys(("q", "k", "v"), width)
     b, queried, n = map(sympy.Integer, (batch, q_len, kv_len))
     d = sympy.Integer(width)
     shape = AttentionShape(ranks, features, d, 2, "H100", {}, b, queried, n, heads, heads, False, causal)
