@@ -129,7 +129,8 @@ def _alike(residual: Node, node: Node, total: Node) -> bool:
 
 def _strides(tensor: Tensor) -> list[sympy.Expr | None]:
     """By dimension; of one of size 1 any will do."""
-    return [None if size == 1 else size_of(stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True)]
+    pairs = zip(map(size_of, tensor.shape), map(size_of, tensor.stride()), strict=True)
+    return [None if size == 1 else stride for size, stride in pairs]
 
 
 def interrupted(nodes: list[Node], order: Order) -> bool:
