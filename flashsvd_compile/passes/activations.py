@@ -82,6 +82,20 @@ def collect(node: Node, is_leaf: Callable[[Node], bool]) -> Elementwise | None:
     shape, tensor = shape_of(node), tensor_of(node)
     if tensor is None or not tensor.is_floating_point():
         return None
+
+    def inputs_of(node: Node) -> list[Node] | None:
+        inputs = [argument for argument in node.all_input_nodes if tensor_of(argument) is not None]
+        passes = not is_leaf(node) and _is_elementwise(node) and all(shape_of(i) == shape for i in inputs)
+        return inputs if passes else None
+
+    return climb(node, inputs_of, _MAX_NODES)
+
+
+def climb(node: Node, inputs_of: Callable[[Node], list[Node] | None], limit: int) -> Elementwise | None:
+    """What ``node`` is computed from, up to leaves, of which ``inputs_of`` gives ``None``.
+
+    ``None`` for more than ``limit`` operations: no deeper than that is looked.
+    """
     leaves: dict[Node, None] = {}
     nodes: dict[Node, None] = {}
     entered: set[Node] = set()
@@ -89,12 +103,12 @@ def collect(node: Node, is_leaf: Callable[[Node], bool]) -> Elementwise | None:
     def visit(node: Node) -> bool:
         if node in nodes or node in leaves:
             return True
-        inputs = [argument for argument in node.all_input_nodes if tensor_of(argument) is not None]
-        if is_leaf(node) or not _is_elementwise(node) or any(shape_of(i) != shape for i in inputs):
+        inputs = inputs_of(node)
+        if inputs is None:
             leaves[node] = None
             return True
         entered.add(node)
-        if len(entered) > _MAX_NODES or not all(visit(argument) for argument in inputs):
+        if len(entered) > limit or not all(map(visit, inputs)):
             return False
         nodes[node] = None
         return True

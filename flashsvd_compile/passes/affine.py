@@ -1,6 +1,5 @@
 """Reads an affine map of the last dimension, ``y = x @ weight.T + bias``, in any spelling."""
 
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
@@ -54,11 +53,9 @@ def read_affine(node: Node, diagonal: bool = False, steps: int = 0) -> Affine | 
     if call.op == "einsum":
         return _einsum(call["equation"], call["operands"], node)
     if call.op == "add" and number_of(call.get("alpha", 1)) == 1:
-        pairs = (call.input, call["other"]), (call["other"], call.input)
-        return _first(_biased(affine, bias, node, steps + 1) for affine, bias in pairs)
+        return _biased(call.input, call["other"], node, steps) or _biased(call["other"], call.input, node, steps)
     if diagonal and call.op == "mul":
-        pairs = (call.input, call["other"]), (call["other"], call.input)
-        return _first(_scaled(affine, factor, node, steps + 1) for affine, factor in pairs)
+        return _scaled(call.input, call["other"], node, steps) or _scaled(call["other"], call.input, node, steps)
     if diagonal and call.op == "dropout":
         inner = read_affine(call.input, True, steps + 1)
         return None if inner is None else inner._replace(nodes=(*inner.nodes, node))
@@ -96,15 +93,11 @@ def _einsum(equation: object, operands: tuple, node: Node) -> Affine | None:
     return _affine(operands[0], value, None, node)
 
 
-def _first(found: Iterable[Affine | None]) -> Affine | None:
-    return next((affine for affine in found if affine is not None), None)
-
-
 def _biased(affine: object, bias: object, node: Node, steps: int) -> Affine | None:
     """An affine map plus a vector over the features."""
     if not is_weight(bias, 1) or not isinstance(affine, Node) or not isinstance(bias, Node):
         return None
-    inner = read_affine(affine, steps=steps)
+    inner = read_affine(affine, steps=steps + 1)
     if inner is None or shape_of(affine) != shape_of(node) or shape_of(bias) != (inner.weight.shape[0],):
         return None
     if len(affine.users) > 1:
@@ -118,7 +111,7 @@ def _scaled(affine: object, factor: object, node: Node, steps: int) -> Affine | 
     """An affine map times a vector over the features, or times a number."""
     if not isinstance(affine, Node) or shape_of(affine) != shape_of(node) or len(affine.users) > 1:
         return None
-    inner = read_affine(affine, True, steps)
+    inner = read_affine(affine, True, steps + 1)
     if inner is None or inner.weight.value.dtype == torch.float16:
         return None  # a product with it may be too small or too large for float16
     number = number_of(factor)

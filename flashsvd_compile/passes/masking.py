@@ -155,6 +155,8 @@ def _hides_together(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask
     hides. So no mask of finite level is told as structure beside one that may hide a query's own key, and the later of
     two replaces what the earlier put.
     """
+    if len(masks) < 2:
+        return False
     found = [_Restriction.by(mask, scores, read_mask) for mask in masks if not _is_bias(mask)]
     if len(found) < 2 or not any(restriction.finite for restriction in found):
         return False

@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
 from ..ops import norm as operator
-from .activations import CONVERSIONS, ELEMENTWISE, Elementwise, evaluate
+from .activations import CONVERSIONS, ELEMENTWISE, Elementwise, climb, evaluate
 from .affine import read_affine
 from .axes import Axis, Dim, Layout, extent
 from .columns import example
@@ -182,32 +182,22 @@ class _Chain(NamedTuple):
 
 def _chains(node: Node) -> Iterator[_Chain]:
     """The operations above ``node``, once for each tensor of its shape at which they may begin."""
-    leaves: dict[Node, None] = {}
-    nodes: dict[Node, None] = {}
-    entered: set[Node] = set()
 
-    def visit(node: Node) -> bool:
-        if node in nodes or node in leaves:
-            return True
+    def inputs_of(node: Node) -> list[Node] | None:
         call = read(node)
-        if call is None or call.op not in _OPERATIONS or _is_projected(node):
-            leaves[node] = None
-            return True
-        entered.add(node)
-        if len(entered) > _MAX_NODES or not all(visit(above) for above in _tensors_into(node)):
-            return False
-        nodes[node] = None
-        return True
+        is_leaf = call is None or call.op not in _OPERATIONS or _is_projected(node)
+        return None if is_leaf else _tensors_into(node)
 
-    if not visit(node) or not nodes:
+    found = climb(node, inputs_of, _MAX_NODES)
+    if found is None or not found.nodes:
         return
-    for source in leaves:
+    for source in found.leaves:
         if shape_of(source) != shape_of(node):
             continue
         inside = {source: True}
-        for inner in nodes:  # in order of execution
+        for inner in found.nodes:  # in order of execution
             inside[inner] = any(inside.get(above, False) for above in _tensors_into(inner))
-        active = tuple(inner for inner in nodes if inside[inner])
+        active = tuple(inner for inner in found.nodes if inside[inner])
         entering = (above for inner in active for above in _tensors_into(inner) if not inside.get(above, False))
         yield _Chain(source, tuple(dict.fromkeys(entering)), active)
 

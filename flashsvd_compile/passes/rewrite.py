@@ -136,8 +136,7 @@ def _erase(nodes: Sequence[Node], graph: Graph) -> None:
         if node._erased or node.users:
             continue
         graph.erase_node(node)
-        calls = ("call_function", "call_method")
-        waiting += [i for i in inputs if not i.users and i.op in calls and i not in nodes and _is_pure_view(i)]
+        waiting += [i for i in inputs if not i.users and i.op in ("call_function", "call_method") and _is_pure_view(i)]
 
 
 def _is_pure_view(node: Node) -> bool:
