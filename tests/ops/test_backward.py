@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from statistics import median
 from typing import NamedTuple
 
 import pytest
@@ -145,11 +146,12 @@ def test_opcheck(name):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_error_rule(name, dtype):
-    """One norm over all gradients of several regions.
+    """The median over several regions, each with one norm over all its gradients.
 
-    Some gradients alone vanish, as that of a bias of the keys does in the softmax; one small region errs by luck.
+    Some gradients alone vanish, as that of a bias of the keys does in the softmax; a region whose input a norm makes
+    much larger errs by luck.
     """
-    everything: list[tuple[Tensor, Tensor, Tensor]] = []
+    errors: list[tuple[float, float]] = []
     for _ in range(REGIONS):
         operator, reference, arguments = cases(dtype)[name]
         seed = torch.randn_like(reference(*arguments))
@@ -159,9 +161,10 @@ def test_error_rule(name, dtype):
         for found, right in zip(ours, exact, strict=True):
             assert found.dtype == dtype
             assert found.shape == right.shape
-        everything += zip(ours, eager, exact, strict=True)
-    ours, eager, exact = (torch.cat([g.double().flatten() for g in group]) for group in zip(*everything, strict=True))
-    assert relative_error(ours, exact) <= max(FACTOR * relative_error(eager, exact), 2 * torch.finfo(dtype).eps)
+        flat = [torch.cat([g.double().flatten() for g in group]) for group in (ours, eager, exact)]
+        errors.append((relative_error(flat[0], flat[2]), relative_error(flat[1], flat[2])))
+    of_ours, of_eager = map(median, zip(*errors, strict=True))
+    assert of_ours <= max(FACTOR * of_eager, 2 * torch.finfo(dtype).eps)
 
 
 @given(
