@@ -1,14 +1,14 @@
 """Products and what follows them in one launch, where there is a kernel for that.
 
-Of half precision :mod:`.product_hopper`, whose products are no faster than the library's; of float32
-:mod:`.product_single`, whose are.
+Of half precision :mod:`.product_hopper`, whose products are no faster than the library's, and :mod:`.small_products`,
+which takes several in a launch; of float32 :mod:`.product_single`, whose products are faster.
 """
 
 import torch
 import triton
 from torch import Tensor
 
-from . import product_single
+from . import product_single, small_products
 from .operands import Product, Rotation
 from .target import Target, describable, occupies, speaks_gluon, target_of
 
@@ -71,8 +71,18 @@ def multiplies_faster(product: Product) -> bool:
 
 def multiplies_pair_faster(first: Product, second: Product) -> bool:
     """Whether one launch of both products is faster than one after the other by the library."""
-    faster = product_single.takes(target_of(first.x.device), first.out.shape, second.out.shape)
-    return faster and _is_single(first) and _is_single(second)
+    if first.x.dtype == torch.float32:
+        faster = product_single.takes(target_of(first.x.device), first.out.shape, second.out.shape)
+        return faster and _is_single(first) and _is_single(second)
+    return small_products.supported(first[:2], second[:2])
+
+
+def multiply_pair(first: Product, second: Product) -> None:
+    """Fill both results in one launch, of products for which :func:`multiplies_pair_faster`."""
+    if first.x.dtype == torch.float32:
+        product_single.product_pair(first, second)
+    else:
+        small_products.multiply_together(small_products.Small(*first), small_products.Small(*second))
 
 
 def multiply(

@@ -23,8 +23,9 @@ from ..kernels.operands import Product, Rotation
 from ..kernels.product import multiply, rotates
 from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
-from . import norm
+from . import merging, norm
 from . import projection as proj
+from .aligned import with_aligned_rank
 from .attention_region import Attention
 from .projection import Projection
 from .residual import plus
@@ -70,14 +71,14 @@ def streamed(
     context: Tensor,
     attn: Attention,
     workspace_bytes: int,
-    merging: bool = False,
+    merges: bool = False,
     residual: Tensor | None = None,
 ) -> Tensor:
     """The region's result plus the residual, which is contiguous; besides it only one workspace exists.
 
     See :func:`supported`.
 
-    A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With ``merging`` factors
+    A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With ``merges`` factors
     that cost more than their product are multiplied when they are used, and the product is forgotten after that.
     """
     elements = workspace_bytes // x.element_size()
@@ -86,19 +87,35 @@ def streamed(
         attn = attn._replace(cos=adjacent(attn.cos), sin=adjacent(attn.sin))
     if attn.x_norm is not None:
         low_rank = all(p.down is not None for p in (attn.q, attn.k, attn.v))
-        if low_rank and not merging and not _fused(x, attn.k, attn.v):
+        if low_rank and not merges and not _fused(x, attn.k, attn.v):
             return _after_norm(x, attn, elements, residual)
         x = context = norm.of_rows(x, attn.x_norm)
-    for_use = proj.merge_if_dearer if merging else _as_it_is
     result = x.new_empty(*x.shape[:2], attn.out_features)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
-    together = context is x and not merging and _come_together(x, attn, elements)
-    if not together:
-        _project(_rows(result), _rows(x), for_use(attn.q), elements)
-        _rotate_(heads, attn)
-        attn = attn._replace(k=for_use(attn.k), v=for_use(attn.v))
-    _attend_by_chunks(heads, context, attn, elements, together)
-    return _out_of(result, None if attn.out is None else for_use(attn.out), elements, residual)
+    if merges:
+        _attend_merged(heads, x, context, attn, elements)
+        attn = attn._replace(out=attn.out and proj.merge_if_dearer(attn.out))
+    elif _is_short(x.shape[1], context, attn):
+        _attend_to_short(heads, context, attn, elements, x)
+    else:
+        together = context is x and _come_together(x, attn, elements)
+        if not together:
+            _project(_rows(result), _rows(x), attn.q, elements)
+            _rotate_(heads, attn)
+        _attend_by_chunks(heads, context, attn, elements, together)
+    return _out_of(result, attn.out, elements, residual)
+
+
+def _attend_merged(heads: Tensor, x: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
+    """Attention into ``heads[batch, q_len, heads, head_dim]``, with factors multiplied that cost more than that."""
+    lifted = attn._replace(k=attn.k._replace(down=None), v=attn.v._replace(down=None))  # without rank space
+    room = _chunking(heads.shape[1], context, lifted, elements).elements
+    queries, others = merging.for_queries(attn, room)
+    _project(_rows(heads.flatten(2)), _rows(x), queries, elements)
+    del queries
+    _rotate_(heads, attn)
+    k, v, both = others or merging.for_keys_and_values(attn)
+    _attend_by_chunks(heads, context, attn._replace(k=k, v=v), elements, both=both)
 
 
 def _out_of(result: Tensor, projection: Projection[Tensor] | None, elements: int, residual: Tensor | None) -> Tensor:
@@ -109,14 +126,10 @@ def _out_of(result: Tensor, projection: Projection[Tensor] | None, elements: int
     return result
 
 
-def _as_it_is(projection: Projection[Tensor]) -> Projection[Tensor]:
-    return projection
-
-
 def _come_together(x: Tensor, attn: Attention, elements: int) -> bool:
     """Whether one launch projects a chunk's queries with its keys and values, for self-attention."""
     length, three = x.shape[1], (attn.q, attn.k, attn.v)
-    if _is_short(length, x, attn) or not _fused(x, *three):
+    if not _fused(x, *three):
         return False
     chunk = _chunking(length, x, attn, elements)
     ranks, widths = [proj.rank(p) for p in three], [proj.out_features(p) for p in three]
@@ -124,25 +137,34 @@ def _come_together(x: Tensor, attn: Attention, elements: int) -> bool:
     return enough and chunk.kv_heads == attn.num_kv_heads
 
 
-def _attend_by_chunks(heads: Tensor, context: Tensor, attn: Attention, elements: int, together: bool) -> None:
+def _attend_by_chunks(
+    heads: Tensor,
+    context: Tensor,
+    attn: Attention,
+    elements: int,
+    together: bool = False,
+    both: Projection[Tensor] | None = None,
+) -> None:
     """Attention of ``heads[batch, q_len, heads, head_dim]`` in place, keys and values out of ``context``.
 
-    ``together``: the queries, which are to go there, too.
+    Args:
+        together: the queries, which are to go there, too.
+        both: the projections of keys and values as one, if there is one.
     """
     batch, q_len = heads.shape[:2]
     if _is_short(q_len, context, attn):
-        chunk = _short_chunking(context, attn, elements)
-        workspace = Workspace(chunk.elements, like=heads)
-        for items, part, _ in _parts(attn, batch, chunk.items):
-            workspace.reset()
-            _attend_in_rank_space(heads[items], context[items], part, workspace)
-        return
+        return _attend_to_short(heads, context, attn, elements)
+    if not _fused(context, attn.k, attn.v):
+        attn = _with_aligned_ranks(attn, context, "k", "v")
     chunk = _chunking(q_len, context, attn, elements)
     workspace = Workspace(chunk.elements, like=heads, aligned=2)
     for items, part, bounds in _parts(attn, batch, chunk.items, _key_bounds(attn, chunk)):
         workspace.reset()
-        queries = heads[items] if together else None
-        lift = _lifter(context[items], part, workspace, queries, follows=items.start > 0 or not together)
+        if both is not None and attn.cos is None and chunk.kv_heads == attn.num_kv_heads:
+            lift = _lifter_of_both(context[items], both, part, workspace)
+        else:
+            queries = heads[items] if together else None
+            lift = _lifter(context[items], part, workspace, queries, follows=items.start > 0 or not together)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
 
 
@@ -153,6 +175,7 @@ def _after_norm(x: Tensor, attn: Attention, elements: int, residual: Tensor | No
     """
     result = x.new_empty(*x.shape[:2], attn.out_features)
     heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
+    out, attn = attn.out, _with_aligned_ranks(attn, x, "q", "k", "v")
     chunk = _chunking(x.shape[1], x, attn, elements)
     for items, part, bounds in _parts(attn, x.shape[0], chunk.items, _key_bounds(attn, chunk)):
         room = chunk.elements + chunk.passing
@@ -160,8 +183,15 @@ def _after_norm(x: Tensor, attn: Attention, elements: int, residual: Tensor | No
         workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
         lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
-        del latents, lift, workspace
-    return _out_of(result, attn.out, elements, residual)
+        del latents, lift, workspace, part
+    del attn
+    return _out_of(result, out, elements, residual)
+
+
+def _with_aligned_ranks(attn: Attention, x: Tensor, *roles: str) -> Attention:
+    """The region with some projections of ``x[batch, len, in_features]`` as the library multiplies them fast."""
+    rows = x.shape[0] * x.shape[1]
+    return attn._replace(**{role: with_aligned_rank(getattr(attn, role), rows) for role in roles})
 
 
 def _parts(
@@ -323,27 +353,42 @@ def _short_chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
     return _Chunk(items, attn.num_kv_heads, items * item)
 
 
-def _attend_in_rank_space(heads: Tensor, context: Tensor, attn: Attention, workspace: Workspace) -> None:
-    """Attention of short items; the outputs replace the queries in ``heads[items, q_len, heads, dim]``."""
-    rows = _rows(context)
+def _attend_to_short(heads: Tensor, context: Tensor, attn: Attention, elements: int, x: Tensor | None = None) -> None:
+    """Attention of short items; the outputs replace the queries in ``heads[batch, q_len, heads, dim]``.
 
-    def factors(projection: Projection[Tensor]) -> short_kernel.Factors:
-        assert projection.down is not None
+    ``x``: what all queries come from, if they are not there yet. They are projected while the first items' rank space
+    still is, as neither leaves a processor full.
+    """
+    chunk = _short_chunking(context, attn, elements)
+    workspace = Workspace(chunk.elements, like=heads)
+    for items, part, _ in _parts(attn, len(heads), chunk.items):
+        workspace.reset()
+        keys, values = _short_rank_space(_rows(context[items]), attn, workspace)
+        if x is not None and items.start == 0:
+            rows = _rows(x)
+            _project(_rows(heads.flatten(2)), rows, attn.q, elements, ahead=rows.data_ptr() == x.data_ptr())
+        short_kernel.short_attention(
+            heads[items],
+            keys,
+            values,
+            heads[items],
+            key_padding=part.key_padding,
+            kv_heads=attn.num_kv_heads,
+            scale=attn.scale,
+            window_left=attn.window_left,
+            window_right=attn.window_right,
+        )
+
+
+def _short_rank_space(rows: Tensor, attn: Attention, workspace: Workspace) -> list[short_kernel.Factors]:
+    """Keys and values of these rows, in rank space."""
+    products, factors = [], []
+    for projection in (attn.k, attn.v):
         latent = workspace.take(len(rows), aligned_columns(proj.rank(projection)))[:, : proj.rank(projection)]
-        affine_into(latent, rows, projection.down, projection.down_bias)
-        return short_kernel.Factors(latent, projection.up, projection.up_bias)
-
-    short_kernel.short_attention(
-        heads,
-        factors(attn.k),
-        factors(attn.v),
-        heads,
-        key_padding=attn.key_padding,
-        kv_heads=attn.num_kv_heads,
-        scale=attn.scale,
-        window_left=attn.window_left,
-        window_right=attn.window_right,
-    )
+        products.append(_into_rank_space(rows, projection, latent))
+        factors.append(short_kernel.Factors(latent, projection.up, projection.up_bias))
+    affines_into(*products)
+    return factors
 
 
 def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
@@ -354,16 +399,22 @@ def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
 
 
 def _project(
-    out: Tensor, x: Tensor, projection: Projection[Tensor], elements: int, residual: Tensor | None = None
+    out: Tensor,
+    x: Tensor,
+    projection: Projection[Tensor],
+    elements: int,
+    residual: Tensor | None = None,
+    ahead: bool = False,
 ) -> None:
     """``out[rows, features] = projection(x) + residual`` through that many elements of scratch.
 
-    ``out`` may be ``x`` itself.
+    ``out`` may be ``x`` itself. ``ahead``: the launch before writes nothing that the projection reads.
     """
     if _fused(x, projection):
-        projection_kernel.project(x, _map(projection, slice(None), out))
+        projection_kernel.project(x, _map(projection, slice(None), out), ahead=ahead)
         plus(out, residual)
         return
+    projection = with_aligned_rank(projection, len(x))
     per_row = elements_per_row(out, x, projection)
     project_rows(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x), residual)
 
@@ -427,6 +478,19 @@ def _lifter_of(latents: list[Tensor], items: int, attn: Attention, workspace: Wo
             affines_into(keys, values)
             _rotate_(lifted[0], attn)
         return lifted
+
+    return lift
+
+
+def _lifter_of_both(context: Tensor, both: Projection[Tensor], attn: Attention, workspace: Workspace) -> Lift:
+    """How keys and values of all heads come side by side out of ``context[items, kv_len, in_features]``."""
+    widths = attn.num_kv_heads * attn.head_dim, attn.num_kv_heads * attn.value_dim
+
+    def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
+        lifted = workspace.aligned().take(*context.shape[:2], sum(widths))
+        affine_into(_rows(lifted), _rows(context), both.up, both.up_bias)
+        keys, values = (some.unflatten(-1, (count, -1)) for some in lifted.split(widths, dim=-1))
+        return keys, values
 
     return lift
 

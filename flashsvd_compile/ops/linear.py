@@ -6,6 +6,7 @@ from ..errors import ShapeError
 from ..options import Strategy
 from . import few_rows
 from . import projection as proj
+from .aligned import with_aligned_rank
 from .backward import Chunked, by_rows, differentiable
 from .projection import Projection
 from .registry import register
@@ -33,13 +34,14 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 
 
 def _cuda(x: Tensor, *arguments) -> Tensor:
-    weight, _, _ = _parse(x, arguments)
+    weight, strategy, workspace_bytes = _parse(x, arguments)
     rows = x.reshape(-1, x.shape[-1])
-    if not few_rows.supported(rows, weight):
-        return _cpu(x, *arguments)
-    out = _fake(x, *arguments)
-    few_rows.project(rows, [weight], [out.view(len(rows), -1)])
-    return out
+    if few_rows.supported(rows, weight):
+        out = _fake(x, *arguments)
+        few_rows.project(rows, [weight], [out.view(len(rows), -1)])
+        return out
+    weight = proj.merge_if_dearer(weight) if strategy == Strategy.MERGED else with_aligned_rank(weight, len(rows))
+    return streamed(x, weight, workspace_bytes)
 
 
 def streamed(x: Tensor, weight: Projection[Tensor], workspace_bytes: int) -> Tensor:

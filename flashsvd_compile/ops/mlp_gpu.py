@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from ..kernels.operands import Product
 from ..kernels.padding import padded_copy
@@ -27,18 +26,11 @@ from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
 from .activation import activate_, gate_
+from .aligned import LEAST_ROWS, padded, padded_bias
 from .mlp_region import Mlp
 from .norm import Norm
 from .projection import Projection
 from .workspace import affine_into, affine_plus, rows_that_fit
-
-LEAST_ROWS = 128
-"""With fewer rows copying factors costs more than multiplying them slowly."""
-
-
-def padded(rank: int) -> int:
-    """The next rank that is multiplied fast."""
-    return -(-rank // SECTOR) * SECTOR
 
 
 def supported(x: Tensor, mlp: Mlp) -> bool:
@@ -220,12 +212,7 @@ def _into_rank_space(latents: list[Tensor], x: Tensor, projections: list[Project
         assert down is not None
         if latent.shape[1] > down.shape[0]:
             down = padded_copy(down, down.new_empty(latent.shape[1], down.shape[1]))
-        affine_into(latent, x, down, _padded_bias(projection.down_bias, latent.shape[1]))
-
-
-def _padded_bias(bias: Tensor | None, rank: int) -> Tensor | None:
-    """``[rank]``: a bias in rank space, with zeros behind it."""
-    return bias if bias is None or len(bias) == rank else pad(bias, (0, rank - len(bias)))
+        affine_into(latent, x, down, padded_bias(projection.down_bias, latent.shape[1]))
 
 
 class _Chunks:
@@ -236,7 +223,7 @@ class _Chunks:
         self._activated_at_once = tile.activated
         self._lifted_at_once = _Sizes.of(mlp).lifted_at_once(tile.columns)
         self._rank = padded(proj.rank(mlp.out))
-        self._bias = _padded_bias(mlp.out.down_bias, self._rank)
+        self._bias = padded_bias(mlp.out.down_bias, self._rank)
         self._hidden = like.new_empty(tile.rows * tile.columns)
         self._beside = like.new_empty(tile.rows * tile.beside)
         self._factor = like.new_empty(tile.copied)

@@ -70,22 +70,26 @@ def apply(x: Tensor, projection: Projection[Tensor]) -> Tensor:
     return torch.nn.functional.linear(x, projection.up, projection.up_bias)
 
 
-def merge_if_dearer(projection: Projection[Tensor]) -> Projection[Tensor]:
-    """The dense projection where two factors cost at least as much: ``rank * (in + out) >= in * out``.
+def is_dearer(projection: Projection[Tensor]) -> bool:
+    """Whether two factors cost at least as much as their product: ``rank * (in + out) >= in * out``."""
+    n, m = in_features(projection), out_features(projection)
+    return projection.down is not None and rank(projection) * (m + n) >= m * n
 
-    Its weight is ``up @ down`` and its bias ``up @ down_bias + up_bias``.
-    """
-    down, down_bias, up, up_bias = projection
-    if down is None:
+
+def merge_if_dearer(projection: Projection[Tensor]) -> Projection[Tensor]:
+    """The dense projection, of weight ``up @ down``, where the factors are :func:`is_dearer`."""
+    if projection.down is None or not is_dearer(projection):
         return projection
-    (rank, n), m = down.shape, up.shape[0]
-    if rank * (m + n) < m * n:
-        return projection
-    bias = up_bias
-    if down_bias is not None:
-        lifted = up @ down_bias
-        bias = lifted if up_bias is None else lifted + up_bias
-    return Projection(None, None, up @ down, bias)
+    return Projection(None, None, projection.up @ projection.down, dense_bias(projection))
+
+
+def dense_bias(projection: Projection[Tensor]) -> Tensor | None:
+    """The bias of a projection as a dense one: ``up @ down_bias + up_bias``."""
+    _, down_bias, up, up_bias = projection
+    if down_bias is None:
+        return up_bias
+    lifted = up @ down_bias
+    return lifted if up_bias is None else lifted + up_bias
 
 
 def validate(role: str, projection: Projection[Tensor], in_features: int, dtype: torch.dtype) -> None:

@@ -7,8 +7,7 @@ from torch import Tensor
 
 from ..errors import InvalidOptionError
 from ..kernels.operands import Product
-from ..kernels.product import multiplies_faster, multiplies_pair_faster, multiply, takes
-from ..kernels.product_single import product_pair
+from ..kernels.product import multiplies_faster, multiplies_pair_faster, multiply, multiply_pair, takes
 from ..options import Strategy
 from .activation import activate_
 from .projection import Projection, rank
@@ -82,7 +81,7 @@ def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> 
 def affines_into(*products: Product) -> None:
     """Each as by :func:`affine_into`; two in one launch where that is faster, as where one does not occupy the chip."""
     if len(products) == 2 and multiplies_pair_faster(*products):
-        return product_pair(*products)
+        return multiply_pair(*products)
     for x, weight, bias, out in products:
         affine_into(out, x, weight, bias)
 

@@ -167,10 +167,11 @@ def plan_linear(shape: LinearShape, options: Options) -> Plan:
     """Streamed; merged where multiplying the factors pays off for this many rows; or kept."""
     device = device_of(shape.device)
     before = memory.linear_as_written(shape)
+    copies = shape.itemsize * memory.copied_factors(shape, "w", shape.in_features) if device.grows else 0
     offered: list[Candidate] = []
-    for workspace in _workspaces(shape, device, options):
+    for workspace in _workspaces(shape, device, options, copies):
         bound = workspace.bytes_for(shape.input_elements)
-        seconds, needed = time.linear_streamed(shape, device, bound), _at_most(bound, before)
+        seconds, needed = time.linear_streamed(shape, device, bound), copies + _at_most(bound, before)
         offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "rank space passes in chunks"))
     dearer = _dearer(shape, {})
     if dearer:

@@ -31,8 +31,9 @@ def merged_weight(shape: LinearShape) -> sympy.Expr:
 
 
 def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr | int] = NOTHING) -> int:
-    """Bytes of the dense weights of the region's merged projections, ``dearer`` by role with their input size, and of
-    those that the graph multiplies out, beside the workspace.
+    """Bytes beside the workspace of what is made of factors: the dense weights of the region's merged projections,
+    ``dearer`` by role with their input size, and of those that the graph multiplies out; an attention's
+    :func:`copied_factors`.
 
     An attention operator multiplies for the queries first, then for keys and values, then for its output; the rest
     exists all at once.
@@ -44,8 +45,29 @@ def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr
     weights = {role: int(shape.features[role] * features) for role, features in dearer.items()}
     if not isinstance(shape, AttentionShape):
         return shape.itemsize * sum(weights.values())
-    of_keys_and_values = weights.pop("k", 0) + weights.pop("v", 0)
-    return shape.itemsize * (shape.products + max(of_keys_and_values, *weights.values(), 0))
+    copies = dict.fromkeys(shape.ranks, 0)
+    for role in copies.keys() - weights.keys():
+        by_library = (
+            not lifts_on_chip(shape, device) if role in ("k", "v") else shape.latent(role) > device.max_projected_rank
+        )
+        if by_library:
+            copies[role] = copied_factors(shape, role, heads_width(shape) if role == "out" else shape.in_features)
+    # Of a normalised input all three are copied at once.
+    together = sum(weights.get(role, copies[role]) for role in ("k", "v")) + copies["q"]
+    alone = (weights.get(role, copies[role]) for role in copies.keys() - {"k", "v"})
+    return shape.itemsize * (shape.products + max(together, *alone))
+
+
+ALIGNED, STEP = 16, 8
+"""Elements of half precision in 32 and in 16 bytes (``ops/aligned.py``)."""
+
+
+def copied_factors(shape: RegionShape, role: str, in_features: sympy.Expr | int) -> int:
+    """Elements of copies of a projection's factors, which the library is given where their rank is odd."""
+    rank = shape.latent(role)
+    if rank % STEP == 0 or shape.itemsize != 2:
+        return 0
+    return -(-rank // ALIGNED) * ALIGNED * int(shape.features[role] + in_features)
 
 
 def mlp_as_written(shape: MlpShape) -> sympy.Expr:

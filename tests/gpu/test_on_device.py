@@ -88,6 +88,15 @@ def test_few_rows(rows, ranks, dtype):
             assert_within_error_rule(operator(fresh, *weights), reference_of(operator), (fresh, *weights), ulps=2)
 
 
+@pytest.mark.parametrize("rank", [333, 336, 500])
+@pytest.mark.parametrize("rows", [60, 3000])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear(rows, rank, dtype):
+    arguments = linear_arguments(rows, 1, 1000, out_features=1016, rank=rank, dtype=dtype, workspace_bytes=1 << 20)
+    arguments = on_gpu(arguments)
+    assert_within_error_rule(ops.linear(*arguments), reference_of(ops.linear), arguments)
+
+
 @pytest.mark.parametrize("rows", [1, 8])
 @pytest.mark.parametrize("ranks", [(256, 192, 304), (453, 449, 501)])
 @pytest.mark.parametrize("kind", ["none", "rms", "layer"])
@@ -166,9 +175,24 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     },
     "odd-ranks": {"q_len": 129, "num_heads": 12, "head_dim": 64, "features": 768, "ranks": (33, 150, 201, 97)},
     "beyond-the-kernel": {"q_len": 257, "num_heads": 8, "head_dim": 64, "features": 512, "ranks": (400, 400, 410, 400)},
+    "odd-ranks-beyond-the-kernel": {
+        "q_len": 257, "num_heads": 8, "head_dim": 64, "features": 512, "ranks": (401, 399, 277, 301), "down_bias": True,
+    },
+    "odd-ranks-normalised": {
+        "q_len": 257, "num_heads": 4, "head_dim": 128, "features": 512, "ranks": (401, 399, 277, 301),
+        "rotary_dim": 128, "x_norm": norm("rms", 512, weight=False),
+    },
     "merged": {
         "q_len": 150, "num_heads": 4, "head_dim": 64, "features": 256, "ranks": (200, 300, 190, 128),
         "strategy": "merged",
+    },
+    "merged-rotated": {
+        "q_len": 150, "num_heads": 4, "head_dim": 128, "features": 512, "ranks": (400, 300, 290, 128),
+        "strategy": "merged", "rotary_dim": 128,
+    },
+    "merged-for-queries-of-its-own": {
+        "q_len": 150, "num_heads": 4, "head_dim": 64, "features": 256, "ranks": (100, 300, 190, 128),
+        "strategy": "merged", "num_kv_heads": 2, "down_bias": True,
     },
     "causal-96": {"q_len": 300, "num_heads": 4, "head_dim": 96, "features": 384, "window": (-1, 0)},
     # Queries, keys and values of a chunk in one launch on Hopper: two chunks, or one whose heads are rotated.

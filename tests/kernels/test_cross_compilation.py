@@ -23,6 +23,7 @@ from flashsvd_compile.kernels import (
     projection,
     rotary,
     short_attention,
+    small_products,
 )
 from flashsvd_compile.kernels.operands import Product, RmsNorm, Rotation
 from flashsvd_compile.kernels.short_attention import Factors
@@ -110,6 +111,13 @@ def add_up() -> None:
     partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304, dtype=HALF))
 
 
+def multiply_together(depth: int, copies: bool, by_depth: bool = False) -> None:
+    up, out, bias = matrix(768, depth), matrix(768, 768), torch.empty(768, dtype=HALF)
+    down = matrix(768, depth) if by_depth else matrix(depth, 768).t()
+    assert small_products.supported(*[(up, down)] * 3)
+    small_products.multiply_together(*[small_products.Small(up, down, bias, out, bias if copies else None)] * 3)
+
+
 def rotate(dtype: torch.dtype, interleaved: bool) -> None:
     cos, sin = (torch.empty(1, 512, 64, dtype=dtype) for _ in range(2))
     rotary.rotate_(torch.empty(2, 512, 4, 64, dtype=dtype), cos, sin, interleaved)
@@ -186,6 +194,9 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     yield "gemv of a normalised row float32", lambda: multiply_beside(True, False, 1493, dtype=SINGLE)
     yield "gemv float32", lambda: multiply_few(1, 1493, dtype=SINGLE)
     yield "padding", lambda: drop(padding.padded_copy(matrix(500, 1493), matrix(500, 1496)))
+    for depth in (384, 600, 333):
+        yield f"products of factors of rank {depth}", lambda depth=depth: multiply_together(depth, copies=True)
+    yield "small products", lambda: multiply_together(768, copies=False, by_depth=True)
     yield (
         "partial sums",
         lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),

@@ -78,6 +78,9 @@ ATTENTIONS = {
     "merged": {"ranks": (40, 40, 44, 48), "strategy": "merged", "rotary_dim": 16, "residual": True},
     "merged keys": {"ranks": (12, 40, 10, 11), "strategy": "merged", "down_bias": True},
     "merged values": {"ranks": (40, None, 40, 11), "strategy": "merged", "x_norm": norm("rms", 64)},
+    "merged side by side": {"ranks": (40, 40, 44, 48), "strategy": "merged", "down_bias": True},
+    "merged for cross-attention": {"kv_len": 53, "ranks": (40, 40, 44, 48), "strategy": "merged", "bias": False},
+    "merged of few heads, side by side": {"ranks": (40, 24, 24, 48), "strategy": "merged", "num_kv_heads": 2},
     "nothing to merge": {"strategy": "merged"},
     "absorbed": {
         "ranks": (12, None, None, 11),
@@ -99,6 +102,16 @@ def test_attention(name, workspace_bytes):
         assert_attention_right(attention_arguments(2, 33, kv_len, 64, dtype=dtype, **options), "pointers")
 
 
+@pytest.mark.parametrize("how", [{}, {"x_norm": norm("rms", 64)}], ids=["plain", "normalised"])
+@pytest.mark.parametrize("ranks", [(301, 300, 299, 263), (301, 12, 9, 400)])
+def test_odd_ranks_beyond_the_kernel(ranks, how):
+    """The library multiplies copies whose rows are aligned, of rows enough."""
+    how = {"num_heads": 4, "head_dim": 16, "ranks": ranks, "down_bias": True} | how
+    for workspace_bytes in WORKSPACES:
+        arguments = attention_arguments(2, 70, None, 64, dtype=torch.float16, workspace_bytes=workspace_bytes, **how)
+        assert_attention_right(arguments, "pointers")
+
+
 @given(
     batch=st.integers(1, 3),
     q_len=st.integers(1, 40),
@@ -111,6 +124,7 @@ def test_attention(name, workspace_bytes):
     layout=st.sampled_from(LAYOUTS),
     dtype=st.sampled_from(DTYPES),
     chip=st.sampled_from(("pointers", "descriptors")),
+    strategy=st.sampled_from(("streamed", "merged")),
     workspace_bytes=st.integers(1, 20_000),
 )
 def test_any_attention(batch, q_len, kv_heads, group, head_dim, chip, **how):
