@@ -20,6 +20,7 @@ from ..options import Strategy
 from . import few_rows, mlp_gpu, norm
 from . import projection as proj
 from .activation import activate_, activation_of, gate_
+from .aligned import with_aligned_rank
 from .backward import Chunked, by_rows, differentiable
 from .mlp_region import Mlp
 from .norm import Norm
@@ -115,7 +116,9 @@ def _fused(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor
     partial sums fit in what the result, which comes when they are gone, and the workspace take.
     """
     rows_in = x.reshape(-1, x.shape[-1])
-    rows, rank_out = rows_in.shape[0], proj.rank(mlp.out)
+    rows = rows_in.shape[0]
+    mlp = Mlp(with_aligned_rank(mlp.hidden, rows), None, with_aligned_rank(mlp.out, rows))
+    rank_out = proj.rank(mlp.out)
     assert mlp.hidden.down is not None and mlp.out.down is not None
     latent = empty_with_aligned_rows(rows, proj.rank(mlp.hidden), x)
     affine_into(latent, rows_in, mlp.hidden.down, mlp.hidden.down_bias)

@@ -26,11 +26,14 @@ from ..kernels.target import Target, target_of
 from . import norm
 from . import projection as proj
 from .activation import activate_, gate_
-from .aligned import LEAST_ROWS, padded, padded_bias
+from .aligned import padded, padded_bias
 from .mlp_region import Mlp
 from .norm import Norm
 from .projection import Projection
 from .workspace import affine_into, affine_plus, rows_that_fit
+
+LEAST_ROWS = 128
+"""With fewer rows copying factors costs more than multiplying them slowly."""
 
 
 def supported(x: Tensor, mlp: Mlp) -> bool:

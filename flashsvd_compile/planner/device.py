@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass, replace
 
+ODD_RANKS = 2.0
+"""Of a GPU's library; of odd numbers and large factors up to 6 (H200, 16384 rows), but Inductor pads some of these."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -26,6 +29,7 @@ class Device:
         specialised: whether there are kernels for it in Gluon: a streamed MLP of half precision has its products
             activated as they are computed, large chunks of keys are lifted faster.
         full_rows: rows that occupy the device; a fused MLP of fewer splits its hidden layer.
+        odd_ranks: factor on the time of products of half precision by factors whose rank is no multiple of 8.
     """
 
     flops: dict[int, float]
@@ -42,11 +46,13 @@ class Device:
     full_rows: int = 0
     specialised: bool = False
     library_single_flops: float | None = None
+    odd_ranks: float = 1.0
 
     def as_written(self) -> "Device":
         """The device as the model's own operations find it."""
+        found = replace(self, odd_ranks=ODD_RANKS if self.grows else 1.0)
         single = self.library_single_flops
-        return self if single is None else replace(self, flops={**self.flops, 4: single}, library_single_flops=None)
+        return found if single is None else replace(found, flops={**self.flops, 4: single}, library_single_flops=None)
 
     def head_size(self, features: int) -> int:
         """Features that attention computes for a head: on a GPU tiles are powers of two, of at least 16."""
@@ -71,7 +77,7 @@ _DEVICES = {
 
 
 _DEVICES["H100"] = replace(_DEVICES["H200"], flops={4: 60e12, 2: 830e12}, bandwidth=3.75e12)
-_ANY_GPU = replace(_DEVICES["H200"].as_written(), max_single_head=0)
+_ANY_GPU = replace(_DEVICES["H200"].as_written(), max_single_head=0, odd_ranks=1.0)
 
 
 def device_of(name: str) -> Device:

@@ -76,10 +76,14 @@ def mlp_as_written(shape: MlpShape) -> sympy.Expr:
 
 
 def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
-    """Rank-space input and partial sums of the fused core, beside the result, which comes when they are gone."""
+    """Rank-space input and partial sums of the fused core, beside the result, which comes when they are gone; and
+    copies of factors of odd rank.
+    """
     rank_in, rank_out = shape.latent("hidden"), shape.latent("out")
     beside = rank_in + rank_out * partial_sums(shape, device) - shape.features["out"]
-    return shape.itemsize * shape.rows * sympy.Max(beside, rank_out)
+    inputs = {"hidden": shape.in_features, "out": shape.features["hidden"]}
+    copies = sum(copied_factors(shape, role, in_features) for role, in_features in inputs.items())
+    return shape.itemsize * (shape.rows * sympy.Max(beside, rank_out) + copies)
 
 
 SHARE_FOR_PARTIAL_SUMS = Fraction(3, 5)

@@ -202,7 +202,8 @@ def _projection(shape: RegionShape, device: Device, role: str, rows, in_features
     rank, features = shape.ranks[role], shape.features[role]
     if rank is None:
         return _product(shape, device, rows, in_features, features)
-    return _product(shape, device, rows, in_features, rank) + _product(shape, device, rows, rank, features)
+    pair = _product(shape, device, rows, in_features, rank) + _product(shape, device, rows, rank, features)
+    return pair * device.odd_ranks if shape.itemsize == 2 and rank % memory.STEP else pair
 
 
 def _merged_projection(shape: RegionShape, device: Device, role: str, rows, in_features) -> sympy.Expr:

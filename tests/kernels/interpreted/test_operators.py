@@ -112,6 +112,20 @@ def test_odd_ranks_beyond_the_kernel(ranks, how):
         assert_attention_right(arguments, "pointers")
 
 
+@pytest.mark.parametrize("ranks", [(21, None, 30), (16, None, 13), (7, None, 24)])
+@pytest.mark.parametrize("rows", [130, 20])
+def test_odd_ranks_of_a_fused_mlp(ranks, rows):
+    how = {"width": 72, "ranks": ranks, "down_bias": True, "strategy": "fused", "dtype": torch.float16}
+    assert_mlp_right(mlp_arguments(rows, 48, **how), "pointers")
+
+
+@pytest.mark.parametrize("rows", [130, 20])
+def test_an_odd_rank_of_a_linear(rows):
+    arguments = linear_arguments(rows, 48, rank=13, down_bias=True, dtype=torch.float16, workspace_bytes=1 << 10)
+    with running_on(INTERPRETED["pointers"]):
+        assert_within_error_rule(linear_on_gpu(*arguments), linear_reference, arguments, ulps=2)
+
+
 @given(
     batch=st.integers(1, 3),
     q_len=st.integers(1, 40),
