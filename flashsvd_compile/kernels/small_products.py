@@ -70,8 +70,12 @@ def _count(tile: Tile, *operands: tuple[Tensor, Tensor]) -> int:
 
 def _layout(x: Tensor, weight: Tensor) -> tuple[int | None, int | None]:
     """The dimension along which elements of each operand are adjacent."""
-    first, second = (next((dim for dim in (1, 0) if matrix.stride(dim) == 1), None) for matrix in (x, weight))
-    return first, second
+    return _adjacent(x), _adjacent(weight)
+
+
+def _adjacent(matrix: Tensor) -> int | None:
+    """``None`` where neither is, or rows overlap."""
+    return next((dim for dim in (1, 0) if matrix.stride(dim) == 1 < matrix.stride(1 - dim)), None)
 
 
 @triton.jit

@@ -49,4 +49,5 @@ def test_what_is_left_to_the_library():
     assert not supported(operands(64, 33, 64, torch.float32))
     assert not supported(small, (x, weight.t().contiguous().t()))  # of another layout
     assert not supported((x, torch.zeros(64, 66, dtype=torch.float16)[:, ::2]))
+    assert not supported((x[:1].expand(64, 33), weight))
     assert not supported(operands(4096, 33, 4096))
