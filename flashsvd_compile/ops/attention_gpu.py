@@ -19,6 +19,7 @@ from ..kernels import attention as attention_kernel
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
+from ..kernels import small_products
 from ..kernels.operands import Product, Rotation
 from ..kernels.product import multiply, rotates
 from ..kernels.target import speaks_gluon, target_of
@@ -382,8 +383,10 @@ def _attend_to_short(heads: Tensor, context: Tensor, attn: Attention, elements: 
 
 def _short_rank_space(rows: Tensor, attn: Attention, workspace: Workspace) -> list[short_kernel.Factors]:
     """Keys and values of these rows, in rank space."""
-    products, factors = [], []
-    for projection in (attn.k, attn.v):
+    products, factors, projections = [], [], [attn.k, attn.v]
+    if not small_products.supported(*((rows, p.down) for p in projections if p.down is not None)):
+        projections = [with_aligned_rank(projection, len(rows)) for projection in projections]
+    for projection in projections:
         latent = workspace.take(len(rows), aligned_columns(proj.rank(projection)))[:, : proj.rank(projection)]
         products.append(_into_rank_space(rows, projection, latent))
         factors.append(short_kernel.Factors(latent, projection.up, projection.up_bias))
@@ -489,8 +492,8 @@ def _lifter_of_both(context: Tensor, both: Projection[Tensor], attn: Attention, 
     def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
         lifted = workspace.aligned().take(*context.shape[:2], sum(widths))
         affine_into(_rows(lifted), _rows(context), both.up, both.up_bias)
-        keys, values = (some.unflatten(-1, (count, -1)) for some in lifted.split(widths, dim=-1))
-        return keys, values
+        keys, values = lifted.split(widths, dim=-1)
+        return keys.unflatten(-1, (count, -1)), values.unflatten(-1, (count, -1))
 
     return lift
 

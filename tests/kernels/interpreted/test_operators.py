@@ -112,6 +112,20 @@ def test_odd_ranks_beyond_the_kernel(ranks, how):
         assert_attention_right(arguments, "pointers")
 
 
+def test_odd_ranks_of_short_items():
+    """Rows too many for one launch of small products, on a chip with descriptors."""
+    how = {
+        "num_heads": 4,
+        "head_dim": 16,
+        "ranks": (12, 13, 9, 11),
+        "down_bias": True,
+        "key_padding": padding(90, 20, 70, total=90),
+    }
+    for workspace_bytes in WORKSPACES:
+        arguments = attention_arguments(3, 90, None, 64, dtype=torch.float16, workspace_bytes=workspace_bytes, **how)
+        assert_attention_right(arguments, "descriptors")
+
+
 @pytest.mark.parametrize("ranks", [(21, None, 30), (16, None, 13), (7, None, 24)])
 @pytest.mark.parametrize("rows", [130, 20])
 def test_odd_ranks_of_a_fused_mlp(ranks, rows):
