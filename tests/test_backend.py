@@ -585,3 +585,34 @@ def test_gradients_of_an_item_that_sees_nothing():
     assert report is not None and report.count("attention") == 1
     for expected, gradient in zip(*found, strict=True):
         torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-4)
+
+
+RECTIFIERS = {
+    "relu": (functional.relu, True),
+    "clamp": (lambda x: x.clamp(min=0), False),
+    "clamp_min": (lambda x: torch.clamp_min(x, 0.0), False),
+    "half of a sum": (lambda x: (x + x.abs()) / 2, False),
+}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+@pytest.mark.parametrize("spelling", RECTIFIERS)
+def test_slopes_of_rectifiers_at_zero(spelling, wanted):
+    """What is padded is 0 throughout without biases, where ReLU has the slope 0 and others have another."""
+    torch.compiler.reset()
+    rectify, is_relu = RECTIFIERS[spelling]
+    shapes = (RANK, FEATURES), (2 * FEATURES, RANK), (RANK, 2 * FEATURES), (FEATURES, RANK)
+    down, up, other_down, other_up = (torch.randn(*shape) for shape in shapes)
+
+    def mlp(x):
+        hidden = functional.linear(functional.linear(x, down), up)
+        return functional.linear(functional.linear(rectify(hidden), other_down), other_up)
+
+    x, found = torch.randn(2, 9, FEATURES), []
+    x[1] = 0.0
+    for call in (mlp, torch.compile(mlp, backend="flashsvd", options={**FREELY, "inner": "eager"})):
+        given = x.clone().requires_grad_(wanted)
+        result = call(given)
+        found.append(torch.autograd.grad(result.sum(), given)[0] if wanted else result)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    assert latest().count("mlp") == (is_relu or not wanted)

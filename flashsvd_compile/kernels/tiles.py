@@ -94,5 +94,5 @@ def by_items(heads: Tensor) -> Tensor:
     A descriptor of it has zeros behind an item's last row.
     """
     items, length, count, dim = heads.shape
-    row = heads.stride(1)
+    row = heads.stride(0) // max(1, length) if items > 1 else heads.stride(1)  # of one row views have any stride
     return heads.as_strided((items, length, count * dim), (length * row, row, 1))

@@ -92,14 +92,14 @@ def streamed(
             return _after_norm(x, attn, elements, residual)
         x = context = norm.of_rows(x, attn.x_norm)
     result = x.new_empty(*x.shape[:2], attn.out_features)
-    heads = result.unflatten(-1, (attn.num_heads, attn.head_dim))
+    heads, short = result.unflatten(-1, (attn.num_heads, attn.head_dim)), _is_short(x.shape[1], context, attn)
     if merges:
         _attend_merged(heads, x, context, attn, elements)
         attn = attn._replace(out=attn.out and proj.merge_if_dearer(attn.out))
-    elif _is_short(x.shape[1], context, attn):
+    elif short and _fused(x, attn.q):
         _attend_to_short(heads, context, attn, elements, x)
     else:
-        together = context is x and _come_together(x, attn, elements)
+        together = context is x and not short and _come_together(x, attn, elements)
         if not together:
             _project(_rows(result), _rows(x), attn.q, elements)
             _rotate_(heads, attn)

@@ -69,10 +69,11 @@ def read_activation(node: Node, is_leaf: Callable[[Node], bool]) -> Activation |
         return None
     if len(chain.leaves) == 1:
         (source,) = chain.leaves
-        return Activation(_name(chain), source, None, chain.nodes)
+        name = _name(chain)
+        return Activation(name if _bends_alike(chain, source, name) else None, source, None, chain.nodes)
     for activated, linear in (chain.leaves, chain.leaves[::-1]):
         name = _gated_name(chain, activated, linear)
-        if name is not None:
+        if name is not None and _bends_alike(chain, activated, name):
             return Activation(name, activated, linear, chain.nodes)
     return Activation(None, chain.leaves[0], chain.leaves[1], chain.nodes)
 
@@ -131,7 +132,7 @@ def _keeps_precision(node: Node) -> bool:
     return value is not None and value.is_floating_point()
 
 
-def evaluate(chain: Elementwise, samples: dict[Node, Tensor]) -> Tensor | None:
+def evaluate(chain: Elementwise, samples: dict[Node, Tensor], differentiably: bool = False) -> Tensor | None:
     """The chain's result for given leaves, in their dtype; ``None`` when an argument is no number."""
     values: dict[Node, Any] = dict(samples)
 
@@ -144,7 +145,7 @@ def evaluate(chain: Elementwise, samples: dict[Node, Tensor]) -> Tensor | None:
         return number
 
     try:
-        with unset_fake_temporarily(), torch.no_grad():
+        with unset_fake_temporarily(), torch.set_grad_enabled(differentiably):
             for node in chain.nodes:
                 call = read(node)
                 if call is not None and call.op in _IDENTITIES:
@@ -197,6 +198,22 @@ def _gated_name(chain: Elementwise, activated: Node, linear: Node) -> str | None
         result = evaluate(chain, {activated: x, linear: other})
         names.add(None if result is None else _known(result / other, x))
     return names.pop() if len(names) == 1 else None
+
+
+def _bends_alike(chain: Elementwise, activated: Node, name: str | None) -> bool:
+    """Whether the chain has the activation's slope at 0, too, or nobody asks for one.
+
+    There ``clamp(min=0)`` has 1 and ``(x + x.abs()) / 2`` a half where ``relu`` has 0, and all that is padded may be 0.
+    """
+    tensor = tensor_of(activated)
+    if name is None or tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad):
+        return True
+    with unset_fake_temporarily(), torch.enable_grad():
+        zero = torch.zeros(1, dtype=torch.float64, device="cpu", requires_grad=True)
+        others = {leaf: torch.ones_like(zero) for leaf in chain.leaves if leaf is not activated}
+        results = evaluate(chain, {activated: zero, **others}, differentiably=True), ACTIVATIONS[name](zero)
+        slopes = [torch.autograd.grad(result, zero)[0] for result in results if result is not None]
+        return torch.allclose(slopes[0], slopes[-1], rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
 def _known(values: Tensor, x: Tensor) -> str | None:

@@ -171,10 +171,15 @@ def read_view(node: Node) -> View | None:
         return _member_of_tuple(node, call)
     source = call.input
     before, after = shape_of(source), shape_of(node)
-    if before is None or after is None:
+    if before is None or after is None or _reinterprets(node, call):
         return None
     steps = _steps(call, before, after, node)
     return None if steps is None else View(source, steps, (node,))
+
+
+def _reinterprets(node: Node, call: Call) -> bool:
+    """Whether it is ``view(dtype)``: other numbers, and no gradients, from the same bits."""
+    return call.op == "view" and any(isinstance(a, torch.dtype) for a in (*node.args, *node.kwargs.values()))
 
 
 def _joined_with_nothing(node: Node, call: Call) -> View | None:

@@ -260,8 +260,8 @@ def _bind(names: list[str], node: Node) -> dict[str, Any] | None:
         return None
     arguments.update(zip(names, positional, strict=False))
     for name, argument in node.kwargs.items():
-        arguments[_ARGUMENT_ALIASES.get(name, name)] = argument
-    return arguments
+        arguments[name if name in names else _ARGUMENT_ALIASES.get(name, name)] = argument
+    return None if arguments.get("rounding_mode") is not None else arguments  # of a division, to an integer
 
 
 def _functions() -> dict[Callable, str]:

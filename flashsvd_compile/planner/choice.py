@@ -100,6 +100,8 @@ class Plan:
 @remembered
 def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     """Fused where the accumulators fit on chip, else streamed, merged or kept."""
+    if shape.is_empty:
+        return _nothing_to_compute(shape, options)
     device = device_of(shape.device)
     before = memory.mlp_as_written(shape)
     offered: list[Candidate] = []
@@ -125,6 +127,8 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
 @remembered
 def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     """Streamed, a few items or heads lifted out of rank space at a time; or left in rank space, or merged, or kept."""
+    if shape.is_empty:
+        return _nothing_to_compute(shape, options)
     device = device_of(shape.device)
     before = memory.attention_as_written(shape)
     offered: list[Candidate] = []
@@ -165,9 +169,11 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
 @remembered
 def plan_linear(shape: LinearShape, options: Options) -> Plan:
     """Streamed; merged where multiplying the factors pays off for this many rows; or kept."""
+    if shape.is_empty:
+        return _nothing_to_compute(shape, options)
     device = device_of(shape.device)
     before = memory.linear_as_written(shape)
-    copies = shape.itemsize * memory.copied_factors(shape, "w", shape.in_features) if device.grows else 0
+    copies = shape.itemsize * memory.copied_factors(shape, "w", shape.in_features, shape.rows) if device.grows else 0
     offered: list[Candidate] = []
     for workspace in _workspaces(shape, device, options, copies):
         bound = workspace.bytes_for(shape.input_elements)
@@ -178,6 +184,11 @@ def plan_linear(shape: LinearShape, options: Options) -> Plan:
         seconds, weight = time.linear_merged(shape, device), memory.merged_weight(shape)
         offered.append(Candidate(Strategy.MERGED, offered[0].workspace, seconds, weight, _merging(dearer)))
     return _choice(shape, offered, time.linear_kept(shape, device.as_written()), before, options)
+
+
+def _nothing_to_compute(shape: RegionShape, options: Options) -> Plan:
+    """Of a region without rows, by which formulas would divide."""
+    return _choice(shape, [], sympy.S.Zero, sympy.S.Zero, options)
 
 
 def _dearer(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> dict[str, sympy.Expr | int]:
@@ -247,7 +258,8 @@ def _best(shape: RegionShape, candidates: tuple[Candidate, ...], budget: int | N
     if not within:
         return min(candidates, key=sizes.__getitem__)
     seconds = {candidate: shape.at_hints(candidate.seconds) for candidate in within}
-    fast = [candidate for candidate in within if seconds[candidate] <= (1 + NOISE) * min(seconds.values())]
+    least = min(seconds.values())
+    fast = [candidate for candidate in within if seconds[candidate] <= least + NOISE * abs(least)]
     best = min(fast, key=lambda candidate: (sizes[candidate], seconds[candidate]))
     alike = (candidate for candidate in fast if candidate.strategy == best.strategy)
     return next(candidate for candidate in alike if sizes[candidate] == sizes[best])  # the least bound of these chunks
@@ -274,7 +286,8 @@ def _workspaces(shape: RegionShape, device: Device, options: Options, products: 
 
 def _workspace(shape: RegionShape, device: Device, options: Options, share: Fraction, products: int = 0) -> Workspace:
     if options.memory_budget is not None:
-        return Workspace(max(1, options.memory_budget - products))
+        least = min(options.memory_budget, device.least_workspace)  # or a row at a time would pass
+        return Workspace(max(least, options.memory_budget - products))
     if not device.grows:
         return Workspace(device.least_workspace)
     least, per_element = device.least_workspace, shape.itemsize * share

@@ -45,29 +45,40 @@ def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr
     weights = {role: int(shape.features[role] * features) for role, features in dearer.items()}
     if not isinstance(shape, AttentionShape):
         return shape.itemsize * sum(weights.values())
-    copies = dict.fromkeys(shape.ranks, 0)
-    for role in copies.keys() - weights.keys():
-        by_library = (
-            not lifts_on_chip(shape, device) if role in ("k", "v") else shape.latent(role) > device.max_projected_rank
-        )
-        if by_library:
-            copies[role] = copied_factors(shape, role, heads_width(shape) if role == "out" else shape.in_features)
-    # Of a normalised input all three are copied at once.
-    together = sum(weights.get(role, copies[role]) for role in ("k", "v")) + copies["q"]
+    copies = _copies(shape, device) | dict.fromkeys(dearer, 0)
+    together = sum(weights.get(role, copies[role]) for role in ("k", "v"))
+    together += 0 if dearer else copies["q"]  # of a normalised input all three are copied at once
     alone = (weights.get(role, copies[role]) for role in copies.keys() - {"k", "v"})
     return shape.itemsize * (shape.products + max(together, *alone))
 
 
 ALIGNED, STEP = 16, 8
 """Elements of half precision in 32 and in 16 bytes (``ops/aligned.py``)."""
+LEAST_COPIED = 64
+"""Rows for which factors of odd rank are copied."""
 
 
-def copied_factors(shape: RegionShape, role: str, in_features: sympy.Expr | int) -> int:
+def copied_factors(shape: RegionShape, role: str, in_features: sympy.Expr | int, rows: sympy.Expr) -> int:
     """Elements of copies of a projection's factors, which the library is given where their rank is odd."""
     rank = shape.latent(role)
-    if rank % STEP == 0 or shape.itemsize != 2:
+    if rank % STEP == 0 or shape.itemsize != 2 or shape.at_hints(rows) < LEAST_COPIED:
         return 0
     return -(-rank // ALIGNED) * ALIGNED * int(shape.features[role] + in_features)
+
+
+def _copies(shape: AttentionShape, device: Device) -> dict[str, int]:
+    """Elements of :func:`copied_factors` by role.
+
+    Keys and values go through the library together, and so do the queries of a normalised input with them.
+    """
+    copies = dict.fromkeys(shape.ranks, 0)
+    keys_beyond = max(shape.latent("k"), shape.latent("v")) > device.max_projected_rank
+    for role in shape.ranks:
+        beyond = shape.latent(role) > device.max_projected_rank or (keys_beyond and role != "out")
+        in_features = heads_width(shape) if role == "out" else shape.in_features
+        rows = shape.batch * (shape.kv_len if role in ("k", "v") else shape.q_len)
+        copies[role] = copied_factors(shape, role, in_features, rows) if beyond else 0
+    return copies
 
 
 def mlp_as_written(shape: MlpShape) -> sympy.Expr:
@@ -82,7 +93,7 @@ def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
     rank_in, rank_out = shape.latent("hidden"), shape.latent("out")
     beside = rank_in + rank_out * partial_sums(shape, device) - shape.features["out"]
     inputs = {"hidden": shape.in_features, "out": shape.features["hidden"]}
-    copies = sum(copied_factors(shape, role, in_features) for role, in_features in inputs.items())
+    copies = sum(copied_factors(shape, role, in_features, shape.rows) for role, in_features in inputs.items())
     return shape.itemsize * (shape.rows * sympy.Max(beside, rank_out) + copies)
 
 
@@ -94,7 +105,7 @@ def partial_sums(shape: MlpShape, device: Device) -> sympy.Expr:
     """Parts of the hidden layer that are computed side by side where rows are too few to fill the device."""
     room = shape.features["out"] + sympy.Rational(SHARE_FOR_PARTIAL_SUMS) * shape.in_features - shape.latent("hidden")
     most = sympy.floor(room / shape.latent("out"))
-    return sympy.Max(1, sympy.Min(most, sympy.floor(device.full_rows / shape.rows)))
+    return sympy.Max(1, sympy.Min(most, sympy.floor(device.full_rows / largest(1, shape.rows))))
 
 
 SINGLE_COLUMNS = 768

@@ -42,6 +42,11 @@ class RegionShape:
         """Elements of ``x``."""
         raise NotImplementedError
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether there are no rows, known when the graph is traced."""
+        return self.input_elements == 0
+
     def latent(self, role: str) -> int:
         """Rank-space elements a row needs for one projection; 0 when dense."""
         return self.ranks[role] or 0
@@ -147,3 +152,7 @@ class AttentionShape(RegionShape):
     @property
     def input_elements(self) -> sympy.Expr:
         return self.batch * self.q_len * self.in_features
+
+    @property
+    def is_empty(self) -> bool:
+        return self.input_elements == 0 or self.kv_len == 0

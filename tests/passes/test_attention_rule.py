@@ -121,6 +121,21 @@ def test_every_spelling_of_the_core(spelling):
     assert kwargs.get("window_right", -1) == (0 if spelling == "causal" else -1)
 
 
+ROUNDED = {
+    "scores": lambda q, k, v: torch.div(q @ k.mT, 0.1, rounding_mode="floor").softmax(-1) @ v,
+    "capped scores": lambda q, k, v: (torch.tanh((q @ k.mT).div(0.1, rounding_mode="trunc")) * 2).softmax(-1) @ v,
+    "queries": lambda q, k, v: scaled_dot_product_attention(torch.div(q, 0.1, rounding_mode="trunc"), k, v),
+    "keys": lambda q, k, v: scaled_dot_product_attention(q, k.div(0.1, rounding_mode="floor"), v),
+}
+
+
+@pytest.mark.parametrize("spelling", ROUNDED)
+def test_a_division_that_rounds_is_no_scale(spelling):
+    result = rewritten(attention(core=ROUNDED[spelling]), X, *ALL)
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
 # Batch and heads in one dimension, and by einsum
 
 

@@ -106,6 +106,18 @@ def test_an_unknown_activation_is_named_and_leaves_the_projections_to_the_linear
     result.assert_same_result()
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
+def test_bits_read_as_another_dtype_are_no_view(dtype):
+    """As the same dtype, too: gradients end there."""
+
+    def mlp(x, a, b, c, d):
+        return low_rank(functional.gelu(low_rank(x, a, b).view(dtype).float()), c, d)
+
+    result = rewritten(mlp, X, *HIDDEN, *OUT)
+    assert result.count("mlp") == 0
+    result.assert_same_result()
+
+
 GATED = {
     "gate first": lambda x, h, g, o: low_rank(functional.silu(low_rank(x, *g)) * low_rank(x, *h), *o),
     "gate second": lambda x, h, g, o: low_rank(low_rank(x, *h) * functional.silu(low_rank(x, *g)), *o),

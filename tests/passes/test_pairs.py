@@ -59,6 +59,10 @@ SPELLINGS = {
     "torch.mm": (lambda x, u, v: torch.mm(torch.mm(x, u), v), X2, U, V),
     ".mm": (lambda x, u, v: x.mm(u).mm(v), X2, U, V),
     "addmm": (lambda x, u, v, db, b: torch.addmm(b, torch.addmm(db, x, u), v), X2, U, V, DOWN_BIAS, BIAS),
+    "addmm by keywords": (
+        lambda x, u, v, db, b: torch.addmm(b, mat1=torch.addmm(input=db, mat1=x, mat2=u), mat2=v),
+        X2, U, V, DOWN_BIAS, BIAS,
+    ),
     "Conv1D": (conv1d, X3, U, V, DOWN_BIAS, BIAS),
     ".t()": (lambda x, down, up: x @ down.t() @ up.t(), X3, DOWN, UP),
     ".T": (lambda x, down, up: x @ down.T @ up.T, X3, DOWN, UP),

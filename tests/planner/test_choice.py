@@ -220,6 +220,32 @@ def test_short_unmasked_attention_of_a_middle_rank_is_kept():
     assert plan_attention(attention(32, 512, 301, "cuda", itemsize=2), AUTO).strategy == Strategy.STREAMED
 
 
+@pytest.mark.parametrize("device", ["cpu", "H200"])
+@pytest.mark.parametrize("rows", [0, 1])
+def test_regions_without_rows_are_kept(device, rows):
+    linear = LinearShape({"w": 64}, {"w": 768}, sympy.Integer(768), 2, device, {}, sympy.Integer(rows))
+    mlp = MlpShape(
+        {"hidden": 64, "out": 64}, {"hidden": 3072, "out": 768}, sympy.Integer(768), 2, device, {}, sympy.Integer(rows)
+    )
+    heads, no_keys = attention(rows, 9, 64, device), attention(4, 9, 64, device)
+    plans = plan_linear(linear, AUTO), plan_mlp(mlp, AUTO), plan_attention(heads, AUTO)
+    assert rows or {plan.strategy for plan in plans} == {Strategy.KEPT}
+    assert plan_attention(replace(no_keys, kv_len=sympy.Integer(0)), AUTO).strategy == Strategy.KEPT
+
+
+def test_a_length_that_was_0_when_it_was_traced():
+    rows = sympy.Symbol("rows", integer=True, nonnegative=True)
+    shape = LinearShape({"w": 301}, {"w": 768}, sympy.Integer(768), 2, "H200", {rows: 0}, rows)
+    assert plan_linear(shape, Options(memory_budget=1)).strategy in set(Strategy)
+
+
+def test_a_budget_below_copies_leaves_a_workspace():
+    """It is exceeded, but rows do not pass one by one."""
+    plan = plan_attention(attention(32, 512, 301, "H200", itemsize=2), Options(memory_budget=2_000_000))
+    assert plan.workspace.least == 2**20
+    assert plan.transient_after > 2_000_000
+
+
 def test_copies_of_factors_of_odd_rank_are_counted():
     """Aligned to 16: of queries, keys and values at once, and of none that a kernel of ours reads."""
     odd, on_chip = attention(32, 512, 301, "cuda", itemsize=2), attention(32, 512, 201, "cuda", itemsize=2)
@@ -229,6 +255,8 @@ def test_copies_of_factors_of_odd_rank_are_counted():
     even, only_out = (replace(odd, ranks=odd.ranks | dict.fromkeys("qkv", 304) | {"out": r}) for r in (304, 301))
     assert memory.products(even, device_of("cuda")) == 0
     assert memory.products(only_out, device_of("cuda")) == 2 * 304 * 1536
+    few = replace(odd, batch=sympy.Integer(1), q_len=sympy.Integer(63), kv_len=sympy.Integer(63))
+    assert memory.products(few, device_of("cuda")) == 0
 
 
 def test_a_budget_is_kept_to_even_where_its_small_chunks_cost_time():

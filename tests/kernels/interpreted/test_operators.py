@@ -1,11 +1,14 @@
 """What the operators do on a GPU, with the interpreter in its place: every path, tiny workspaces."""
 
+from weakref import WeakSet
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from flashsvd_compile.ops import attention_gpu
 from flashsvd_compile.ops.attention import _cuda as attention_on_gpu
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.linear import _cuda as linear_on_gpu
@@ -16,6 +19,7 @@ from flashsvd_compile.ops.mlp import reference as mlp_reference
 from flashsvd_compile.ops.packed_linear import RESIDUAL as RESIDUAL_OF_PACKED
 from flashsvd_compile.ops.packed_linear import _cuda as packed_linear_on_gpu
 from flashsvd_compile.ops.packed_linear import reference as packed_linear_reference
+from flashsvd_compile.ops.workspace import Workspace
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import (
@@ -81,6 +85,7 @@ ATTENTIONS = {
     "merged side by side": {"ranks": (40, 40, 44, 48), "strategy": "merged", "down_bias": True},
     "merged for cross-attention": {"kv_len": 53, "ranks": (40, 40, 44, 48), "strategy": "merged", "bias": False},
     "merged of few heads, side by side": {"ranks": (40, 24, 24, 48), "strategy": "merged", "num_kv_heads": 2},
+    "merged for one key": {"kv_len": 1, "ranks": (40, 40, 44, 48), "strategy": "merged"},
     "nothing to merge": {"strategy": "merged"},
     "absorbed": {
         "ranks": (12, None, None, 11),
@@ -110,6 +115,22 @@ def test_odd_ranks_beyond_the_kernel(ranks, how):
     for workspace_bytes in WORKSPACES:
         arguments = attention_arguments(2, 70, None, 64, dtype=torch.float16, workspace_bytes=workspace_bytes, **how)
         assert_attention_right(arguments, "pointers")
+
+
+@pytest.mark.parametrize("rank", [12, 300])
+def test_short_items_hold_one_workspace(rank, monkeypatch):
+    """Queries of a rank beyond the kernel pass through one of their own, before that of keys and values."""
+    alive = WeakSet()
+
+    def workspace(elements, like, aligned=0, make=Workspace):
+        made = make(elements, like, aligned)
+        assert not alive, "the workspace before is still there"
+        alive.add(made)
+        return made
+
+    monkeypatch.setattr(attention_gpu, "Workspace", workspace)
+    arguments = attention_arguments(2, 70, None, 64, num_heads=4, ranks=(rank, 12, 9, 12), dtype=torch.float16)
+    assert_attention_right(arguments, "descriptors")
 
 
 def test_odd_ranks_of_short_items():
