@@ -47,7 +47,8 @@ def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr
         return shape.itemsize * sum(weights.values())
     copies = _copies(shape, device) | dict.fromkeys(dearer, 0)
     together = sum(weights.get(role, copies[role]) for role in ("k", "v"))
-    together += 0 if dearer else copies["q"]  # of a normalised input all three are copied at once
+    if _lifts_by_library(shape, device) and not dearer:
+        together += copies["q"]  # of a normalised input all three are copied at once
     alone = (weights.get(role, copies[role]) for role in copies.keys() - {"k", "v"})
     return shape.itemsize * (shape.products + max(together, *alone))
 
@@ -59,7 +60,10 @@ LEAST_COPIED = 64
 
 
 def copied_factors(shape: RegionShape, role: str, in_features: sympy.Expr | int, rows: sympy.Expr) -> int:
-    """Elements of copies of a projection's factors, which the library is given where their rank is odd."""
+    """Elements of copies of a projection's factors, which the library is given where their rank is odd.
+
+    Kernels of ours are given one of the second factor, whose rows are of that rank: ``in_features`` 0.
+    """
     rank = shape.latent(role)
     if rank % STEP == 0 or shape.itemsize != 2 or shape.at_hints(rows) < LEAST_COPIED:
         return 0
@@ -67,18 +71,22 @@ def copied_factors(shape: RegionShape, role: str, in_features: sympy.Expr | int,
 
 
 def _copies(shape: AttentionShape, device: Device) -> dict[str, int]:
-    """Elements of :func:`copied_factors` by role.
-
-    Keys and values go through the library together, and so do the queries of a normalised input with them.
-    """
-    copies = dict.fromkeys(shape.ranks, 0)
-    keys_beyond = max(shape.latent("k"), shape.latent("v")) > device.max_projected_rank
+    """Elements of :func:`copied_factors` by role."""
+    copies = {}
     for role in shape.ranks:
-        beyond = shape.latent(role) > device.max_projected_rank or (keys_beyond and role != "out")
+        beyond = shape.latent(role) > device.max_projected_rank
+        by_library = beyond if role == "out" else beyond or _lifts_by_library(shape, device)
         in_features = heads_width(shape) if role == "out" else shape.in_features
         rows = shape.batch * (shape.kv_len if role in ("k", "v") else shape.q_len)
-        copies[role] = copied_factors(shape, role, in_features, rows) if beyond else 0
+        copies[role] = copied_factors(shape, role, in_features if by_library else 0, rows)
     return copies
+
+
+def _lifts_by_library(shape: AttentionShape, device: Device) -> bool:
+    """Whether keys and values may go through the library, as they do where the input is normalised, and the queries
+    with them.
+    """
+    return max(shape.latent("k"), shape.latent("v")) > device.max_projected_rank
 
 
 def mlp_as_written(shape: MlpShape) -> sympy.Expr:
