@@ -163,7 +163,7 @@ def multiply_together(*products: Small, tile: Tile | None = None) -> None:
         *arguments[:-1],  # a tile that is none of the first two products' is the third's
         BY_DEPTH=by_depth[0],
         WEIGHT_BY_DEPTH=by_depth[1],
-        ALIGNMENT=gcd(8, *(step for step in steps if step > 1)),
+        ALIGNMENT=gcd(8, *steps),
         BIAS=next(iter(kinds), None),
         BLOCK_N=tile.block_n,
         BLOCK_F=tile.block_f,

@@ -1,4 +1,4 @@
-"""Factors of odd ranks on a GPU: rows at odd addresses, which the library multiplies up to four times as slowly.
+"""Factors of odd ranks on a GPU: rows at odd addresses, which the library multiplies 2 to 6 times as slowly.
 
 They are copied, padded with zeros, for as long as they are used.
 """

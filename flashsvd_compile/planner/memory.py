@@ -45,12 +45,11 @@ def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr
     weights = {role: int(shape.features[role] * features) for role, features in dearer.items()}
     if not isinstance(shape, AttentionShape):
         return shape.itemsize * sum(weights.values())
-    copies = _copies(shape, device) | dict.fromkeys(dearer, 0)
-    together = sum(weights.get(role, copies[role]) for role in ("k", "v"))
+    made = _copies(shape, device) | weights
+    together = made["k"] + made["v"]
     if _lifts_by_library(shape, device) and not dearer:
-        together += copies["q"]  # of a normalised input all three are copied at once
-    alone = (weights.get(role, copies[role]) for role in copies.keys() - {"k", "v"})
-    return shape.itemsize * (shape.products + max(together, *alone))
+        together += made["q"]  # of a normalised input all three are copied at once
+    return shape.itemsize * (shape.products + max(together, made["q"], made.get("out", 0)))
 
 
 ALIGNED, STEP = 16, 8

@@ -2,10 +2,14 @@
 
 from dataclasses import replace
 from fractions import Fraction
+from unittest.mock import patch
 
 import pytest
 import sympy
+import torch
 
+from flashsvd_compile.ops import aligned
+from flashsvd_compile.ops.projection import Projection
 from flashsvd_compile.options import Options, Strategy
 from flashsvd_compile.planner import (
     AttentionShape,
@@ -221,16 +225,13 @@ def test_short_unmasked_attention_of_a_middle_rank_is_kept():
 
 
 @pytest.mark.parametrize("device", ["cpu", "H200"])
-@pytest.mark.parametrize("rows", [0, 1])
-def test_regions_without_rows_are_kept(device, rows):
-    linear = LinearShape({"w": 64}, {"w": 768}, sympy.Integer(768), 2, device, {}, sympy.Integer(rows))
-    mlp = MlpShape(
-        {"hidden": 64, "out": 64}, {"hidden": 3072, "out": 768}, sympy.Integer(768), 2, device, {}, sympy.Integer(rows)
-    )
-    heads, no_keys = attention(rows, 9, 64, device), attention(4, 9, 64, device)
-    plans = plan_linear(linear, AUTO), plan_mlp(mlp, AUTO), plan_attention(heads, AUTO)
-    assert rows or {plan.strategy for plan in plans} == {Strategy.KEPT}
-    assert plan_attention(replace(no_keys, kv_len=sympy.Integer(0)), AUTO).strategy == Strategy.KEPT
+def test_regions_without_rows_are_kept(device):
+    none, features = sympy.S.Zero, sympy.Integer(768)
+    linear = LinearShape({"w": 64}, {"w": 768}, features, 2, device, {}, none)
+    mlp = MlpShape({"hidden": 64, "out": 64}, {"hidden": 3072, "out": 768}, features, 2, device, {}, none)
+    without_keys = replace(attention(4, 9, 64, device), kv_len=none)
+    plans = plan_linear(linear, AUTO), plan_mlp(mlp, AUTO), plan_attention(attention(0, 9, 64, device), AUTO)
+    assert {plan.strategy for plan in (*plans, plan_attention(without_keys, AUTO))} == {Strategy.KEPT}
 
 
 def test_a_length_that_was_0_when_it_was_traced():
@@ -244,6 +245,18 @@ def test_a_budget_below_copies_leaves_a_workspace():
     plan = plan_attention(attention(32, 512, 301, "H200", itemsize=2), Options(memory_budget=2_000_000))
     assert plan.workspace.least == 2**20
     assert plan.transient_after > 2_000_000
+
+
+@pytest.mark.parametrize("rank", [1, 8, 15, 301, 384])
+def test_copies_are_those_that_operators_make(rank):
+    made = torch.zeros(rank, 768, dtype=torch.half), None, torch.zeros(768, rank, dtype=torch.half), None
+    for rows in (memory.LEAST_COPIED - 1, memory.LEAST_COPIED):
+        shape = LinearShape({"w": rank}, {"w": 768}, sympy.Integer(768), 2, "cuda", {}, sympy.Integer(rows))
+        with patch.object(aligned, "padded_copy", lambda source, out: out):
+            down, _, up, _ = aligned.with_aligned_rank(Projection(*made), rows)
+        assert down is not None
+        elements = 0 if up is made[2] else up.numel() + down.numel()
+        assert memory.copied_factors(shape, "w", shape.in_features, shape.rows) == elements
 
 
 def test_copies_of_factors_of_odd_rank_are_counted():
