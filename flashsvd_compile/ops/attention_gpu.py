@@ -158,10 +158,12 @@ def _attend_by_chunks(
     if not _fused(context, attn.k, attn.v):
         attn = _with_aligned_ranks(attn, context, "k", "v")
     chunk = _chunking(q_len, context, attn, elements)
+    whole = attn.cos is None and chunk.kv_heads == attn.num_kv_heads
+    both = both or merging.side_by_side(attn) if whole else None
     workspace = Workspace(chunk.elements, like=heads, aligned=2)
     for items, part, bounds in _parts(attn, batch, chunk.items, _key_bounds(attn, chunk)):
         workspace.reset()
-        if both is not None and attn.cos is None and chunk.kv_heads == attn.num_kv_heads:
+        if both is not None:
             lift = _lifter_of_both(context[items], both, part, workspace)
         else:
             queries = heads[items] if together else None

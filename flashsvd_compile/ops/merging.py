@@ -14,6 +14,7 @@ from ..kernels.small_products import Small, multiply_together, supported
 from . import projection as proj
 from .attention_region import Attention
 from .projection import Projection
+from .replay import shares_memory
 from .workspace import ALIGNMENT
 
 
@@ -56,10 +57,26 @@ def for_keys_and_values(attn: Attention) -> KeysAndValues:
     return _apart(both, attn)
 
 
+def side_by_side(attn: Attention) -> Projection[Tensor] | None:
+    """Dense projections of keys and of values as one, where one weight lies behind the other in memory."""
+    k, v = attn.k, attn.v
+    if k.down is not None or v.down is not None or not _are_aligned(attn):
+        return None
+    contiguous = k.up.is_contiguous() and v.up.is_contiguous() and k.up.shape[1] == v.up.shape[1]
+    if not contiguous or k.up.data_ptr() + k.up.nbytes != v.up.data_ptr() or not shares_memory(k.up, v.up):
+        return None
+    weight = k.up.as_strided((len(k.up) + len(v.up), k.up.shape[1]), k.up.stride())
+    biases = [p.up.new_zeros(len(p.up)) if p.up_bias is None else p.up_bias for p in (k, v)]
+    return Projection(None, None, weight, None if k.up_bias is v.up_bias is None else torch.cat(biases))
+
+
 def _come_side_by_side(attn: Attention) -> bool:
     """Whether both keys and values are multiplied out, and heads of both are aligned side by side."""
-    aligned = all(proj.out_features(projection) % ALIGNMENT == 0 for projection in (attn.k, attn.v))
-    return aligned and proj.is_dearer(attn.k) and proj.is_dearer(attn.v)
+    return _are_aligned(attn) and proj.is_dearer(attn.k) and proj.is_dearer(attn.v)
+
+
+def _are_aligned(attn: Attention) -> bool:
+    return all(proj.out_features(projection) % ALIGNMENT == 0 for projection in (attn.k, attn.v))
 
 
 def _operands(projection: Projection[Tensor]) -> tuple[Tensor, Tensor]:

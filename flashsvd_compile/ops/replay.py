@@ -75,19 +75,29 @@ def replayed(implementation: Implementation) -> Implementation:
 
 
 def _key(arguments: tuple) -> tuple:
-    """All that an implementation may look at, and which arguments are one and the same tensor."""
+    """All that an implementation may look at, and which arguments are one tensor, or one behind the other in one."""
     seen: dict[int, int] = {}
+    ends: dict[int, Tensor] = {}
     first = arguments[0]
     parts: list[Any] = [first.dtype == torch.float32 and allows_tf32(), tuner_at_work(), first.device]
     for argument in arguments:
         if argument is None:  # half of them
             parts.append(None)
         elif isinstance(argument, Tensor):
-            which, alignment = seen.setdefault(id(argument), len(seen)), argument.data_ptr() % ALIGNMENT
-            parts += which, argument.dtype, argument.shape, argument.stride(), alignment
+            address = argument.data_ptr()
+            which, alignment = seen.setdefault(id(argument), len(seen)), address % ALIGNMENT
+            before = ends.get(address)
+            follows = seen[id(before)] if before is not None and shares_memory(before, argument) else None
+            parts += which, argument.dtype, argument.shape, argument.stride(), alignment, follows
+            parts.append(seen[id(ends.setdefault(address + argument.nbytes, argument))])
         else:
             parts.append(argument)
     return tuple(parts)
+
+
+def shares_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are views of one piece of memory."""
+    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 class Reference(NamedTuple):
@@ -292,7 +302,7 @@ class _Recorder(TorchDispatchMode):
         for output in outputs:
             if output in self._known:
                 continue
-            source = next((t for t in inputs if t.untyped_storage()._cdata == output.untyped_storage()._cdata), None)
+            source = next((t for t in inputs if shares_memory(t, output)), None)
             if source is None:
                 fresh.append(output)
             elif source.dtype != output.dtype:

@@ -38,6 +38,7 @@ from .heads import Member, read_member
 from .masking import Scores, mask_arguments
 from .masks import ReadMask
 from .norms import Norm, source_of_norm
+from .per_head import multiply_together
 from .region import Deferred, Region, present, sizes_of
 from .rope import Table
 from .scores import Core, read_core
@@ -96,7 +97,8 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     if not merges:
         return _unsupported(f"the heads of {node.name!r} are not concatenated to [batch, len, features]")
     out, output, out_nodes = read_out(core, merges)
-    members = present(q=q.factored, k=k.factored, v=v.factored, out=out)
+    of_queries, of_keys, of_values = multiply_together([q.factored, k.factored, v.factored])
+    members = present(q=of_queries, k=of_keys, v=of_values, out=out)
     if not any(member.rank is not None for member in members.values()):
         return None
     obstacle = _mismatch(node, q, k, v)

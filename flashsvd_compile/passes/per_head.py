@@ -8,8 +8,11 @@ multiplied out to one dense matrix, on the weights' side and inside the graph: o
 remembered for what can be computed in their rank space.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
+import torch
 from torch.fx import Node
 
 from ..ops.projection import Projection
@@ -58,10 +61,46 @@ def read_per_head(node: Node) -> PerHead | None:
     rank = inner.weight.shape[2]
     if rank >= min(inner.weight.shape[1], outer.weight.shape[2]):
         return None
-    # The other way round each head's product would have to be copied, transposed, to its rows.
-    whole = Weight.call("matmul", _by_features(outer.weight), _by_features(inner.weight))
-    found = _dense(outer._replace(source=inner.source), whole, rank, inner.nodes + outer.nodes)
-    return found._replace(factored=found.factored._replace(of_heads=HeadFactors(inner.weight, outer.weight)))
+    factors = HeadFactors(inner.weight, outer.weight)
+    found = _dense(outer._replace(source=inner.source), _product(*factors), rank, inner.nodes + outer.nodes)
+    return found._replace(factored=found.factored._replace(of_heads=factors))
+
+
+def multiply_together(projections: Sequence[Factored]) -> list[Factored]:
+    """The projections, those with :class:`HeadFactors` of the same sizes as parts of one product of all their heads.
+
+    One product is one launch, and one allocation; each of several may be given up to 1 MiB more than it asks for.
+    """
+    alike: dict[tuple, list[int]] = {}
+    for index, projection in enumerate(projections):
+        if projection.of_heads is not None:
+            sizes = [(factor.shape[1:], factor.value.dtype) for factor in projection.of_heads]
+            alike.setdefault(tuple(sizes), []).append(index)
+    changed = list(projections)
+    for indices in alike.values():
+        if len(indices) > 1:
+            parts = _stacked([projections[index] for index in indices])
+            for index, part in zip(indices, parts, strict=True):
+                changed[index] = part
+    return changed
+
+
+def _stacked(projections: Sequence[Factored]) -> list[Factored]:
+    """The projections with weights that are parts of one product."""
+    downs, ups = zip(*(projection.of_heads for projection in projections if projection.of_heads), strict=True)
+    whole = _rows(_product(Weight.call(torch.cat, list(downs)), Weight.call(torch.cat, list(ups))))
+    features = [projection.projection.up.shape[0] for projection in projections]
+    starts = accumulate(features, initial=0)
+    parts = [Weight.call("narrow", whole, 0, *part) for part in zip(starts, features, strict=False)]
+    return [
+        projection._replace(projection=projection.projection._replace(up=part))
+        for projection, part in zip(projections, parts, strict=True)
+    ]
+
+
+def _product(down: Weight, up: Weight) -> Weight:
+    """``[h, out, in]``; the other way round each head's product would have to be copied, transposed, to its rows."""
+    return Weight.call("matmul", _by_features(up), _by_features(down))
 
 
 def _by_features(weight: Weight) -> Weight:
@@ -69,10 +108,15 @@ def _by_features(weight: Weight) -> Weight:
     return Weight.call("transpose", weight, 1, 2)
 
 
+def _rows(weight: Weight) -> Weight:
+    """From ``weight[h, out, in]`` to ``[h * out, in]``."""
+    return Weight.call("flatten", weight, 0, 1)
+
+
 def _dense(outer: _Stage, weight: Weight, rank: int | None, nodes: tuple[Node, ...]) -> PerHead:
     """Of ``weight[h, out, in]``, as ``[h * out, in]``."""
-    rows = Weight.call("flatten", weight, 0, 1)
-    return PerHead(Factored(outer.source, Projection(None, None, rows, outer.bias), nodes, rank), outer.letters)
+    projection = Projection(None, None, _rows(weight), outer.bias)
+    return PerHead(Factored(outer.source, projection, nodes, rank), outer.letters)
 
 
 def _stage(node: Node) -> _Stage | None:

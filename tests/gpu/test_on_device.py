@@ -28,7 +28,16 @@ DTYPES = (*HALVES, torch.float32)
 
 
 def on_gpu(arguments: tuple) -> tuple:
-    return tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
+    """What shares memory does so there, too."""
+    memories = {a.untyped_storage().data_ptr(): a.untyped_storage() for a in arguments if isinstance(a, Tensor)}
+    moved = {address: memory.cuda() for address, memory in memories.items()}
+
+    def view(a: Tensor) -> Tensor:
+        memory = moved[a.untyped_storage().data_ptr()]
+        empty = torch.empty(0, dtype=a.dtype, device="cuda")
+        return empty.set_(memory, a.storage_offset(), a.shape, a.stride())  # pyright: ignore[reportArgumentType]
+
+    return tuple(view(a) if isinstance(a, Tensor) else a for a in arguments)
 
 
 def reference_of(operator):
@@ -200,6 +209,10 @@ ATTENTIONS: dict[str, dict[str, Any]] = {
     "together-causal": {
         "batch": 6, "q_len": 700, "num_heads": 4, "num_kv_heads": 2, "head_dim": 64, "features": 256,
         "window": (-1, 0), "rotary_dim": 64,
+    },
+    "dense-side-by-side": {
+        "q_len": 65, "num_heads": 4, "head_dim": 64, "features": 256, "ranks": (48, None, None, 40),
+        "side_by_side": True,
     },
     "dense-member": {"q_len": 65, "num_heads": 4, "head_dim": 96, "features": 384, "ranks": (48, None, None, 40)},
 }  # fmt: skip

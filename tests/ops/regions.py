@@ -129,6 +129,7 @@ def attention_arguments(
     ranks: tuple[int | None, int | None, int | None, int | None] = (5, 4, 3, 6),
     out: bool = True,
     out_features: int | None = None,
+    side_by_side: bool = False,
     bias: bool = True,
     down_bias: bool = False,
     residual: bool = False,
@@ -150,7 +151,7 @@ def attention_arguments(
 ) -> tuple:
     """Arguments of ``attention_v5``; a ``kv_len`` makes it cross-attention, ``ranks`` are of q, k, v and out.
 
-    Norms are as :func:`norm` makes them.
+    Norms are as :func:`norm` makes them. ``side_by_side``: the weight of values lies behind that of keys in one tensor.
     """
     num_kv_heads = num_kv_heads or num_heads
     value_dim = value_dim or head_dim
@@ -160,6 +161,9 @@ def attention_arguments(
     q = projection(features, num_heads * head_dim, ranks[0], **how)
     k = projection(features, num_kv_heads * head_dim, ranks[1], **how)
     v = projection(features, num_kv_heads * value_dim, ranks[2], **how)
+    if side_by_side:
+        up = torch.cat((k.up, v.up)).split((len(k.up), len(v.up)))
+        k, v = k._replace(up=up[0]), v._replace(up=up[1])
     merged = num_heads * value_dim
     o = projection(merged, out_features or features, ranks[3], **how) if out else ABSENT
     width = (out_features or features) if out else merged

@@ -76,6 +76,23 @@ def test_each_combination_has_a_recording_of_its_own():
     assert len(recordings(call)) == 4
 
 
+def test_arguments_that_lie_one_behind_the_other_have_a_recording_of_their_own():
+    """What lies in another order, or apart, is another combination."""
+
+    def together(x: Tensor, first: Tensor, second: Tensor) -> Tensor:
+        adjacent = first.data_ptr() + first.nbytes == second.data_ptr()
+        return x @ first.as_strided((10,), (1,)) if adjacent else x.new_zeros(3)
+
+    call, x = replayed(together), torch.randn(3, 10)
+    for _ in range(3):
+        memory = torch.randn(10)
+        first, second = memory.split(5)
+        for given in ((first, second), (second, first), (first, torch.randn(5))):
+            assert torch.equal(call(x, *given), together(x, *given))
+    assert all(recording.result is not None for recording in recordings(call).values())
+    assert len(recordings(call)) == 3
+
+
 def test_results_share_no_memory_with_earlier_ones():
     call, given = replayed(low_rank), arguments()
     results = [call(*given) for _ in range(4)]

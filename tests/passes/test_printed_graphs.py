@@ -139,6 +139,40 @@ def forward(self, x, mask, q_down, q_up, k_down, k_up, v, out_down, out_up):
     return attention""",
         )
 
+    def test_attention_of_factors_of_each_head(self):
+        """Those of the same sizes are multiplied out together; the values' rank is another."""
+
+        def function(x, qd, qu, kd, ku, kb, vd, vu):
+            def heads_of(down, up):
+                return torch.einsum("bhmr,hrd->bhmd", torch.einsum("bmd,hdr->bhmr", x, down), up)
+
+            heads = scaled_dot_product_attention(heads_of(qd, qu), heads_of(kd, ku) + kb, heads_of(vd, vu))
+            return heads.transpose(1, 2).flatten(2)
+
+        def factors(rank):
+            return tensor(4, 32, rank), tensor(4, rank, 8)
+
+        self.assertExpectedInline(
+            rewritten(function, X, *factors(5), *factors(5), tensor(1, 4, 1, 8), *factors(3)).code,
+            """\
+def forward(self, x, qd, qu, kd, ku, kb, vd, vu):
+    cat = torch.cat([qu, ku])
+    transpose_1 = cat.transpose(1, 2)
+    cat_1 = torch.cat([qd, kd])
+    transpose_2 = cat_1.transpose(1, 2)
+    matmul = transpose_1.matmul(transpose_2)
+    flatten_1 = matmul.flatten(0, 1)
+    narrow = flatten_1.narrow(0, 0, 32)
+    narrow_1 = flatten_1.narrow(0, 32, 32)
+    reshape = kb.reshape((-1,))
+    transpose_3 = vu.transpose(1, 2)
+    transpose_4 = vd.transpose(1, 2)
+    matmul_1 = transpose_3.matmul(transpose_4)
+    flatten_2 = matmul_1.flatten(0, 1)
+    attention = torch.ops.flashsvd.attention_v5.default(x = x, q_up = narrow, k_up = narrow_1, k_up_bias = reshape, v_up = flatten_2, num_heads = 4, num_kv_heads = 4, scale = 0.35355339059327373, workspace_bytes = 1048576)
+    return attention""",
+        )
+
     def test_absorbed_attention_of_factors_of_each_head(self):
         def function(x, q, qb, kd, ku, kb, vd, vu, vb, out):
             k, v = (
