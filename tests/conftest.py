@@ -1,11 +1,15 @@
 """Tests marked ``gpu`` are skipped on a machine without one; the planner has small regions rewritten."""
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
 from flashsvd_compile.planner import choice
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers have a core each; threads of several would wait for one another
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,4 @@
-"""Starts Triton's interpreter on the tests in ``interpreted``, one process a file.
+"""Starts Triton's interpreter on the tests in ``interpreted``, one process for each of :data:`GROUPS`.
 
 ``TRITON_INTERPRET`` must be set before Triton is imported, since it decides what ``@triton.jit`` makes of Triton's own
 library too, and a process that has it set can compile nothing. Hence processes of their own, which collect what this
@@ -12,12 +12,14 @@ from pathlib import Path
 
 import pytest
 
-FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"))
+FILES = sorted((Path(__file__).parent / "interpreted").glob("test_*.py"), key=lambda file: file.stat().st_size)
+GROUPS = [FILES[first::4] for first in range(4)]
+"""A small file takes no longer than its process to start."""
 
 
-@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-def test_in_the_interpreter(file, pytestconfig):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]
+@pytest.mark.parametrize("files", GROUPS, ids=lambda files: " ".join(file.stem for file in files))
+def test_in_the_interpreter(files, pytestconfig):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)]
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]

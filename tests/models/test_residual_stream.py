@@ -10,15 +10,15 @@ LENGTH, FEATURES, HEADS = 1024, 256, 4
 BUDGET = 1 << 20
 STREAM = 4 * LENGTH * FEATURES
 TABLES = 2 * STREAM // HEADS
-KERNEL_SCRATCH = 3 << 19
-"""As in the memory tests of the operators: what PyTorch's attention kernel allocates for two threads."""
+KERNEL_SCRATCH = 3 << 18
+"""As in the memory tests of the operators: what PyTorch's attention kernel allocates for a thread."""
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def one_thread():
     """The kernel's scratch grows with the number of threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 

@@ -15,18 +15,20 @@ from flashsvd_compile.ops.projection import group
 from .regions import attention_arguments, linear_arguments, mlp_arguments, norm, packed, padding
 
 WORKSPACE = 1 << 21
-KERNEL_SCRATCH = 3 << 19
-"""PyTorch's attention kernel: for each of two threads a block of 256 queries by 512 keys of scores, and outputs."""
+KERNEL_SCRATCH = 3 << 18
+"""PyTorch's attention kernel: for a thread a block of 256 queries by 512 keys of scores, and outputs."""
+CALLS = 1 << 17
+"""What describes calls of it, where each document is one, and numbers."""
 
 NUMBERS = 16
 """Numbers that an activation multiplies with become tensors of one element."""
 
 
 @pytest.fixture(autouse=True)
-def two_threads():
+def one_thread():
     """The kernel's scratch grows with the number of threads."""
     threads = torch.get_num_threads()
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
@@ -96,7 +98,7 @@ ATTENTIONS = {
 def test_attention(name):
     how = {"num_heads": 4, "head_dim": 64, "ranks": (64, 32, 32, 64), "workspace_bytes": WORKSPACE} | ATTENTIONS[name]
     arguments = attention_arguments(**{"batch": 2, "q_len": 2048, "features": 256} | how)
-    assert_bounded(ops.attention, arguments, KERNEL_SCRATCH)
+    assert_bounded(ops.attention, arguments, KERNEL_SCRATCH + CALLS)
 
 
 def test_attention_of_short_items():
@@ -142,4 +144,4 @@ def test_attention_as_a_whole(name):
     arguments = attention_arguments(**{"batch": 2, "q_len": 256, "features": 256} | how)
     context, attn, _, _ = parse(arguments[0], arguments[1:])
     scratch = scratch_of_attention(arguments[0], context, attn)
-    assert_bounded_as_a_whole(ops.attention, arguments, scratch, KERNEL_SCRATCH // 4)
+    assert_bounded_as_a_whole(ops.attention, arguments, scratch, KERNEL_SCRATCH // 2)
