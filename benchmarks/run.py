@@ -60,7 +60,10 @@ PLANS: dict[str, list[Step]] = {
         Step("bert", 300, ("--rows", "32x128 none+192/304,x512 none+192/304,8x2048 none"), "bert_unmasked"),
         Step("bert", 150, ("--rows", "1x8192 none"), "bert_unmasked_long"),
     ],
-    "bert-published": [Step("bert", 300, ("--rows", "a head,whole"), "bert_published_ranks")],
+    "bert-published": [
+        Step("bert", 200, ("--rows", "a head"), "bert_published_ranks"),
+        Step("bert", 200, ("--rows", "whole"), "bert_published_whole"),
+    ],
     "bert-micro": [
         Step(
             "bert",

@@ -19,6 +19,7 @@ from flashsvd_compile.ops.mlp import reference as mlp_reference
 from flashsvd_compile.ops.packed_linear import RESIDUAL as RESIDUAL_OF_PACKED
 from flashsvd_compile.ops.packed_linear import _cuda as packed_linear_on_gpu
 from flashsvd_compile.ops.packed_linear import reference as packed_linear_reference
+from flashsvd_compile.ops.replay import Recording, record
 from flashsvd_compile.ops.workspace import Workspace
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
@@ -118,6 +119,19 @@ def test_attention(name, workspace_bytes):
     kv_len = options.pop("kv_len")
     for dtype in DTYPES:
         assert_attention_right(attention_arguments(2, 33, kv_len, 64, dtype=dtype, **options), "pointers")
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_attention_is_recorded(name):
+    """And right for other tensors."""
+    how = {"num_heads": 4, "head_dim": 16, "ranks": (12, 10, 9, 11), "workspace_bytes": 1 << 20}
+    options = {"kv_len": None} | how | ATTENTIONS[name]
+    kv_len, recording = options.pop("kv_len"), Recording()
+    first, second = (attention_arguments(2, 33, kv_len, 64, dtype=torch.float16, **options) for _ in range(2))
+    with running_on(INTERPRETED["descriptors"]):
+        record(recording, attention_on_gpu, first)
+        assert recording.result is not None
+        assert_within_error_rule(recording.replay(second), attention_reference, second, ulps=2)
 
 
 @pytest.mark.parametrize("how", [{}, {"x_norm": norm("rms", 64)}], ids=["plain", "normalised"])
