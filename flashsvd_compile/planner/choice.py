@@ -107,7 +107,8 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     offered: list[Candidate] = []
     if _on_chip(shape, device) and "gate" not in shape.ranks:
         workspace = _workspace(shape, device, options, memory.SHARE_FOR_PARTIAL_SUMS)
-        seconds, transient = time.mlp_fused(shape, device), memory.mlp_fused(shape, device)
+        bound = workspace.bytes_for(shape.input_elements)
+        seconds, transient = time.mlp_fused(shape, device, bound), memory.mlp_fused(shape, device, bound)
         offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
     for workspace in _workspaces(shape, device, options):
         bound = workspace.bytes_for(shape.input_elements)

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import sympy
 
 from .device import Device
-from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
+from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape, is_bound_by_launches
 
 SHORT_KEYS = 128
 """Keys up to which attention lifts them where it uses them."""
@@ -93,12 +93,12 @@ def mlp_as_written(shape: MlpShape) -> sympy.Expr:
     return shape.itemsize * shape.rows * (1 + len(shape.into_hidden)) * shape.features["hidden"]
 
 
-def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
+def mlp_fused(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Rank-space input and partial sums of the fused core, beside the result, which comes when they are gone; and
     copies of factors of odd rank.
     """
     rank_in, rank_out = shape.latent("hidden"), shape.latent("out")
-    beside = rank_in + rank_out * partial_sums(shape, device) - shape.features["out"]
+    beside = rank_in + rank_out * partial_sums(shape, device, workspace_bytes) - shape.features["out"]
     inputs = {"hidden": shape.in_features, "out": shape.features["hidden"]}
     copies = sum(copied_factors(shape, role, in_features, shape.rows) for role, in_features in inputs.items())
     return shape.itemsize * (shape.rows * sympy.Max(beside, rank_out) + copies)
@@ -108,11 +108,20 @@ SHARE_FOR_PARTIAL_SUMS = Fraction(3, 5)
 """Of the input, what partial sums may take beside the result."""
 
 
-def partial_sums(shape: MlpShape, device: Device) -> sympy.Expr:
-    """Parts of the hidden layer that are computed side by side where rows are too few to fill the device."""
-    room = shape.features["out"] + sympy.Rational(SHARE_FOR_PARTIAL_SUMS) * shape.in_features - shape.latent("hidden")
-    most = sympy.floor(room / shape.latent("out"))
-    return sympy.Max(1, sympy.Min(most, sympy.floor(device.full_rows / largest(1, shape.rows))))
+SPLIT_COLUMNS = 64
+"""Of the hidden layer, that a partial sum is of at least."""
+
+
+def partial_sums(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
+    """Parts of the hidden layer that are computed side by side where rows are too few to fill the device; not where a
+    kernel for fewer still computes the region.
+    """
+    if is_bound_by_launches(shape.rows):
+        return sympy.S.One
+    rows = largest(1, shape.rows)
+    of_a_row = shape.features["out"] - shape.latent("hidden") + workspace_bytes / (shape.itemsize * rows)
+    fitting, needed = down(of_a_row / shape.latent("out")), down(device.full_rows / rows)
+    return largest(1, smallest(fitting, needed, -(-shape.features["hidden"] // SPLIT_COLUMNS)))
 
 
 SINGLE_COLUMNS = 768

@@ -109,14 +109,14 @@ def mlp_merged(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> 
     return products + _activation_pass(shape, device) + _further_chunks(shape, device, workspace_bytes)
 
 
-def mlp_fused(shape: MlpShape, device: Device) -> sympy.Expr:
+def mlp_fused(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """Two narrow products around the core, whose hidden layer causes no traffic but costs time to activate."""
     rank_in, rank_out, width = shape.latent("hidden"), shape.latent("out"), shape.features["hidden"]
     narrow = _product(shape, device, shape.rows, shape.in_features, rank_in)
     narrow += _product(shape, device, shape.rows, rank_out, shape.features["out"])
     core = 2 * shape.rows * width * (rank_in + rank_out) / device.flops[shape.itemsize]
     per_element = next(seconds for rank, seconds in device.activation_seconds if max(rank_in, rank_out) <= rank)
-    parts = memory.partial_sums(shape, device)
+    parts = memory.partial_sums(shape, device, workspace_bytes)
     adding_up = sympy.Min(1, parts - 1) * device.launch_seconds
     adding_up += 2 * (parts - 1) * shape.itemsize * shape.rows * rank_out / device.bandwidth
     return narrow + core + shape.rows * width * per_element + 3 * device.launch_seconds + adding_up
