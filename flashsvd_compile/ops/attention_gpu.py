@@ -8,7 +8,7 @@ the workspace. Short sequences are the other way round: their rank space is in t
 lifts it where it uses it.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -20,24 +20,30 @@ from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
 from ..kernels import small_products
-from ..kernels.operands import Product, Rotation
-from ..kernels.product import multiply, rotates
+from ..kernels.operands import Product
+from ..kernels.product import multiply
 from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
 from . import merging, norm
 from . import projection as proj
 from .aligned import with_aligned_rank
 from .attention_region import Attention
+from .lifting import (
+    Lift,
+    into_rank_space,
+    is_fused,
+    lifter,
+    lifter_of,
+    lifter_of_both,
+    map_of,
+    rotate_,
+    rotation_of,
+    rows_of,
+)
 from .projection import Projection
 from .residual import plus
 from .sdpa import attend_at_once, is_causal
-from .workspace import Workspace, affine_into, affines_into, elements_per_row, project_rows, rows_that_fit
-
-MAX_PROJECTED_RANK = 256
-"""Above it the library's two products are faster: 102 us against 174 at rank 304, 16384 rows of 768 (H100)."""
-
-Lift = Callable[[int, int], tuple[Tensor, Tensor]]
-"""``lift(first, count)``: keys, rotated, and values of a group of heads, ``[items, kv_len, count, dim]`` each."""
+from .workspace import Workspace, affines_into, elements_per_row, project_rows, rows_that_fit
 
 
 def supported(x: Tensor, attn: Attention) -> bool:
@@ -88,7 +94,7 @@ def streamed(
         attn = attn._replace(cos=adjacent(attn.cos), sin=adjacent(attn.sin))
     if attn.x_norm is not None:
         low_rank = all(p.down is not None for p in (attn.q, attn.k, attn.v))
-        if low_rank and not merges and not _fused(x, attn.k, attn.v):
+        if low_rank and not merges and not is_fused(x, attn.k, attn.v):
             return _after_norm(x, attn, elements, residual)
         x = context = norm.of_rows(x, attn.x_norm)
     result = x.new_empty(*x.shape[:2], attn.out_features)
@@ -96,13 +102,13 @@ def streamed(
     if merges:
         _attend_merged(heads, x, context, attn, elements)
         attn = attn._replace(out=attn.out and proj.merge_if_dearer(attn.out))
-    elif short and _fused(x, attn.q):
+    elif short and is_fused(x, attn.q):
         _attend_to_short(heads, context, attn, elements, x)
     else:
         together = context is x and not short and _come_together(x, attn, elements)
         if not together:
-            _project(_rows(result), _rows(x), attn.q, elements)
-            _rotate_(heads, attn)
+            _project(rows_of(result), rows_of(x), attn.q, elements)
+            rotate_(heads, attn)
         _attend_by_chunks(heads, context, attn, elements, together)
     return _out_of(result, attn.out, elements, residual)
 
@@ -112,9 +118,9 @@ def _attend_merged(heads: Tensor, x: Tensor, context: Tensor, attn: Attention, e
     lifted = attn._replace(k=attn.k._replace(down=None), v=attn.v._replace(down=None))  # without rank space
     room = _chunking(heads.shape[1], context, lifted, elements).elements
     queries, others = merging.for_queries(attn, room)
-    _project(_rows(heads.flatten(2)), _rows(x), queries, elements)
+    _project(rows_of(heads.flatten(2)), rows_of(x), queries, elements)
     del queries
-    _rotate_(heads, attn)
+    rotate_(heads, attn)
     k, v, both = others or merging.for_keys_and_values(attn)
     _attend_by_chunks(heads, context, attn._replace(k=k, v=v), elements, both=both)
 
@@ -123,14 +129,14 @@ def _out_of(result: Tensor, projection: Projection[Tensor] | None, elements: int
     """Attention's outputs ``[batch, q_len, features]`` projected in place, plus the residual."""
     if projection is None:
         return plus(result, residual)
-    _project(_rows(result), _rows(result), projection, elements, None if residual is None else _rows(residual))
+    _project(rows_of(result), rows_of(result), projection, elements, None if residual is None else rows_of(residual))
     return result
 
 
 def _come_together(x: Tensor, attn: Attention, elements: int) -> bool:
     """Whether one launch projects a chunk's queries with its keys and values, for self-attention."""
     length, three = x.shape[1], (attn.q, attn.k, attn.v)
-    if not _fused(x, *three):
+    if not is_fused(x, *three):
         return False
     chunk = _chunking(length, x, attn, elements)
     ranks, widths = [proj.rank(p) for p in three], [proj.out_features(p) for p in three]
@@ -155,7 +161,7 @@ def _attend_by_chunks(
     batch, q_len = heads.shape[:2]
     if _is_short(q_len, context, attn):
         return _attend_to_short(heads, context, attn, elements)
-    if not _fused(context, attn.k, attn.v):
+    if not is_fused(context, attn.k, attn.v):
         attn = _with_aligned_ranks(attn, context, "k", "v")
     chunk = _chunking(q_len, context, attn, elements)
     whole = attn.cos is None and chunk.kv_heads == attn.num_kv_heads
@@ -164,10 +170,10 @@ def _attend_by_chunks(
     for items, part, bounds in _parts(attn, batch, chunk.items, _key_bounds(attn, chunk)):
         workspace.reset()
         if both is not None:
-            lift = _lifter_of_both(context[items], both, part, workspace)
+            lift = lifter_of_both(context[items], both, part, workspace)
         else:
             queries = heads[items] if together else None
-            lift = _lifter(context[items], part, workspace, queries, follows=items.start > 0 or not together)
+            lift = lifter(context[items], part, workspace, queries, follows=items.start > 0 or not together)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
 
 
@@ -184,7 +190,7 @@ def _after_norm(x: Tensor, attn: Attention, elements: int, residual: Tensor | No
         room = chunk.elements + chunk.passing
         latents = _queries_and_rank_space(heads[items], x[items], part, room)
         workspace = Workspace(chunk.elements - sum(map(Tensor.numel, latents)), like=x, aligned=2)
-        lift = _lifter_of(latents, heads[items].shape[0], part, workspace)
+        lift = lifter_of(latents, heads[items].shape[0], part, workspace)
         _attend_by_groups(heads[items], lift, part, chunk, workspace, bounds)
         del latents, lift, workspace, part
     del attn
@@ -221,16 +227,16 @@ def _queries_and_rank_space(heads: Tensor, x: Tensor, attn: Attention, elements:
         x: not normalised yet, ``[items, len, in_features]``.
         elements: of memory that normalised rows and rank space may take.
     """
-    queries, rows = _rows(heads.flatten(2)), _rows(x)
+    queries, rows = rows_of(heads.flatten(2)), rows_of(x)
     of_keys, of_values = (rows.new_empty(len(rows), proj.rank(projection)) for projection in (attn.k, attn.v))
     left, per_row = elements - of_keys.numel() - of_values.numel(), rows.shape[1] + proj.rank(attn.q)
     step = rows_that_fit(left, per_row, len(rows))
     of_queries = rows.new_empty(step, proj.rank(attn.q))
-    rotation = _rotation(Product(of_queries, attn.q.up, attn.q.up_bias, queries[:step]), len(rows), attn)
+    rotation = rotation_of(Product(of_queries, attn.q.up, attn.q.up_bias, queries[:step]), len(rows), attn)
 
     def project(some: slice, normalised: Tensor) -> None:
         into = (of_keys[some], of_values[some], of_queries[: len(normalised)])
-        keys, values, latent = map(_into_rank_space, (normalised,) * 3, (attn.k, attn.v, attn.q), into)
+        keys, values, latent = map(into_rank_space, (normalised,) * 3, (attn.k, attn.v, attn.q), into)
         affines_into(keys, values)
         affines_into(latent)
         lifting = Product(latent.out, attn.q.up, attn.q.up_bias, queries[some])
@@ -243,7 +249,7 @@ def _queries_and_rank_space(heads: Tensor, x: Tensor, attn: Attention, elements:
         some = slice(start, min(start + step, len(rows)))
         project(some, norm.of_rows(rows[some], attn.x_norm))
     if rotation is None:
-        _rotate_(heads, attn)
+        rotate_(heads, attn)
     return [of_keys, of_values]
 
 
@@ -329,7 +335,7 @@ class _Chunk(NamedTuple):
 def _chunking(q_len: int, context: Tensor, attn: Attention, elements: int) -> _Chunk:
     """The largest chunk that fits: whole items if one fits, else head groups of one item, at least one group."""
     batch, kv_len, _ = context.shape
-    latent = 0 if _fused(context, attn.k, attn.v) else kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
+    latent = 0 if is_fused(context, attn.k, attn.v) else kv_len * (proj.rank(attn.k) + proj.rank(attn.v))
     lifted = kv_len * (attn.head_dim + attn.value_dim)
     passing = q_len * attn.value_dim if _library_is_faster(q_len, context, attn) else 0
     item = latent + attn.num_kv_heads * (lifted + passing)
@@ -366,10 +372,10 @@ def _attend_to_short(heads: Tensor, context: Tensor, attn: Attention, elements: 
     workspace = Workspace(chunk.elements, like=heads)
     for items, part, _ in _parts(attn, len(heads), chunk.items):
         workspace.reset()
-        keys, values = _short_rank_space(_rows(context[items]), attn, workspace)
+        keys, values = _short_rank_space(rows_of(context[items]), attn, workspace)
         if x is not None and items.start == 0:
-            rows = _rows(x)
-            _project(_rows(heads.flatten(2)), rows, attn.q, elements, ahead=rows.data_ptr() == x.data_ptr())
+            rows = rows_of(x)
+            _project(rows_of(heads.flatten(2)), rows, attn.q, elements, ahead=rows.data_ptr() == x.data_ptr())
         short_kernel.short_attention(
             heads[items],
             keys,
@@ -390,17 +396,10 @@ def _short_rank_space(rows: Tensor, attn: Attention, workspace: Workspace) -> li
         projections = [with_aligned_rank(projection, len(rows)) for projection in projections]
     for projection in projections:
         latent = workspace.take(len(rows), aligned_columns(proj.rank(projection)))[:, : proj.rank(projection)]
-        products.append(_into_rank_space(rows, projection, latent))
+        products.append(into_rank_space(rows, projection, latent))
         factors.append(short_kernel.Factors(latent, projection.up, projection.up_bias))
     affines_into(*products)
     return factors
-
-
-def _fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
-    """Whether the projection kernel takes these projections of ``x``."""
-    ranks = [proj.rank(projection) for projection in projections]
-    high = max(ranks) > MAX_PROJECTED_RANK
-    return x.dtype != torch.float32 and not high and projection_kernel.supported(ranks, x.dtype, x.device)
 
 
 def _project(
@@ -415,145 +414,10 @@ def _project(
 
     ``out`` may be ``x`` itself. ``ahead``: the launch before writes nothing that the projection reads.
     """
-    if _fused(x, projection):
-        projection_kernel.project(x, _map(projection, slice(None), out), ahead=ahead)
+    if is_fused(x, projection):
+        projection_kernel.project(x, map_of(projection, slice(None), out), ahead=ahead)
         plus(out, residual)
         return
     projection = with_aligned_rank(projection, len(x))
     per_row = elements_per_row(out, x, projection)
     project_rows(out, x, projection, Workspace(max(per_row, min(elements, len(x) * per_row)), like=x), residual)
-
-
-def _map(projection: Projection[Tensor], features: slice, out: Tensor) -> projection_kernel.Map:
-    """Some features of a low-rank projection, as the kernel takes it."""
-    assert projection.down is not None
-    bias = None if projection.up_bias is None else projection.up_bias[features]
-    return projection_kernel.Map(projection.down, projection.down_bias, projection.up[features], bias, out)
-
-
-def _lifter(
-    context: Tensor, attn: Attention, workspace: Workspace, queries: Tensor | None = None, follows: bool = False
-) -> Lift:
-    """How keys and values of these items come out of rank space.
-
-    Args:
-        context: ``[items, kv_len, in_features]``.
-        queries: filled, too, where they come together: ``[items, kv_len, heads, head_dim]``, all heads at once.
-        follows: the launch before is this operator's: it projects or rotates queries, or attends to other keys.
-    """
-    items, rows = context.shape[0], _rows(context)
-    if not _fused(context, attn.k, attn.v):
-        return _lifter_of(_latents(rows, attn, workspace), items, attn, workspace)
-
-    def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
-        k, v = _take(items, len(rows) // items, count, attn, workspace)
-        maps = [
-            _map(attn.k, _features(first, count, attn.head_dim), k.view(len(rows), -1)),
-            _map(attn.v, _features(first, count, attn.value_dim), v.view(len(rows), -1)),
-        ]
-        if queries is not None:
-            maps.append(_map(attn.q, slice(None), queries.view(len(rows), -1)))
-        projection_kernel.project(rows, *maps, ahead=follows and rows.data_ptr() == context.data_ptr())
-        _rotate_(k, attn)
-        if queries is not None:
-            _rotate_(queries, attn)
-        return k, v
-
-    return lift
-
-
-def _lifter_of(latents: list[Tensor], items: int, attn: Attention, workspace: Workspace) -> Lift:
-    """How keys and values come out of their ``[items * kv_len, rank]``, by products of all rows."""
-    rows = len(latents[0])
-
-    def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
-        lifted = _take(items, rows // items, count, attn, workspace)
-
-        def product(out: Tensor, latent: Tensor, projection: Projection[Tensor]) -> Product:
-            some = _features(first, count, out.shape[-1])
-            bias = None if projection.up_bias is None else projection.up_bias[some]
-            return Product(latent, projection.up[some], bias, out.view(rows, -1))
-
-        keys, values = map(product, lifted, latents, (attn.k, attn.v))
-        rotation = _rotation(keys, rows, attn)
-        if rotation is not None:
-            multiply(keys, rotation=rotation)
-            affines_into(values)
-        else:
-            affines_into(keys, values)
-            _rotate_(lifted[0], attn)
-        return lifted
-
-    return lift
-
-
-def _lifter_of_both(context: Tensor, both: Projection[Tensor], attn: Attention, workspace: Workspace) -> Lift:
-    """How keys and values of all heads come side by side out of ``context[items, kv_len, in_features]``."""
-    widths = attn.num_kv_heads * attn.head_dim, attn.num_kv_heads * attn.value_dim
-
-    def lift(first: int, count: int) -> tuple[Tensor, Tensor]:
-        lifted = workspace.aligned().take(*context.shape[:2], sum(widths))
-        affine_into(_rows(lifted), _rows(context), both.up, both.up_bias)
-        keys, values = lifted.split(widths, dim=-1)
-        return keys.unflatten(-1, (count, -1)), values.unflatten(-1, (count, -1))
-
-    return lift
-
-
-def _take(items: int, kv_len: int, count: int, attn: Attention, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """Room for keys and for values of ``count`` heads, ``[items, kv_len, count, dim]`` each."""
-    return (
-        workspace.aligned().take(items, kv_len, count, attn.head_dim),
-        workspace.aligned().take(items, kv_len, count, attn.value_dim),
-    )
-
-
-def _features(first: int, count: int, dim: int) -> slice:
-    return slice(first * dim, (first + count) * dim)
-
-
-def _latents(rows: Tensor, attn: Attention, workspace: Workspace) -> list[Tensor]:
-    """``[rows, rank]`` of keys and of values; the rows themselves for a dense projection."""
-    latents, products = [], []
-    for projection in (attn.k, attn.v):
-        latent = rows
-        if projection.down is not None:
-            latent = workspace.take(len(rows), proj.rank(projection))
-            products.append(_into_rank_space(rows, projection, latent))
-        latents.append(latent)
-    affines_into(*products)
-    return latents
-
-
-def _into_rank_space(rows: Tensor, projection: Projection[Tensor], latent: Tensor) -> Product:
-    assert projection.down is not None
-    return Product(rows, projection.down, projection.down_bias, latent)
-
-
-def _rotation(product: Product, rows: int, attn: Attention) -> Rotation | None:
-    """The region's rotation of the first row on, if a kernel applies it to products like this one.
-
-    Args:
-        product: of all rows, or of the first chunk of them.
-        rows: of all chunks.
-    """
-    cos, sin = attn.cos, attn.sin
-    if cos is None or sin is None or attn.interleaved or cos.shape[-1] != attn.head_dim:
-        return None
-    if len(cos) > 1 and not (cos.is_contiguous() and sin.is_contiguous()):
-        return None
-    rotation, chunk = Rotation(cos.flatten(0, 1), sin.flatten(0, 1)), len(product.out)
-    # All chunks begin at multiples of the second one's first row.
-    of_second = rotation._replace(first=chunk if chunk < rows else 0)
-    return rotation if rotates(product, of_second, wraps=rows > len(rotation.cos)) else None
-
-
-def _rotate_(heads: Tensor, attn: Attention) -> Tensor:
-    """Rotary position embedding of ``[items, len, heads, dim]``, in place; nothing without ``cos`` and ``sin``."""
-    if attn.cos is None or attn.sin is None:
-        return heads
-    return rotary_kernel.rotate_(heads, attn.cos, attn.sin, attn.interleaved)
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
