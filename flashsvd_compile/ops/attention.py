@@ -39,6 +39,8 @@ SCHEMA = (
 )
 RESIDUAL = 2 + 4 * len(ROLES)
 """Position among the operator's arguments."""
+WEIGHTS_OF_KEYS, WEIGHTS_OF_VALUES = (2 + 4 * ROLES.index(role) + 2 for role in "kv")
+"""Those of ``k_up`` and ``v_up``."""
 
 
 def reference(x: Tensor, *arguments) -> Tensor:
@@ -354,5 +356,13 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return Chunked(grad, arguments, per_item, step)
 
 
-attention = register("attention_v5", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+attention = register(
+    "attention_v5",
+    SCHEMA,
+    reference=reference,
+    fake=_fake,
+    cpu=_cpu,
+    cuda=_cuda,
+    neighbours=(WEIGHTS_OF_KEYS, WEIGHTS_OF_VALUES),
+)
 differentiable(attention, reference, _cut, added=RESIDUAL)

@@ -14,7 +14,7 @@ from ..kernels.small_products import Small, multiply_together, supported
 from . import projection as proj
 from .attention_region import Attention
 from .projection import Projection
-from .replay import shares_memory
+from .replay import lies_behind
 from .workspace import ALIGNMENT
 
 
@@ -62,8 +62,7 @@ def side_by_side(attn: Attention) -> Projection[Tensor] | None:
     k, v = attn.k, attn.v
     if k.down is not None or v.down is not None or not _are_aligned(attn):
         return None
-    contiguous = k.up.is_contiguous() and v.up.is_contiguous() and k.up.shape[1] == v.up.shape[1]
-    if not contiguous or k.up.data_ptr() + k.up.nbytes != v.up.data_ptr() or not shares_memory(k.up, v.up):
+    if k.up.shape[1] != v.up.shape[1] or not lies_behind(k.up, v.up):
         return None
     weight = k.up.as_strided((len(k.up) + len(v.up), k.up.shape[1]), k.up.stride())
     if k.up_bias is None and v.up_bias is None:

@@ -23,6 +23,7 @@ def register(
     fake: Callable,
     cpu: Callable,
     cuda: Callable,
+    neighbours: tuple[int, int] | None = None,
 ) -> torch._ops.OpOverload:
     """Define ``flashsvd::name``.
 
@@ -34,8 +35,9 @@ def register(
         fake: shape inference; result strides must equal those of every implementation, whatever strides inputs have.
         cpu: implementation on a CPU.
         cuda: implementation on CUDA and ROCm devices.
+        neighbours: positions of two arguments of which it looks whether one lies behind the other in memory.
     """
-    kernels = {"CompositeExplicitAutograd": reference, "CPU": replayed(cpu), "CUDA": replayed(cuda)}
+    kernels = {"CompositeExplicitAutograd": reference, "CPU": replayed(cpu), "CUDA": replayed(cuda, neighbours)}
     return define(name, schema, fake=fake, kernels=kernels)
 
 

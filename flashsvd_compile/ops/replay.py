@@ -44,18 +44,21 @@ _QUICK: dict[torch._ops.OpOverload, Callable] = {
 by what is beneath an overload, which is Python itself."""
 
 
-def replayed(implementation: Implementation) -> Implementation:
+def replayed(implementation: Implementation, neighbours: tuple[int, int] | None = None) -> Implementation:
     """The implementation, recorded at the second call of each combination of arguments and replayed from the third on.
 
     Args:
         implementation: a function of tensors, numbers, strings and ``None``; it changes none of them, its result is a
             fresh tensor, and what it does depends on its tensors' metadata only.
+        neighbours: positions of two arguments of which it may look whether one :func:`lies_behind` the other.
     """
     recordings: dict[tuple, Recording] = {}
 
     @wraps(implementation)
     def call(*arguments: Any) -> Tensor:
         key = _key(arguments)
+        if neighbours is not None:
+            key = *key, lies_behind(*(arguments[position] for position in neighbours))
         recording = recordings.get(key)
         if recording is None:
             if len(recordings) >= MAX_RECORDINGS:
@@ -75,24 +78,26 @@ def replayed(implementation: Implementation) -> Implementation:
 
 
 def _key(arguments: tuple) -> tuple:
-    """All that an implementation may look at, and which arguments are one tensor, or one behind the other in one."""
+    """All that an implementation may look at, and which arguments are one and the same tensor."""
     seen: dict[int, int] = {}
-    ends: dict[int, Tensor] = {}
     first = arguments[0]
     parts: list[Any] = [first.dtype == torch.float32 and allows_tf32(), tuner_at_work(), first.device]
     for argument in arguments:
         if argument is None:  # half of them
             parts.append(None)
         elif isinstance(argument, Tensor):
-            address = argument.data_ptr()
-            which, alignment = seen.setdefault(id(argument), len(seen)), address % ALIGNMENT
-            before = ends.get(address)
-            follows = seen[id(before)] if before is not None and shares_memory(before, argument) else None
-            parts += which, argument.dtype, argument.shape, argument.stride(), alignment, follows
-            parts.append(seen[id(ends.setdefault(address + argument.nbytes, argument))])
+            which, alignment = seen.setdefault(id(argument), len(seen)), argument.data_ptr() % ALIGNMENT
+            parts += which, argument.dtype, argument.shape, argument.stride(), alignment
         else:
             parts.append(argument)
     return tuple(parts)
+
+
+def lies_behind(first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether the memory of a contiguous tensor begins where that of another ends, in one allocation."""
+    if first is None or second is None or first.data_ptr() + first.nbytes != second.data_ptr():
+        return False
+    return first.is_contiguous() and second.is_contiguous() and shares_memory(first, second)
 
 
 def shares_memory(first: Tensor, second: Tensor) -> bool:

@@ -1,6 +1,7 @@
 """``attention_v5`` computes the specification, whatever the heads, ranks, masks, rotation, strides and workspace."""
 
 import sys
+from importlib import import_module
 
 import pytest
 import torch
@@ -282,3 +283,9 @@ def test_inputs_are_left_alone():
     before = [tensor.clone() for tensor in tensors]
     check(arguments)
     assert all(map(torch.equal, tensors, before))
+
+
+def test_arguments_that_are_known_by_their_position():
+    module = import_module("flashsvd_compile.ops.attention")
+    positions = [module.RESIDUAL, module.WEIGHTS_OF_KEYS, module.WEIGHTS_OF_VALUES]
+    assert [ops.attention._schema.arguments[at].name for at in positions] == ["residual", "k_up", "v_up"]

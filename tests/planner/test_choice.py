@@ -102,7 +102,9 @@ def test_few_rows_split_the_hidden_layer_as_far_as_memory_allows():
     rows four fit in the workspace that there always is.
     """
     shapes = {rows: mlp(rows, 304) for rows in (512, 4096, 8192, 16384)}
-    bounds = {rows: plan_mlp(shape, AUTO).workspace.bytes_for(sympy.Integer(rows * 768)) for rows, shape in shapes.items()}
+    bounds = {
+        rows: plan_mlp(shape, AUTO).workspace.bytes_for(sympy.Integer(rows * 768)) for rows, shape in shapes.items()
+    }
     parts = {rows: memory.partial_sums(shape, device_of("H200"), bounds[rows]) for rows, shape in shapes.items()}
     assert parts == {512: 4, 4096: 3, 8192: 2, 16384: 1}
     plan = plan_mlp(shapes[4096], AUTO)
