@@ -6,6 +6,7 @@ from enum import StrEnum
 import sympy
 from rich.console import Console, Group
 from rich.table import Table
+from rich.text import Text
 
 FULL_RANK = "full"
 
@@ -30,7 +31,7 @@ class RefusalReason(StrEnum):
     UNSUPPORTED_ATTENTION = "unsupported_attention"
     UNSUPPORTED_MLP = "unsupported_mlp"
     UNPROFITABLE = "unprofitable"
-    DISABLED = "disabled"
+    MISREAD = "misread"
 
 
 @dataclass(frozen=True)
@@ -104,15 +105,8 @@ class RewriteReport:
             table.add_column(column, overflow="fold")
         for match in self.matches:
             ranks = " ".join(f"{role}={rank}" for role, rank in match.ranks.items())
-            table.add_row(
-                match.kind,
-                match.module,
-                ranks,
-                match.strategy,
-                format_bytes(match.transient_before),
-                format_bytes(match.transient_after),
-                match.reason,
-            )
+            sizes = format_bytes(match.transient_before), format_bytes(match.transient_after)
+            table.add_row(*map(Text, (match.kind, match.module, ranks, match.strategy, *sizes, match.reason)))
         return table
 
     def _refusals_table(self) -> Table | None:
@@ -121,8 +115,12 @@ class RewriteReport:
         table = Table(title=f"flashsvd: {len(self.refusals)} sites left alone", title_justify="left")
         for column in ("reason", "site", "what was found"):
             table.add_column(column, overflow="fold")
+        sites: dict[tuple[str, str], list[str]] = {}
         for refusal in self.refusals:
-            table.add_row(refusal.reason, refusal.site, refusal.sentence)
+            sites.setdefault((refusal.reason, refusal.sentence), []).append(refusal.site)
+        for (reason, sentence), (first, *others) in sites.items():
+            more = f" and {len(others)} more" if others else ""
+            table.add_row(*map(Text, (reason, first + more, sentence)))
         return table
 
 

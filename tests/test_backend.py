@@ -18,7 +18,7 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import flashsvd_compile
-from flashsvd_compile import RefusalReason, RewriteReport, backend, explain, last_report
+from flashsvd_compile import Refusal, RefusalReason, RewriteReport, backend, explain, last_report
 
 FEATURES, WIDTH, RANK, HEADS = 32, 64, 6, 4
 
@@ -270,6 +270,24 @@ def test_autocast_computes_as_the_plain_model(block):
         torch.testing.assert_close(compiled(block)(x), block(x))
 
 
+def test_a_report_prints_brackets_and_counts_layers_that_are_alike():
+    sentence = "q of 'x' cannot be followed to a projection of [batch, len, features]"
+    sites = [f"layers.{i}.[/b]" for i in range(3)]
+    report = RewriteReport([], [Refusal(RefusalReason.UNSUPPORTED_ATTENTION, site, sentence) for site in sites])
+    printed = " ".join(str(report).split())
+    assert "3 sites left alone" in printed and "layers.0.[/b] and 2 more" in printed
+    assert "[batch, len, features]" in printed
+
+
+def test_every_layer_that_is_left_alone_is_reported(small_regions_stay):
+    torch._dynamo.reset()
+    model = nn.Sequential(*(LowRank(FEATURES, FEATURES) for _ in range(3)))
+    with torch.no_grad():
+        compiled(model)(sample())
+    refusals = [refusal for refusal in latest().refusals if refusal.reason == RefusalReason.UNPROFITABLE]
+    assert [refusal.site for refusal in refusals] == ["0", "1", "2"]
+
+
 def test_explain_reports_and_compiles_nothing(block):
     before = last_report()
     with torch.no_grad():
@@ -403,6 +421,76 @@ def test_what_is_transformed_in_the_graph_is_left_alone(name):
     torch.testing.assert_close(compiled(lambda x: transform(mlp, x), inner="aot_eager")(x), expected)
     assert latest().count("mlp") == latest().count("linear") == 0
     assert RefusalReason.TRANSFORMED in {refusal.reason for refusal in latest().refusals} or name == "hessian"
+
+
+def of_weights(transform):
+    """A transform of what an attention or MLP of packed factors does to ``x`` with respect to its weights."""
+
+    linear = functional.linear
+
+    def attention(weights, x):
+        down, up, *dense = weights
+        q, k, v = linear(linear(x, down), up), *(linear(x, weight) for weight in dense)
+        q, k, v = (y.unflatten(-1, (4, -1)).transpose(1, 2) for y in (q, k, v))
+        return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+    def mlp(weights, x):
+        down, up, *_ = weights
+        gate, hidden = linear(linear(x, down), up).chunk(2, -1)
+        return linear(functional.silu(gate) * hidden, up)
+
+    return lambda weights, x: [transform(function, weights, x) for function in (attention, mlp)]
+
+
+OF_WEIGHTS = {
+    "grad": lambda f, weights, x: torch.func.grad(lambda w: f(w, x).square().sum())(weights)[0],
+    "vjp": lambda f, weights, x: torch.func.vjp(lambda w: f(w, x).square().sum(), weights)[0],
+    "vmap": lambda f, weights, x: torch.func.vmap(f, (0, None))([torch.stack([w, 2 * w]) for w in weights], x),
+}
+
+
+@pytest.mark.parametrize("name", OF_WEIGHTS)
+def test_transforms_with_respect_to_weights(name):
+    """Rules do not even read what is batched or tracked."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = (FEATURES // 2, FEATURES), (FEATURES, FEATURES // 2), (FEATURES, FEATURES), (FEATURES, FEATURES)
+    weights = [torch.randn(*size, generator=generator) for size in sizes]
+    function = of_weights(OF_WEIGHTS[name])
+    expected = function(weights, sample())
+    torch.testing.assert_close(compiled(function, inner="aot_eager")(weights, sample()), expected)
+
+
+def test_a_write_within_a_transform_beside_a_region():
+    mlp, x = two_layers(), sample()
+
+    def function(x):
+        return torch.func.grad(lambda x: mlp(x).add_(1).square().sum())(x), mlp(x).add_(1)
+
+    torch.testing.assert_close(compiled(function, inner="aot_eager")(x), function(x))
+    assert latest().count("mlp") == 1
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_write_within_a_region_of_any_sizes(dynamic):
+    """Sizes among what later nodes read are no tensors (MPNet)."""
+
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.q, self.k, self.v = (LowRank(FEATURES, FEATURES) for _ in range(3))
+
+        def forward(self, x, bias):
+            batch, length, _ = x.shape
+            q, k, v = (p(x).view(batch, length, 2, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+            scores = q @ k.transpose(-1, -2) / 4
+            scores += bias
+            return (scores.softmax(-1) @ v).transpose(1, 2).reshape(batch, length, FEATURES)
+
+    model, x = Attention(), sample()
+    bias = torch.randn(len(x), 1, x.shape[1], x.shape[1])
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(model, dynamic)(x, bias), model(x, bias))
+    assert latest().count("attention") == 1
 
 
 def test_a_branch_within_a_transform_is_left_alone():

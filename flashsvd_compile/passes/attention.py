@@ -101,7 +101,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     members = present(q=of_queries, k=of_keys, v=of_values, out=out)
     if not any(member.rank is not None for member in members.values()):
         return None
-    obstacle = _mismatch(node, q, k, v)
+    obstacle = _mismatch(core, q, k, v)
     if obstacle is not None:
         return obstacle
     nodes = (*q.nodes, *k.nodes, *v.nodes, *core.nodes, *out_nodes)
@@ -143,9 +143,12 @@ def _shared(members: dict[str, Member], q: Member, nodes: tuple[Node, ...]) -> d
     return shared
 
 
-def _mismatch(node: Node, q: Member, k: Member, v: Member) -> Obstacle | None:
+def _mismatch(core: Core, q: Member, k: Member, v: Member) -> Obstacle | None:
+    node = core.result.node
     if k.factored.source is not v.factored.source:
         return _unsupported(f"keys and values of {node.name!r} are projections of different tensors")
+    if extent(named(core.q.layout, "head")) != q.heads:
+        return _unsupported(f"several heads of queries of {node.name!r} are one head of their projection")
     if k.heads != v.heads or q.heads % k.heads:
         return _unsupported(f"{node.name!r} has {q.heads} query, {k.heads} key and {v.heads} value heads")
     if (shape_of(q.factored.source) or ())[:1] != (shape_of(k.factored.source) or ())[:1]:

@@ -50,7 +50,7 @@ class Order:
         position = {node: number for number, node in enumerate(nodes)}
         switches = (node for node in position if _name(node) in _MODE_SWITCHES)
         writers = filter(mutated_arguments, position)
-        within = position if transformed else _transformed(position)
+        within = position if transformed else transformed_among(position)
         return cls(position, tuple(writers), tuple(switches), frozenset(within))
 
     def gradients_at(self, node: Node) -> bool:
@@ -64,7 +64,8 @@ def _name(node: Node) -> str:
     return getattr(node.target, "__name__", "")
 
 
-def _transformed(nodes: Iterable[Node]) -> Iterator[Node]:
+def transformed_among(nodes: Iterable[Node]) -> Iterator[Node]:
+    """The nodes whose operations are differentiated or batched within the graph."""
     ends: list[str] = []
     for node in nodes:
         name = _name(node)

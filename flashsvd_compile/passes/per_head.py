@@ -22,6 +22,9 @@ from .views import Regroup, read_view
 from .vocabulary import read
 from .weights import Weight, is_weight
 
+_ROWS = "bmd"
+"""Dimensions of what regions project: batch, positions, features."""
+
 
 class PerHead(NamedTuple):
     """A projection whose result has the heads as a dimension of their own.
@@ -51,10 +54,12 @@ def read_per_head(node: Node) -> PerHead | None:
     outer = _stage(node)
     if outer is None:
         return None
-    inner = None if "h" not in outer.source_letters else _stage(outer.source)
-    if inner is None:
-        return None if "h" in outer.source_letters else _dense(outer, _by_features(outer.weight), None, outer.nodes)
-    if "h" in inner.source_letters or inner.bias is not None or inner.letters != outer.source_letters:
+    if outer.source_letters == _ROWS:
+        return _dense(outer, _by_features(outer.weight), None, outer.nodes)
+    inner = _stage(outer.source) if "h" in outer.source_letters else None
+    if inner is None or inner.source_letters != _ROWS or inner.letters != outer.source_letters:
+        return None
+    if inner.bias is not None:
         return None
     if any(user not in outer.nodes for node in inner.nodes[-1:] for user in node.users):
         return None
@@ -147,6 +152,9 @@ def _einsum(equation: object, operands: tuple, node: Node) -> _Stage | None:
     names = {heads[0]: "h", contracted[0]: "c", kept[0]: "d", rows[0]: "b", rows[1]: "m"}
     if set(source) | set(weight) != set(names) or set(result) != {heads[0], kept[0], *rows}:
         return None
+    sizes = dict(zip(source, shape_of(operands[0]) or (), strict=False))
+    if any(sizes.get(x, size) != size for x, size in zip(weight, shape_of(operands[1]) or (), strict=False)):
+        return None  # one of them is 1, and repeated
     order = tuple(weight.index(x) for x in (heads[0], contracted[0], kept[0]))
     value = Weight.of(operands[1])
     value = value if order == (0, 1, 2) else Weight.call("permute", value, order)

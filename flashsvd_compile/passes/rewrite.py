@@ -7,7 +7,9 @@ from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
+from ..errors import FlashSVDError
 from ..options import INPUT_NORM, PACKING, RESIDUAL, Options, Strategy
+from ..planner import Plan
 from ..report import Match, Refusal, RefusalReason, RewriteReport
 from .attention import read_attention
 from .factored import Obstacle
@@ -16,12 +18,13 @@ from .linear import read_linear
 from .masks import read_mask
 from .mlp import read_mlp
 from .mutation import mutated_arguments
-from .order import Order
+from .order import Order, transformed_among
 from .packing import pack_projections
 from .region import Region, module_of
 from .residual import absorb_residuals
 from .safety import obstacle_to
-from .values import tensor_of
+from .transforms import transformed_pairs
+from .values import shape_of, tensor_of
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ def _rewrite(graph_module: GraphModule, options: Options, transformed: bool) -> 
     for body, within in _bodies(graph_module).items():
         report += _rewrite(body, options, transformed or within)
     follow_in_place_results(graph)
+    report.refusals += transformed_pairs(graph.nodes if transformed else transformed_among(graph.nodes))
     for name, rule in rules().items():
         if name not in options.disable:
             report += _apply(rule, graph, options, transformed)
@@ -99,16 +103,27 @@ def _apply(rule: Rule, graph: Graph, options: Options, transformed: bool) -> Rew
     report = RewriteReport()
     order = Order.of(graph.nodes, transformed)
     for node in reversed(order.position):
-        found = None if node._erased else rule(node)
+        found = None if node._erased or node in order.transformed else rule(node)
         outcome = _replace(found, graph, order, options) if isinstance(found, Region) else found
         if isinstance(outcome, Match):
             report.matches.insert(0, outcome)
-        elif isinstance(outcome, Obstacle) and outcome.sentence not in {known.sentence for known in report.refusals}:
+        elif isinstance(outcome, Obstacle):
             site = module_of(found.nodes if isinstance(found, Region) else (node,), node)
-            report.refusals.insert(0, Refusal(outcome.reason, site, outcome.sentence))
+            refusal = Refusal(outcome.reason, site, outcome.sentence)
+            if not _is_known(refusal, report):
+                report.refusals.insert(0, refusal)
         if outcome is not None:
             logger.debug("%s: %s", node.name, outcome)
     return report
+
+
+def _is_known(refusal: Refusal, report: RewriteReport) -> bool:
+    """Whether it was met from another node of its site: sentences name nodes, but the planner's, which alike layers
+    share.
+    """
+    if refusal.reason == RefusalReason.UNPROFITABLE:
+        return refusal in report.refusals
+    return refusal.sentence in {known.sentence for known in report.refusals}
 
 
 def _replace(region: Region, graph: Graph, order: Order, options: Options) -> Match | Obstacle:
@@ -120,11 +135,36 @@ def _replace(region: Region, graph: Graph, order: Order, options: Options) -> Ma
     if plan.strategy == Strategy.KEPT:
         return Obstacle(RefusalReason.UNPROFITABLE, plan.reason)
     match = region.match(plan)
-    with graph.inserting_before(region.output):
-        operator = region.emit(graph, plan)
+    operator = _emit(region, plan, graph)
+    if isinstance(operator, Obstacle):
+        return operator
     region.output.replace_all_uses_with(operator)
     _erase(sorted(region.nodes, key=order.position.__getitem__), graph)
     return match
+
+
+def _emit(region: Region, plan: Plan, graph: Graph) -> Node | Obstacle:
+    """The operator in front of the region's result. Not if it does not take what was read, or gives something else: the
+    region was misread then, and a model that runs must not stop because of that.
+    """
+    before = region.output.prev
+    try:
+        with graph.inserting_before(region.output):
+            operator = region.emit(graph, plan)
+    except (FlashSVDError, RuntimeError) as error:
+        found = f"the operator does not take what was read of {region.output.name!r}: {error}"
+    else:
+        shape, wanted = shape_of(operator) or (), shape_of(region.output) or ()
+        pairs = zip(shape, wanted, strict=False)
+        numbers = [
+            pair for pair in pairs if all(size.is_Integer for size in pair)
+        ]  # symbols may be spelled differently
+        if len(shape) == len(wanted) and all(size == other for size, other in numbers):
+            return operator
+        found = f"the operator's result is {shape} where {region.output.name!r} is {wanted}"
+    while region.output.prev is not before:
+        graph.erase_node(region.output.prev)
+    return Obstacle(RefusalReason.MISREAD, found)
 
 
 def _erase(nodes: Sequence[Node], graph: Graph) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -36,7 +37,6 @@ def obstacle_to(region: Region, order: Order) -> Obstacle | None:
         or dropout(region)
         or mode_change(region, order)
         or gradient_mode(region, order)
-        or transform(region, order)
         or mutation(region, order)
         or mutation_within(region, order)
         or mutation_before_gradients(region, order)
@@ -108,14 +108,6 @@ def _computed_weights(region: Region) -> set[Node]:
     return found
 
 
-def transform(region: Region, order: Order) -> Obstacle | None:
-    """A transform of ``torch.func`` in the graph: operators have gradients and no other rules."""
-    if region.output in order.transformed:
-        sentence = f"{region.output.name!r} is inside a transform of torch.func or forward-mode differentiation"
-        return Obstacle(RefusalReason.TRANSFORMED, sentence)
-    return None
-
-
 def mutation(region: Region, order: Order) -> Obstacle | None:
     """An in-place write to anything the region reads or computes, while it is being computed."""
     inside = set(region.nodes)
@@ -181,11 +173,16 @@ def _span(region: Region, order: Order) -> tuple[int, int]:
 
 def _alias_among(watched: Sequence[Node], written: Node) -> Node | None:
     memory = _storage(written)
-    return next((node for node in watched if memory is not None and _storage(node) == memory), None)
+    if memory is None:
+        return None
+    return next((node for node in watched if (known := _storage(node)) is not None and known == memory), None)
 
 
 def _storage(node: Node) -> StorageWeakRef | None:
+    """A tensor's memory; of a tensor that ``torch.func`` wraps, that of what is inside."""
     tensor = tensor_of(node)
+    while tensor is not None and is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
     return None if tensor is None or tensor.layout != torch.strided else StorageWeakRef(tensor.untyped_storage())
 
 

@@ -145,11 +145,12 @@ def _operands(scores: Product, weighted: Product, node: Node) -> tuple[Operand, 
     names = {scores.of_left: "query", scores.of_right: "key", scores.summed: "dim"}
     values = {weighted.of_left: "query", weighted.summed: "key", weighted.of_right: "value"}
     items = _items(scores)
+    shared = "".join(letter for letter in weighted.left_letters if letter in weighted.shared)  # as the scores have them
     found = (
         _named(scores.left, scores.left_letters, names, scores.shared, items),
         _named(scores.right, scores.right_letters, names, scores.shared, items),
-        _named(weighted.right, weighted.right_letters, values, weighted.shared, items),
-        _named(node, weighted.letters, values, weighted.shared, items),
+        _named(weighted.right, weighted.right_letters, values, shared, items),
+        _named(node, weighted.letters, values, shared, items),
     )
     q, k, v, result = found
     return None if q is None or k is None or v is None or result is None else (q, k, v, result)

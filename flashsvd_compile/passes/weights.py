@@ -89,18 +89,21 @@ class Weight:
         ``((head, dim),)`` keeps all; a window out of packed projections becomes a slice; a window inside each head
         (as in ``[heads, 3, head_dim]`` packing) becomes a strided selection.
         """
+        return self._selected(0, features)
+
+    def _selected(self, position: int, features: Dim) -> "Weight":
+        """The positions of one dimension that a layout selects; windows are cut from the outermost to the innermost."""
         if not any(isinstance(axis, Window) for axis in features):
             return self
         if len(features) == 1:
             window = features[0]
             assert isinstance(window, Window)
-            length = _count(window.inner)
-            return Weight.call("narrow", self, 0, int(window.start), length).rows(window.inner)
-        parts = Weight.call("unflatten", self, 0, tuple(int(axis.size) for axis in features))
-        for position, axis in enumerate(features):
-            if isinstance(axis, Window):
-                parts = Weight.call("narrow", parts, position, int(axis.start), _count(axis.inner))
-        return Weight.call("flatten", parts, 0, len(features) - 1)
+            part = Weight.call("narrow", self, position, int(window.start), _count(window.inner))
+            return part._selected(position, window.inner)
+        parts = Weight.call("unflatten", self, position, tuple(int(axis.size) for axis in features))
+        for index, axis in enumerate(features, position):
+            parts = parts._selected(index, (axis,))
+        return Weight.call("flatten", parts, position, position + len(features) - 1)
 
     def build(self, graph: Graph, built: dict[int, Node]) -> Node:
         """The graph node of this weight, made at the graph's insertion point.

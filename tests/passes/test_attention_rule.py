@@ -427,6 +427,49 @@ def test_an_unequal_split_into_queries_keys_and_values():
     assert kwargs["num_kv_heads"] == KV_HEADS
 
 
+def in_each_head(y):
+    return y.view(BATCH, LENGTH, HEADS, 3 * DIM)
+
+
+def halves_of_two_thirds(y, size, dim):
+    """Two of three parts first, then each of them."""
+    first, last = y.split([2 * size, size], dim)
+    return *(first.chunk(2, dim)[i] for i in range(2)), last
+
+
+def split_behind_the_first(y):
+    rest = y[..., DIM:].split(DIM, dim=-1)
+    return y[..., :DIM], rest[0], rest[1]
+
+
+def unbound_of_two_thirds(y):
+    first = y.unflatten(-1, (3, DIM))[..., :2, :].unbind(3)
+    return first[0], first[1], y[..., 2 * DIM :]
+
+
+PARTS_OF_PARTS = {
+    "in each head": lambda y: halves_of_two_thirds(in_each_head(y), DIM, 3),
+    "of heads": lambda y: halves_of_two_thirds(y.view(BATCH, LENGTH, 3 * HEADS, DIM), HEADS, 2),
+    "of the projection": lambda y: [z.unflatten(-1, (HEADS, DIM)) for z in halves_of_two_thirds(y, WIDTH, 2)],
+    "the rest, then split": lambda y: split_behind_the_first(in_each_head(y)),
+    "some of five dimensions": lambda y: unbound_of_two_thirds(in_each_head(y)),
+    "slices of slices": lambda y: (
+        in_each_head(y)[..., 1:][..., :DIM],
+        in_each_head(y)[..., 3 : 3 + DIM],
+        in_each_head(y)[..., 2:-1][..., -DIM:],
+    ),
+}
+
+
+@pytest.mark.parametrize("spelling", PARTS_OF_PARTS)
+def test_parts_of_parts_of_one_projection(spelling):
+    def function(x, down, up, bias, od, ou):
+        parts = PARTS_OF_PARTS[spelling](low_rank(x, down, up, bias))
+        return low_rank(merge(sdpa(*(part.transpose(1, 2) for part in parts))), od, ou)
+
+    assert_whole_region(rewritten(function, X, *PACKED, *OUT), {"q": 6, "k": 6, "v": 6, "out": 7})
+
+
 def test_keys_and_values_packed_behind_the_queries_of_all_heads():
     """Falcon with one key head, taken by lists of one index."""
     down, up = tensor(6, WIDTH, seed=35), tensor((HEADS + 2) * DIM, 6, seed=36)
@@ -699,4 +742,92 @@ def test_other_rows_of_the_result_are_not_lost(shape):
 
     result = rewritten(function, X, *ALL)
     assert result.count("attention") == 1, result.report
+    result.assert_same_result()
+
+
+def of_each_head(heads, rank, seed):
+    return tensor(heads, WIDTH, rank, seed=seed), tensor(heads, rank, DIM, seed=seed + 1)
+
+
+def attention_of_each_head(rows):
+    """Of ``x``, whose dimensions are ``rows``, by factors of each head."""
+
+    def function(x, *factors):
+        pairs = zip(factors[::2], factors[1::2], strict=True)
+        heads = (torch.einsum("bhmr,hrd->bhmd", torch.einsum(f"{rows},hdr->bhmr", x, down), up) for down, up in pairs)
+        return sdpa(*heads).transpose(1, 2).flatten(2)
+
+    return lambda x, a, b, c, d, e, f: function(x, a, b, c, d, e, f)
+
+
+FACTORS = [factor for seed in (70, 72, 74) for factor in of_each_head(HEADS, 3, seed)]
+
+
+def test_factors_of_each_head():
+    assert_whole_region(rewritten(attention_of_each_head("bmd"), X, *FACTORS), {"q": 3, "k": 3, "v": 3})
+
+
+@pytest.mark.parametrize(("rows", "shape"), [("mbd", (6, 2, WIDTH)), ("mbd", (4, 4, WIDTH)), ("bdm", (2, WIDTH, 6))])
+def test_factors_of_each_head_of_rows_in_another_order(rows, shape):
+    result = rewritten(attention_of_each_head(rows), tensor(*shape), *FACTORS)
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("shared", [0, 1], ids=["down", "up"])
+def test_one_factor_for_all_heads_that_is_repeated(shared):
+    """By einsum, whose letters may stand for sizes of 1."""
+    factors = [factor[:1] if i % 2 == shared else factor for i, factor in enumerate(FACTORS)]
+    result = rewritten(attention_of_each_head("bmd"), X, *factors)
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
+REPEATED = {
+    "each head": lambda y: y.repeat_interleave(2, dim=1),
+    "the first head": lambda y: y[:, :1].expand(-1, HEADS, -1, -1),
+}
+
+
+@pytest.mark.parametrize("repeated", REPEATED)
+def test_queries_repeated_like_keys_and_values(repeated):
+    def function(x, qd, qu, kd, ku, vd, vu):
+        pairs = (qd, qu), (kd, ku), (vd, vu)
+        return merge(sdpa(*(REPEATED[repeated](heads_of(low_rank(x, *pair), KV_HEADS)) for pair in pairs)))
+
+    weights = [w[: KV_HEADS * DIM] if i % 2 else w for i, w in enumerate(ALL[:6])]
+    result = rewritten(function, X, *weights)
+    assert result.count("attention") == 0
+    assert RefusalReason.UNSUPPORTED_ATTENTION in result.reasons
+    result.assert_same_result()
+
+
+def test_a_region_that_was_misread_stays(monkeypatch):
+    """What the rule should have seen: with one key head in place of as many, the result has other sizes."""
+    monkeypatch.setattr(attention_rule, "_mismatch", lambda *_: None)
+
+    def function(x, qd, qu, kd, ku, vd, vu):
+        pairs = (qd, qu), (kd, ku), (vd, vu)
+        return merge(sdpa(*(REPEATED["each head"](heads_of(low_rank(x, *pair), KV_HEADS)) for pair in pairs)))
+
+    weights = [w[: KV_HEADS * DIM] if i % 2 else w for i, w in enumerate(ALL[:6])]
+    result = rewritten(function, X, *weights)
+    assert result.count("attention") == 0 and result.count("linear") == 3
+    assert RefusalReason.MISREAD in result.reasons
+    result.assert_same_result()
+
+
+def test_probabilities_read_with_items_for_heads():
+    """As many items as heads, so that both are possible."""
+
+    def core(q, k, v):
+        probabilities = torch.softmax(torch.einsum("bqhd,bkhd->bhqk", q, k), dim=-1)
+        return torch.einsum("hbqk,bkhd->bqhd", probabilities, v)
+
+    def function(x, qd, qu, kd, ku, vd, vu):
+        q, k, v = (low_rank(x, *pair).unflatten(-1, (HEADS, DIM)) for pair in ((qd, qu), (kd, ku), (vd, vu)))
+        return core(q, k, v).flatten(2)
+
+    result = rewritten(function, tensor(HEADS, LENGTH, WIDTH), *ALL[:6])
+    assert result.count("attention") == 0
     result.assert_same_result()
