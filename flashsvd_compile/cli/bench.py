@@ -17,6 +17,7 @@ from ..compress import compress
 from ..errors import FlashSVDError
 from . import model_folder
 from .comparison import Measured, compare
+from .inputs import sample_inputs
 
 console = Console()
 
@@ -36,13 +37,13 @@ def bench(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         dense = model_folder.load(model) if model else _bert_base(layers)
+        inputs = {name: value.to(device) for name, value in sample_inputs(dense, batch, length).items()}
         factored = compress(dense, keep_ratio)
     except FlashSVDError as error:
         raise typer.BadParameter(str(error)) from error
-    inputs = {name: value.to(device) for name, value in model_folder.sample_inputs(dense, batch, length).items()}
 
     def run(module: nn.Module) -> Tensor:
-        return module(**inputs)[0]
+        return module(**_in_precision_of(module, inputs))[0]
 
     rows = compare(dense.to(device), factored.to(device), run, device, samples, warm_ups=2)
     console.print(_table(rows))
@@ -55,6 +56,12 @@ def _bert_base(layers: int) -> nn.Module:
 
     torch.manual_seed(0)
     return BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
+
+
+def _in_precision_of(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The inputs for a model that may be the reference in float64; token ids stay integers."""
+    dtype = next(parameter.dtype for parameter in module.parameters() if parameter.is_floating_point())
+    return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
 
 
 def _table(rows: list[Measured]) -> Table:

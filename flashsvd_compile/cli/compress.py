@@ -35,7 +35,7 @@ def _parse_ranks(entries: list[str]) -> dict[str, int]:
     ranks = {}
     for entry in entries:
         pattern, _, rank = entry.rpartition("=")
-        if not pattern or not rank.isdigit():
+        if not pattern or not rank.isdecimal():
             raise typer.BadParameter(f"--rank takes PATTERN=RANK, not {entry!r}")
         ranks[pattern] = int(rank)
     return ranks

@@ -9,6 +9,7 @@ import typer
 from ..errors import FlashSVDError
 from ..explain import explain as explain_model
 from . import model_folder
+from .inputs import sample_inputs
 
 
 def explain(
@@ -21,6 +22,6 @@ def explain(
         loaded = model_folder.load(model)
     except FlashSVDError as error:
         raise typer.BadParameter(str(error)) from error
-    inputs: dict[str, Any] = model_folder.sample_inputs(loaded, batch, length)
+    inputs: dict[str, Any] = sample_inputs(loaded, batch, length)
     with torch.no_grad():
         print(explain_model(loaded, **inputs))

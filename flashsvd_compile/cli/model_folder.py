@@ -1,16 +1,17 @@
 """Models on disk: folders as transformers writes them, with dense or with factored weights."""
 
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..compress import load_factored, save_factored
 from ..errors import CheckpointError
 
 FACTORED_WEIGHTS = "factored.safetensors"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot")
+"""Endings of files with weights, in all the formats that model folders come with."""
 
 
 def load(folder: Path) -> nn.Module:
@@ -59,27 +60,34 @@ def create(folder: Path, source: Path) -> None:
 
 
 def save(model: nn.Module, folder: Path, source: Path) -> None:
-    """Write a factored model; configuration and tokenizer are copied from the folder that it was loaded from.
+    """Write a factored model; all but the weights is copied from the folder that it was loaded from.
 
     Raises:
         CheckpointError: a file cannot be written.
     """
     try:
-        for file in source.iterdir():
-            if file.suffix in (".json", ".txt", ".model") and not file.name.endswith(".index.json"):
-                shutil.copy(file, folder)
+        for entry in _beside_the_weights(source):
+            if folder.resolve().is_relative_to(entry.resolve()):
+                continue
+            if entry.is_dir():
+                shutil.copytree(entry, folder / entry.name, dirs_exist_ok=True)
+            else:
+                shutil.copy(entry, folder)
     except OSError as error:
         raise CheckpointError(f"cannot copy the configuration to {folder}: {error}") from error
     save_factored(model, folder / FACTORED_WEIGHTS)
 
 
-def sample_inputs(model: nn.Module, batch: int, length: int) -> dict[str, Tensor]:
-    """Random inputs: token ids of a text model, ``[batch, length]``, or pixels of a vision model."""
-    config: Any = model.config
-    if getattr(model, "main_input_name", "input_ids") == "pixel_values":
-        size = config.image_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return {"pixel_values": torch.rand(batch, config.num_channels, height, width)}
-    ids = torch.randint(config.vocab_size, (batch, length))
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return inputs | ({"decoder_input_ids": ids} if config.is_encoder_decoder else {})
+def _beside_the_weights(folder: Path) -> Iterator[Path]:
+    """A model's configuration, tokenizer, templates and code.
+
+    What is hidden is no part of the model, and a folder with weights in it is a model of its own.
+    """
+    for entry in sorted(folder.iterdir()):
+        hidden = entry.name.startswith(".") or entry.name == "__pycache__"
+        if not hidden and not any(_is_of_weights(file) for file in (entry, *entry.rglob("*"))):
+            yield entry
+
+
+def _is_of_weights(file: Path) -> bool:
+    return file.suffix in WEIGHTS or file.name.endswith(".index.json")

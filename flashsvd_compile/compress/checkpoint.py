@@ -4,10 +4,11 @@ import json
 from os import PathLike
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from .dense_layer import ModelT, dense_layers, replaced
+from .dense_layer import ModelT, dense_layers, replaced, why_not_copied
 from .low_rank_linear import LowRankLinear
 
 FORMAT = "flashsvd-factored-1"
@@ -29,6 +30,7 @@ def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_model
 
+    _check_path(path)
     layers = {name: _describe(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise CheckpointError("the model has no low-rank layer; compress it first")
@@ -43,14 +45,18 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
 
     Args:
         model: the dense architecture, such as ``AutoModel.from_config(config)``; its weights do not matter, its
-            dtypes and devices are those of the result.
+            dtypes and devices are those of the result. Weights on the meta device come to the CPU.
         path: of a file that :func:`save_factored` wrote.
 
     Raises:
-        CheckpointError: not a factored checkpoint, or one of another architecture; the message names the layer.
+        CheckpointError: not a factored checkpoint, one of another architecture, a model that cannot be copied, or a
+            buffer on the meta device that no checkpoint holds; the message names the layer or buffer.
     """
     from safetensors.torch import load_model
 
+    _check_path(path)
+    if (obstacle := why_not_copied(model)) is not None:
+        raise CheckpointError(obstacle)
     dense = dict(dense_layers(model))
     low_rank: dict[str, LowRankLinear] = {}
     for name, shape in _read_layers(path).items():
@@ -62,12 +68,33 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
             raise CheckpointError(f"{path}: no layer {name!r} of rank {shape['rank']} can be made: {error}") from error
         if _describe(low_rank[name]) != shape:
             raise CheckpointError(f"{path}: layer {name!r} is {shape}, in the model {_describe(low_rank[name])}")
-    factored = replaced(model, low_rank)
+    factored = replaced(model, low_rank, tensors=_storage_for_meta(model))
     try:
         load_model(factored, str(path))
     except RuntimeError as error:
         raise CheckpointError(f"{path} does not fit the model: {error}") from error
     return factored
+
+
+def _storage_for_meta(model: nn.Module) -> dict[int, Tensor]:
+    """Empty tensors on the CPU for those on the meta device, by the identity of the latter."""
+    saved = model.state_dict().keys()
+    storage: dict[int, Tensor] = {}
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta and name not in saved:
+            raise CheckpointError(
+                f"buffer {name!r} is on the meta device, and no checkpoint holds its values; make the model elsewhere"
+            )
+        if tensor.is_meta:
+            empty = torch.empty_like(tensor, device="cpu", requires_grad=False)
+            is_parameter = isinstance(tensor, nn.Parameter)
+            storage[id(tensor)] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+    return storage
+
+
+def _check_path(path: object) -> None:
+    if not isinstance(path, (str, PathLike)):
+        raise CheckpointError(f"the path of a checkpoint must be a string or a PathLike, not {path!r}")
 
 
 def _describe(layer: LowRankLinear) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from typing import Any, NamedTuple, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from .low_rank_linear import LowRankLinear
@@ -26,11 +27,14 @@ class DenseLayer(NamedTuple):
     tied: bool
 
     def low_rank(self, rank: int, down_bias: bool = False) -> LowRankLinear:
-        """An uninitialised factored layer of the same features, bias, dtype, device and trainability."""
+        """An uninitialised factored layer of the same features, bias, dtype, device and trainability.
+
+        For a layer on the meta device it is on the CPU.
+        """
         out_features, in_features = self.weight.shape
         down = nn.Linear(in_features, rank, down_bias, device="meta", dtype=self.weight.dtype)
         up = nn.Linear(rank, out_features, self.bias is not None, device="meta", dtype=self.weight.dtype)
-        empty = LowRankLinear(down, up).to_empty(device=self.weight.device)
+        empty = LowRankLinear(down, up).to_empty(device="cpu" if self.weight.is_meta else self.weight.device)
         empty.requires_grad_(self.weight.requires_grad)
         if self.bias is not None:
             empty.up.bias.requires_grad_(self.bias.requires_grad)
@@ -40,24 +44,61 @@ class DenseLayer(NamedTuple):
 def dense_layers(model: nn.Module) -> Iterator[tuple[str, DenseLayer]]:
     """Every layer of the model that can be replaced, with its dotted name.
 
-    Subclasses are left out: quantised, parametrised or attention's own linear layers are read by other code. So are
-    layers with hooks or an overridden ``forward``, which a replacement would lose, and the factors of layers that are
-    low-rank already.
+    Subclasses are left out, but Falcon's: quantised, parametrised or attention's own linear layers are read by other
+    code. So are layers with hooks or an overridden ``forward``, which a replacement would lose, and the factors of
+    layers that are low-rank already.
     """
     owners, factors = _owners(model), _factors(model)
     for name, module in model.named_modules():
         weight, bias = module._parameters.get("weight"), module._parameters.get("bias")
         if weight is not None and _is_plain(module) and id(module) not in factors:
-            matrix = weight if type(module) is nn.Linear else weight.t()
+            matrix = weight if isinstance(module, nn.Linear) else weight.t()
             yield name, DenseLayer(matrix, bias, tied=owners[id(weight)] > 1)
 
 
-def replaced(model: ModelT, replacements: Mapping[str, LowRankLinear]) -> ModelT:
+def why_not_copied(model: object) -> str | None:
+    """Why :func:`replaced` cannot copy a model, ``None`` if it can."""
+    if not isinstance(model, nn.Module):
+        return f"the model must be an nn.Module, not {model!r}"
+    for name, module in model.named_modules():
+        place = f"the module {name!r}" if name else "the model"
+        if isinstance(module, torch.jit.ScriptModule):
+            return f"{place} is a ScriptModule; give the nn.Module that it was made from"
+        for key, value in vars(module).items():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                return (
+                    f"{key!r} of {place} is computed from other parameters, so that it cannot be copied; remove the "
+                    "parametrisation first, as by nn.utils.remove_weight_norm or nn.utils.prune.remove"
+                )
+    return None
+
+
+def not_replaceable(model: nn.Module) -> list[str]:
+    """Which linear layers :func:`dense_layers` leaves out of a model, and why: clauses of an error message."""
+    factors = _factors(model)
+    low_rank = sum(isinstance(module, LowRankLinear) for module in model.modules())
+    others = {
+        type(module).__name__
+        for module in model.modules()
+        if isinstance(module, _dense_types()) and not _is_plain(module) and id(module) not in factors
+    }
+    clauses = [f"{low_rank} are low-rank already"] if low_rank else []
+    if others:
+        clauses.append(f"{', '.join(sorted(others))} has hooks or is a subclass of nn.Linear")
+    return clauses
+
+
+def replaced(
+    model: ModelT, replacements: Mapping[str, LowRankLinear], tensors: Mapping[int, Tensor] | None = None
+) -> ModelT:
     """A deep copy of the model with factored layers in the named places; what is replaced is not copied.
 
     A module that is used in several places is replaced in all of them, and tied parameters stay tied.
+
+    Args:
+        tensors: to take instead of copies, by the identity of the model's parameter or buffer.
     """
-    copied: dict[int, Any] = {}
+    copied: dict[int, Any] = dict(tensors or {})
     for name, new in replacements.items():
         old = model.get_submodule(name)
         copied[id(old)] = new.train(old.training)
@@ -72,9 +113,16 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _dense_types() -> tuple[type[nn.Module], ...]:
-    """A model can hold a ``Conv1D`` only where the module that defines it has been imported."""
-    pytorch_utils = sys.modules.get("transformers.pytorch_utils")
-    return (nn.Linear, pytorch_utils.Conv1D) if pytorch_utils is not None else (nn.Linear,)
+    """A model can hold a class of transformers only where the module that defines it has been imported.
+
+    ``FalconLinear`` differs from ``nn.Linear`` in rounding only: it adds the bias after the product.
+    """
+    of_transformers = (
+        ("transformers.pytorch_utils", "Conv1D"),
+        ("transformers.models.falcon.modeling_falcon", "FalconLinear"),
+    )
+    imported = [getattr(sys.modules[module], name) for module, name in of_transformers if module in sys.modules]
+    return (nn.Linear, *imported)
 
 
 def _factors(model: nn.Module) -> set[int]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CompressionError
 from .calibration import second_moments
-from .dense_layer import DenseLayer, ModelT, dense_layers, replaced
+from .dense_layer import DenseLayer, ModelT, dense_layers, not_replaceable, replaced, why_not_copied
 from .low_rank_linear import LowRankLinear
 from .svd import truncated_svd
 
@@ -19,6 +19,9 @@ log = logging.getLogger(__name__)
 
 DEFAULT_SKIP = ("*embed*", "*pooler*", "*classifier*", "*qa_outputs", "*score", "*head", "cls.*", "*router*", "*.gate")
 """Names of layers whose error reaches the output undamped, or that are small: embeddings, heads, poolers, routers."""
+
+DECOMPOSABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The dtypes of weights that a singular value decomposition is taken of."""
 
 
 def compress(
@@ -35,8 +38,8 @@ def compress(
     Each ``nn.Linear`` (and ``Conv1D`` of transformers) of ``m`` outputs and ``n`` inputs becomes a
     :class:`LowRankLinear` of rank ``r = floor(keep_ratio * m * n / (m + n))``, at least 1. Left dense are layers where
     two factors would not be smaller, ``r * (m + n) >= m * n``; weights that other modules share, such as a language
-    model's head tied to its embedding; subclasses of ``nn.Linear``; and layers with hooks. Layers that are low-rank
-    already stay as they are.
+    model's head tied to its embedding; subclasses of ``nn.Linear``, but Falcon's; and layers with hooks. Layers that
+    are low-rank already stay as they are.
 
     Args:
         keep_ratio: share of a weight's parameters that its factors may have, between 0 and 1.
@@ -52,13 +55,21 @@ def compress(
         The factored copy, of the same class, dtypes, devices and training mode.
 
     Raises:
-        CompressionError: a value out of range or of another type, a pattern that fits no layer, nothing to factor, or
-            a weight or calibration data that cannot be decomposed (not floating point, not finite, on the meta device).
+        CompressionError: a value out of range or of another type, a pattern that fits no layer, nothing to factor, a
+            model that cannot be copied (scripted, with a weight computed from others), or a weight or calibration data
+            that cannot be decomposed (not of 16 to 64 bits in floating point, not finite, on the meta device).
     """
     ranks = {} if ranks is None else ranks
     _check_values(keep_ratio, ranks, calibrate)
+    if (obstacle := why_not_copied(model)) is not None:
+        raise CompressionError(obstacle)
     targets, skip = _patterns("targets", targets), _patterns("skip", skip)
-    layers = {name: layer for name, layer in dense_layers(model) if not _fits_any(name, skip)}
+    dense = dict(dense_layers(model))
+    layers = {name: layer for name, layer in dense.items() if not _fits_any(name, skip)}
+    if not layers:
+        skipped = [f"skip leaves out {', '.join(dense)}"] if dense else []
+        reasons = [*skipped, *not_replaceable(model)] or ["it has neither nn.Linear nor Conv1D of transformers"]
+        raise CompressionError(f"{type(model).__name__} has no layer that can be factored: {'; '.join(reasons)}")
     _check_patterns((*targets, *ranks), layers)
     chosen = {
         name: rank
@@ -73,24 +84,32 @@ def compress(
     return replaced(model, factored)
 
 
+@torch.no_grad()
 def _factorise(name: str, layer: DenseLayer, rank: int, moment: Tensor | None) -> LowRankLinear:
     """The low-rank layer nearest to a dense one. ``name`` is for the error message."""
     weight = layer.weight
-    if weight.is_meta or not weight.is_floating_point() or not bool(weight.isfinite().all()):
-        raise CompressionError(f"the weight of {name!r} ({weight.dtype} on {weight.device}) is not finite numbers")
+    if weight.is_meta:
+        raise CompressionError(f"the weight of {name!r} has no numbers: it is on the meta device; load the model first")
+    if weight.dtype not in DECOMPOSABLE:
+        valid = ", ".join(map(str, DECOMPOSABLE))
+        raise CompressionError(f"the weight of {name!r} is {weight.dtype}; valid: {valid}")
+    if not bool(weight.isfinite().all()):
+        raise CompressionError(f"the weight of {name!r} has values that are NaN or infinite")
     low_rank = layer.low_rank(rank)
     down, up = truncated_svd(weight, rank, moment)
-    with torch.no_grad():
-        low_rank.down.weight.copy_(down)
-        low_rank.up.weight.copy_(up)
-        if layer.bias is not None:
-            low_rank.up.bias.copy_(layer.bias)
+    low_rank.down.weight.copy_(down)
+    low_rank.up.weight.copy_(up)
+    if layer.bias is not None:
+        low_rank.up.bias.copy_(layer.bias)
     return low_rank
 
 
 def _rank(name: str, layer: DenseLayer, keep_ratio: float, ranks: Mapping[str, int]) -> int | None:
     """The layer's rank, ``None`` to leave it dense."""
     m, n = layer.weight.shape
+    if m == 0 or n == 0:
+        log.info("left %s dense: it is empty, %d x %d", name, m, n)
+        return None
     rank = next((rank for pattern, rank in ranks.items() if fnmatchcase(name, pattern)), None)
     if rank is None:
         rank = max(1, int(keep_ratio * m * n / (m + n)))

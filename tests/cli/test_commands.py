@@ -2,14 +2,33 @@
 
 import json
 from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    T5Config,
+    T5Model,
+    ViTConfig,
+    ViTModel,
+    Wav2Vec2Config,
+    Wav2Vec2Model,
+    WhisperConfig,
+    WhisperModel,
+)
+from typer import BadParameter
 from typer.testing import CliRunner
 
 from flashsvd_compile.cli import app, bench, demo, minilm, model_folder
-from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, compare
+from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, Measured, Run, compare
+from flashsvd_compile.cli.inputs import sample_inputs
 from flashsvd_compile.compress import LowRankLinear, compress
 
 
@@ -50,7 +69,7 @@ class TestCompress:
         assert "12 layers factored" in output
         loaded = model_folder.load(tmp_path / "small")
         expected = compress(bert, 0.4, ranks={"*query": 5})
-        inputs = model_folder.sample_inputs(bert, 2, 10)
+        inputs = sample_inputs(bert, 2, 10)
         assert torch.equal(loaded(**inputs)[0], expected(**inputs)[0])
         ranks = {module.rank for name, module in loaded.named_modules() if name.endswith("query")}
         assert ranks == {5}
@@ -60,6 +79,7 @@ class TestCompress:
         [
             (["--keep-ratio", 2], "keep_ratio must be between 0 and 1, not 2.0"),
             (["--rank", "query"], "--rank takes PATTERN=RANK, not 'query'"),
+            (["--rank", "*=²"], "--rank takes PATTERN=RANK, not '*=²'"),
             (["--rank", "nowhere=4"], "pattern 'nowhere' fits none"),
         ],
     )
@@ -82,7 +102,26 @@ class TestCompress:
     def test_factored_model(self, folder: Path, tmp_path: Path):
         run("compress", folder, tmp_path / "small")
         for arguments in (["compress", tmp_path / "small", tmp_path / "smaller"], ["bench", tmp_path / "small"]):
-            assert "fits none of the 0 layers that can be factored" in refused(*arguments)
+            assert "skip leaves out pooler.dense; 12 are low-rank already" in refused(*arguments)
+
+    def test_all_but_the_weights_is_copied(self, folder: Path, tmp_path: Path):
+        kept = ["chat_template.jinja", "additional_chat_templates/tools.jinja", "modeling.py", "vocabulary.tiktoken"]
+        weights = ["model.safetensors.index.json", "pytorch_model.bin", "tf_model.h5", "onnx/model.onnx", "onnx/a.json"]
+        hidden = [".git/config", ".cache/a.json", "__pycache__/modeling.pyc", ".gitattributes"]
+        for name in (*kept, *weights, *hidden):
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(name)
+        run("compress", folder, tmp_path / "small")
+        written = {str(path.relative_to(tmp_path / "small")) for path in (tmp_path / "small").rglob("*.*")}
+        assert written == {*kept, "config.json", model_folder.FACTORED_WEIGHTS}
+
+    def test_a_folder_within_the_dense_models_is_not_copied_into_itself(self, folder: Path):
+        run("compress", folder, folder / "runs" / "small")
+        assert sorted(path.name for path in (folder / "runs").rglob("*")) == [
+            "config.json",
+            model_folder.FACTORED_WEIGHTS,
+            "small",
+        ]
 
 
 @pytest.mark.parametrize("command", ["compress", "explain", "bench"])
@@ -133,7 +172,7 @@ def test_bench_refuses_a_record_it_cannot_write_before_it_measures(
 
 def test_comparison(bert: BertModel):
     factored = compress(bert)
-    inputs = model_folder.sample_inputs(bert, 2, 24)
+    inputs = sample_inputs(bert, 2, 24)
     rows = compare(bert, factored, lambda model: model(**inputs)[0], torch.device("cpu"), samples=2, warm_ups=0)
     dense, eager, inductor, ours = rows
     assert dense.error > 1e-2
@@ -156,12 +195,106 @@ def test_demo_names_a_mistake():
     assert "keep_ratio must be between 0 and 1, not 2.0" in refused("demo", "--keep-ratio", 2)
 
 
-def test_sample_inputs_of_every_kind_of_model():
-    from transformers import T5Config, T5Model, ViTConfig, ViTModel
+class TestSampleInputs:
+    SIZES: ClassVar[dict[str, Any]] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "vocab_size": 50,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
 
-    vit = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
-    assert model_folder.sample_inputs(vit, 2, 10)["pixel_values"].shape == (2, 3, 224, 224)
-    t5 = T5Model(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=50))
-    compressed = compress(t5)
-    assert any(isinstance(module, LowRankLinear) for module in compressed.modules())
-    assert compressed(**model_folder.sample_inputs(t5, 2, 10))[0].shape == (2, 10, 32)
+    def whisper(self) -> Any:
+        config = WhisperConfig(
+            d_model=32,
+            encoder_layers=1,
+            decoder_layers=1,
+            encoder_attention_heads=2,
+            decoder_attention_heads=2,
+            encoder_ffn_dim=64,
+            decoder_ffn_dim=64,
+            num_mel_bins=8,
+            max_source_positions=16,
+            max_target_positions=20,
+            vocab_size=50,
+            pad_token_id=0,
+            bos_token_id=1,
+            eos_token_id=2,
+            decoder_start_token_id=1,
+        )
+        return WhisperModel(config).eval()
+
+    def wav2vec2(self) -> Any:
+        convolutions: dict[str, Any] = {"conv_dim": (16, 16), "conv_stride": (4, 2), "conv_kernel": (8, 4)}
+        positions: dict[str, Any] = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2}
+        return Wav2Vec2Model(Wav2Vec2Config(**self.SIZES, **convolutions, **positions)).eval()
+
+    def test_pixels(self):
+        vit = ViTModel(ViTConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64))
+        assert sample_inputs(vit, 2, 10)["pixel_values"].shape == (2, 3, 224, 224)
+
+    def test_encoder_and_decoder(self):
+        t5 = T5Model(T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=50))
+        compressed = compress(t5)
+        assert any(isinstance(module, LowRankLinear) for module in compressed.modules())
+        assert compressed(**sample_inputs(t5, 2, 10))[0].shape == (2, 10, 32)
+
+    def test_spectrogram(self):
+        inputs = sample_inputs(self.whisper(), 2, 10)
+        assert {name: value.shape for name, value in inputs.items()} == {
+            "input_features": (2, 8, 32),
+            "decoder_input_ids": (2, 10),
+        }
+
+    def test_waveform(self):
+        model = self.wav2vec2().bfloat16()
+        inputs = sample_inputs(model, 2, 10)
+        assert inputs["input_values"].dtype == torch.bfloat16
+        assert model(**inputs).last_hidden_state.shape == (2, 10, 32)
+
+    def test_pictures_with_texts(self):
+        vision = {**self.SIZES, "image_size": 16, "patch_size": 8}
+        clip = CLIPModel(CLIPConfig(text_config=self.SIZES, vision_config=vision, projection_dim=8)).eval()
+        inputs = sample_inputs(clip, 2, 10)
+        assert inputs["input_ids"].shape == (2, 10) and inputs["pixel_values"].shape == (2, 3, 16, 16)
+
+    def test_texts_alone_where_a_token_stands_for_a_picture(self):
+        vision = {**self.SIZES, "image_size": 16, "patch_size": 8}
+        config = Gemma3Config(text_config={**self.SIZES, "head_dim": 16}, vision_config=vision, image_token_index=3)
+        inputs = sample_inputs(Gemma3ForConditionalGeneration(config).eval(), 2, 10)
+        assert set(inputs) == {"input_ids", "attention_mask"}
+
+    def test_kind_of_input_that_is_not_known(self):
+        model = self.wav2vec2()
+        model.main_input_name = "past_values"
+        with pytest.raises(BadParameter, match="no inputs can be made for Wav2Vec2Model: its main input is 'past_val"):
+            sample_inputs(model, 2, 10)
+
+    def test_size_that_the_configuration_lacks(self):
+        model = self.wav2vec2()
+        model.main_input_name = "input_features"
+        with pytest.raises(BadParameter, match=r"no input_features can be made for Wav2Vec2Model.*'num_mel_bins'"):
+            sample_inputs(model, 2, 10)
+
+    def test_length_beyond_the_decoders_positions(self):
+        with pytest.raises(BadParameter, match=r"WhisperModel cannot run --length 21 .*max_target_positions 20"):
+            sample_inputs(self.whisper(), 2, 21)
+
+    @pytest.mark.parametrize("command", ["explain", "bench"])
+    def test_length_beyond_the_positions(self, folder: Path, command: str):
+        output = refused(command, folder, "--length", 513)
+        assert "BertModel cannot run --length 513 (input_ids [4, 513]" in output
+        assert "its configuration states max_position_embeddings 512" in output
+
+    def test_bench_runs_waveforms_in_float64(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        def run_in_float64(dense: nn.Module, factored: nn.Module, run: Run, *_: object, **__: object) -> list[Measured]:
+            assert run(factored.double()).dtype == torch.float64
+            return []
+
+        monkeypatch.setattr(bench, "compare", run_in_float64)
+        self.wav2vec2().save_pretrained(tmp_path / "wav2vec2")
+        run("bench", tmp_path / "wav2vec2", "--batch", 2, "--length", 10)

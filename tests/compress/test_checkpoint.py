@@ -1,6 +1,7 @@
 """Factored checkpoints come back as they were, and mismatches are named."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,23 @@ def test_dtype_is_the_models(tmp_path: Path):
     assert {p.dtype for p in loaded.parameters()} == {torch.bfloat16}
 
 
+def test_weights_on_the_meta_device_are_loaded(tmp_path: Path):
+    def make_tied() -> nn.Sequential:
+        model = make(depth=3)
+        model[1].bias.requires_grad_(False)
+        return model.append(nn.BatchNorm1d(24)).append(model[2]).eval()
+
+    small = compress(make_tied(), targets=["0", "1"])
+    save_factored(small, tmp_path / "model.safetensors")
+    with torch.device("meta"):
+        empty = make_tied()
+    loaded = load_factored(empty, tmp_path / "model.safetensors")
+    x = torch.randn(4, 24)
+    assert torch.equal(loaded(x), small(x))
+    assert loaded[2] is loaded[4]
+    assert [name for name, p in loaded.named_parameters() if not p.requires_grad] == ["1.up.bias"]
+
+
 class TestRefusals:
     @pytest.fixture
     def path(self, tmp_path: Path) -> Path:
@@ -80,6 +98,27 @@ class TestRefusals:
     def test_file_that_cannot_be_written(self, tmp_path: Path, where: str):
         with pytest.raises(CheckpointError, match=f"cannot write {tmp_path / where}"):
             save_factored(compress(make()), tmp_path / where)
+
+    @pytest.mark.parametrize("path", [None, 3, b"model.safetensors"])
+    def test_no_path(self, path):
+        message = re.escape(f"the path of a checkpoint must be a string or a PathLike, not {path!r}")
+        with pytest.raises(CheckpointError, match=message):
+            save_factored(compress(make()), path)
+        with pytest.raises(CheckpointError, match=message):
+            load_factored(make(), path)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_model_that_cannot_be_copied(self, path: Path):
+        with pytest.raises(CheckpointError, match="the model is a ScriptModule"):
+            load_factored(torch.jit.script(make()), path)
+        with pytest.raises(CheckpointError, match=r"the model must be an nn\.Module, not None"):
+            load_factored(None, path)  # pyright: ignore
+
+    def test_buffer_on_the_meta_device_that_is_not_saved(self, path: Path):
+        model = make()
+        model.register_buffer("positions", torch.arange(4, device="meta"), persistent=False)
+        with pytest.raises(CheckpointError, match="buffer 'positions' is on the meta device"):
+            load_factored(model, path)
 
     @pytest.mark.parametrize(
         ("layers", "message"),

@@ -7,7 +7,9 @@ import re
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from torch.nn.utils import prune, weight_norm
+from transformers import FalconConfig, FalconModel, GPT2Config, GPT2LMHeadModel
+from transformers.models.falcon.modeling_falcon import FalconLinear
 
 from flashsvd_compile.compress import LowRankLinear, compress
 from flashsvd_compile.errors import CompressionError
@@ -96,7 +98,7 @@ def test_factors_are_not_factored_again(block: Block):
     twice = compress(once, 0.3)
     assert set(ranks_of(twice)) == {"query", "up", "down"}
     assert torch.equal(twice.up.weight, once.up.weight)
-    with pytest.raises(CompressionError, match="fits none of the 0 layers"):
+    with pytest.raises(CompressionError, match=r"skip leaves out classifier; 3 are low-rank already"):
         compress(twice)
 
 
@@ -148,6 +150,34 @@ def test_gpt2_conv1d_and_tied_head():
     assert small.lm_head.weight is small.transformer.wte.weight
     ids = torch.arange(10)[None]
     assert torch.linalg.norm(small(ids).logits - model(ids).logits) < 0.2 * torch.linalg.norm(model(ids).logits)
+
+
+def test_falcons_linear_layers_are_plain_ones():
+    model = FalconModel(FalconConfig(num_hidden_layers=1, hidden_size=32, num_attention_heads=2, vocab_size=50)).eval()
+    small = compress(model, ranks={"*query_key_value": 4})
+    assert sorted(name.split(".", 2)[2] for name in ranks_of(small)) == [
+        "mlp.dense_4h_to_h",
+        "mlp.dense_h_to_4h",
+        "self_attention.dense",
+        "self_attention.query_key_value",
+    ]
+    layer, x = FalconLinear(16, 24), torch.randn(3, 16)
+    torch.testing.assert_close(layer(x), nn.functional.linear(x, layer.weight, layer.bias))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_empty_layers_stay_dense():
+    small = compress(nn.Sequential(nn.Linear(0, 0), nn.Linear(0, 5), nn.Linear(16, 16)))
+    assert set(ranks_of(small)) == {"2"}
+
+
+def test_model_made_under_inference_mode():
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(16, 16), nn.LayerNorm(16))
+    small = compress(model)
+    assert set(ranks_of(small)) == {"0"}
+    small(torch.randn(2, 16)).sum().backward()
+    assert all(parameter.grad is not None for parameter in small.parameters())
 
 
 def test_module_used_twice_is_factored_once():
@@ -246,14 +276,54 @@ class TestRefusals:
         with pytest.raises(CompressionError, match=r"'nowhere\.\*'"):
             compress(block, **where)
 
-    @pytest.mark.parametrize("model", [nn.LayerNorm(8), nn.Linear(1, 1)])
-    def test_nothing_to_factor(self, model: nn.Module):
-        with pytest.raises(CompressionError):
+    @pytest.mark.parametrize(
+        ("model", "message"),
+        [
+            (nn.Linear(1, 1), "no layer that low rank would make smaller"),
+            (nn.LayerNorm(8), "LayerNorm has no layer that can be factored: it has neither nn.Linear nor Conv1D"),
+            (nn.MultiheadAttention(8, 2), "NonDynamicallyQuantizableLinear has hooks or is a subclass of nn.Linear"),
+            (LowRankLinear(nn.Linear(8, 2), nn.Linear(2, 8)), "LowRankLinear has no layer .*: 1 are low-rank already"),
+        ],
+    )
+    def test_nothing_to_factor(self, model: nn.Module, message: str):
+        with pytest.raises(CompressionError, match=message):
             compress(model)
+
+    def test_everything_is_skipped(self, block: Block):
+        with pytest.raises(CompressionError, match=r"skip leaves out query, up, down, classifier$"):
+            compress(block, skip="*")
+
+    @pytest.mark.parametrize("model", [None, "bert", nn.Linear])
+    def test_no_module(self, model):
+        with pytest.raises(CompressionError, match=re.escape(f"the model must be an nn.Module, not {model!r}")):
+            compress(model)
+
+    @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_scripted_module(self):
+        scripted = torch.jit.script(nn.Linear(16, 16))
+        with pytest.raises(CompressionError, match="the model is a ScriptModule"):
+            compress(scripted)
+        with pytest.raises(CompressionError, match="the module '1' is a ScriptModule"):
+            compress(nn.Sequential(nn.Linear(16, 16), scripted))
+
+    @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+    @pytest.mark.parametrize(
+        "parametrise", [weight_norm, lambda layer: prune.random_unstructured(layer, "weight", 0.5)]
+    )
+    def test_weight_computed_from_others(self, parametrise):
+        model = nn.Sequential(nn.Linear(16, 16), parametrise(nn.Linear(16, 16)))
+        with pytest.raises(CompressionError, match=r"'weight' of the module '1' is computed .*remove the parametris"):
+            compress(model)
+
+    @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.complex64])
+    def test_weight_of_another_dtype(self, block: Block, dtype: torch.dtype):
+        block.up.weight = nn.Parameter(block.up.weight.to(dtype))
+        with pytest.raises(CompressionError, match=f"the weight of 'up' is {dtype}; valid: torch.float16, torch.bf"):
+            compress(block)
 
     def test_weight_not_finite(self, block: Block):
         block.up.weight.data[0, 0] = math.inf
-        with pytest.raises(CompressionError, match="'up'"):
+        with pytest.raises(CompressionError, match="the weight of 'up' has values that are NaN or infinite"):
             compress(block)
 
     def test_weight_without_data(self):
