@@ -184,14 +184,16 @@ def test_gradients_are_those_of_the_plain_model(block, inner):
     torch.testing.assert_close(actual, expected)
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-def test_regions_under_activation_checkpointing(block, inner):
+def test_regions_under_activation_checkpointing(block, inner, dynamic):
     def checkpointed(x):
         return checkpoint(block, x, use_reentrant=False)
 
     x = sample().requires_grad_()
     expected = torch.autograd.grad(block(x).square().sum(), [x, *block.parameters()])
-    actual = torch.autograd.grad(compiled(checkpointed, inner=inner)(x).square().sum(), [x, *block.parameters()])
+    result = compiled(checkpointed, dynamic, inner=inner)(x)
+    actual = torch.autograd.grad(result.square().sum(), [x, *block.parameters()])
     assert latest().count("attention") == 2
     torch.testing.assert_close(actual, expected)
     assert explain(checkpointed, x).count("mlp") == 2

@@ -23,7 +23,7 @@ from .axes import Dim, Layout, Window
 from .index_rules import RULES
 from .index_values import FALSE, TRUE, Choice, Entry, Position, Value, at, axis
 from .mutation import mutated_arguments
-from .values import number_of, shape_of, size_of, tensor_of, value_of
+from .values import number_of, shape_of, size_of, storage_of, tensor_of, value_of
 from .views import layout_of, read_view
 from .vocabulary import read
 
@@ -60,7 +60,10 @@ class IndexAlgebra:
 
     def overwritten(self) -> bool:
         """Whether any tensor that was read is written in place somewhere in the graph: then the reading is void."""
-        return any(_written(node) for node in self._values)
+        graphs = {node.graph for node in self._values}
+        writes = (written for graph in graphs for node in graph.nodes for written in mutated_arguments(node))
+        memories = {storage_of(written) for written in writes} - {None}
+        return any(_written(node) or storage_of(node) in memories for node in self._values)
 
     def _seen_through_view(self, node: Node) -> Value | None:
         view, rank = read_view(node), len(shape_of(node) or ())

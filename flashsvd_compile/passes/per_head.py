@@ -180,7 +180,7 @@ def _matmul(source: Node, weight: Node, node: Node) -> _Stage | None:
 def _biased(stage: object, bias: object, node: Node) -> _Stage | None:
     """A bias ``[h, 1, d]`` or ``[1, h, 1, d]`` added to ``[b, h, m, d]``."""
     inner = _stage(stage) if isinstance(stage, Node) and is_weight(bias) and len(stage.users) == 1 else None
-    value = tensor_of(bias)
+    value = tensor_of(bias) if shape_of(stage) == shape_of(node) else None
     if inner is None or inner.letters != "bhmd" or inner.bias is not None or value is None:
         return None
     assert isinstance(bias, Node)

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable, Sequence
 from functools import cache, partial
+from operator import getitem
 from typing import Any
 
+import torch
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import FlashSVDError
@@ -24,7 +26,7 @@ from .region import Region, module_of
 from .residual import absorb_residuals
 from .safety import obstacle_to
 from .transforms import transformed_pairs
-from .values import shape_of, tensor_of
+from .values import STORAGE, shape_of, storage_of, tensor_of, value_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,7 @@ def _rewrite(graph_module: GraphModule, options: Options, transformed: bool) -> 
     for body, within in _bodies(graph_module).items():
         report += _rewrite(body, options, transformed or within)
     follow_in_place_results(graph)
+    drop_unused_sizes(graph)
     report.refusals += transformed_pairs(graph.nodes if transformed else transformed_among(graph.nodes))
     for name, rule in rules().items():
         if name not in options.disable:
@@ -82,6 +85,8 @@ def _rewrite(graph_module: GraphModule, options: Options, transformed: bool) -> 
         absorb_residuals(graph)
     if INPUT_NORM not in options.disable:
         absorb_norms(graph, options)
+    for node in graph.nodes:
+        node.meta.pop(STORAGE, None)
     graph.lint()
     graph_module.recompile()
     logger.debug("%s", report)
@@ -138,6 +143,7 @@ def _replace(region: Region, graph: Graph, order: Order, options: Options) -> Ma
     operator = _emit(region, plan, graph)
     if isinstance(operator, Obstacle):
         return operator
+    operator.meta[STORAGE] = storage_of(region.output)
     region.output.replace_all_uses_with(operator)
     _erase(sorted(region.nodes, key=order.position.__getitem__), graph)
     return match
@@ -181,6 +187,17 @@ def _erase(nodes: Sequence[Node], graph: Graph) -> None:
 
 def _is_pure_view(node: Node) -> bool:
     return tensor_of(node) is not None and not mutated_arguments(node)
+
+
+def drop_unused_sizes(graph: Graph) -> None:
+    """Erase sizes that nothing reads, as Dynamo leaves them in the bodies of checkpoints: they look like readers."""
+    for node in reversed(graph.nodes):
+        if not node.users and isinstance(value_of(node), int | torch.SymInt | torch.Size) and _is_pure_size(node):
+            graph.erase_node(node)
+
+
+def _is_pure_size(node: Node) -> bool:
+    return (node.op, node.target) == ("call_method", "size") or node.target in (getitem, getattr)
 
 
 def follow_in_place_results(graph: Graph) -> None:

@@ -9,10 +9,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Node
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from ..report import RefusalReason
 from .affine import read_affine
@@ -20,7 +18,7 @@ from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
 from .region import Region, requires_grad
-from .values import size_of, tensor_of
+from .values import size_of, storage_of, tensor_of
 from .vocabulary import live_dropout
 from .weights import is_weight
 
@@ -113,10 +111,12 @@ def mutation(region: Region, order: Order) -> Obstacle | None:
     inside = set(region.nodes)
     first, last = _span(region, order)
     behind_views = [node for node in region.reads if node not in region.inputs.values()]
+    behind_views += _computed_weights(region)
     for node in order.writers:
         if order.position[node] >= last or node in inside:
             continue
-        # Views of weights and tables were made before the region's first node: what is behind them is read later now.
+        # Views of weights and tables were made before the region's first node: what is behind them is read later now,
+        # and what weights were computed from instead of them.
         watched = (*region.reads, *region.nodes) if order.position[node] > first else behind_views
         for written in mutated_arguments(node):
             if written in watched:
@@ -172,18 +172,10 @@ def _span(region: Region, order: Order) -> tuple[int, int]:
 
 
 def _alias_among(watched: Sequence[Node], written: Node) -> Node | None:
-    memory = _storage(written)
+    memory = storage_of(written)
     if memory is None:
         return None
-    return next((node for node in watched if (known := _storage(node)) is not None and known == memory), None)
-
-
-def _storage(node: Node) -> StorageWeakRef | None:
-    """A tensor's memory; of a tensor that ``torch.func`` wraps, that of what is inside."""
-    tensor = tensor_of(node)
-    while tensor is not None and is_functorch_wrapped_tensor(tensor):
-        tensor = get_unwrapped(tensor)
-    return None if tensor is None or tensor.layout != torch.strided else StorageWeakRef(tensor.untyped_storage())
+    return next((node for node in watched if (known := storage_of(node)) is not None and known == memory), None)
 
 
 def _tensors(region: Region) -> list[tuple[str, Tensor]]:

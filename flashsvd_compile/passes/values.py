@@ -4,7 +4,9 @@ from typing import Any
 
 import sympy
 import torch
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch.fx import Node
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 
@@ -23,6 +25,20 @@ def shape_of(node: object) -> tuple[sympy.Expr, ...] | None:
     """Shape of a node's tensor as sympy expressions, in the graph's own symbols."""
     tensor = tensor_of(node)
     return None if tensor is None else tuple(map(size_of, tensor.shape))
+
+
+STORAGE = "storage"
+"""Key of a node's metadata: the memory of the tensor that an operator's result replaces, of which there are views."""
+
+
+def storage_of(node: Node) -> StorageWeakRef | None:
+    """The memory behind a node's tensor; of a tensor that ``torch.func`` wraps, behind what is inside."""
+    tensor = tensor_of(node)
+    while tensor is not None and is_functorch_wrapped_tensor(tensor):
+        tensor = get_unwrapped(tensor)
+    if tensor is None or tensor.layout != torch.strided:
+        return None
+    return node.meta.get(STORAGE) or StorageWeakRef(tensor.untyped_storage())
 
 
 def size_of(size: int | torch.SymInt) -> sympy.Expr:

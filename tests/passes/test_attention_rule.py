@@ -831,3 +831,24 @@ def test_probabilities_read_with_items_for_heads():
     result = rewritten(function, tensor(HEADS, LENGTH, WIDTH), *ALL[:6])
     assert result.count("attention") == 0
     result.assert_same_result()
+
+
+def test_a_bias_of_each_head_that_adds_a_dimension():
+    def function(x, qd, qu, kd, ku, vd, vu, bias):
+        q, k, v = (x.unsqueeze(1) @ down @ up for down, up in ((qd, qu), (kd, ku), (vd, vu)))
+        return sdpa((q + bias).squeeze(0), k, v).transpose(1, 2).flatten(2)
+
+    result = rewritten(function, X, *FACTORS, tensor(1, 1, HEADS, 1, DIM))
+    assert result.count("attention") == 0
+    result.assert_same_result()
+
+
+def test_sizes_that_nothing_reads_are_no_readers():
+    """Dynamo leaves them in the bodies of checkpoints."""
+
+    def core(q, k, v):
+        heads = sdpa(q, k, v)
+        heads.size()[1], heads.shape[2], heads.size(3)
+        return heads
+
+    assert_whole_region(rewritten(attention(core=core), X, *ALL))

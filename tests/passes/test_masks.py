@@ -430,10 +430,23 @@ def test_finite_padding_stays_a_mask_because_a_row_may_be_masked_completely(low,
     left_as_it_is(static(mask, query, padding), "masked completely" if low == MIN else "other levels")
 
 
-def test_a_mask_written_in_place_stays_a_mask(query):
+WRITTEN = {
+    "all": lambda mask: mask[:, :],
+    "every second row": lambda mask: mask[::2],
+    "a half": lambda mask: mask.chunk(2)[0],
+    "a row": lambda mask: mask.unbind(0)[1],
+    "a diagonal": lambda mask: mask.diagonal(1),
+    "windows": lambda mask: mask.unfold(0, 2, 2),
+    "by strides": lambda mask: mask.as_strided((2, 2), (1, 1)),
+    "as other numbers": lambda mask: mask.view(torch.int32),
+}
+
+
+@pytest.mark.parametrize("part", WRITTEN)
+def test_a_mask_written_in_place_stays_a_mask(part, query):
     def mask(query):
-        mask = torch.zeros(LENGTH, LENGTH)
-        mask[:, :].fill_(-INF)
+        mask = torch.zeros(LENGTH, LENGTH).masked_fill(torch.arange(LENGTH) > torch.arange(LENGTH)[:, None], -INF)
+        WRITTEN[part](mask).fill_(0)
         return mask
 
     left_as_it_is(static(mask, query), "written in place")

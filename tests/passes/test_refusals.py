@@ -114,6 +114,46 @@ def test_a_write_before_or_after_the_region_does_no_harm():
     result.assert_same_result()
 
 
+def zeroes_a_row(y):
+    y[0].zero_()
+
+
+WRITES = {
+    "a row": zeroes_a_row,
+    "by index": lambda y: call(operator.setitem, y, 0, 0.0),
+    "flattened": lambda y: y.view(-1).mul_(2.0),
+    "transposed": lambda y: y.transpose(0, 1).add_(1.0),
+}
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_a_product_of_weights(write):
+    """Which is no longer that of its factors."""
+
+    def function(x, down, up):
+        weight = up @ down
+        WRITES[write](weight)
+        return linear(x, weight)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.reasons == [RefusalReason.MUTATED] or result.reasons == [RefusalReason.ALIASED]
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_to_what_a_rule_before_has_replaced(write):
+    def function(x, d1, u1, d2, u2, down, up):
+        y = mlp(x, d1, u1, d2, u2)
+        hidden = linear(y, down)
+        WRITES[write](y)
+        return linear(hidden, up)
+
+    result = rewritten(function, X, *MLP, DOWN, UP)
+    assert (result.count("mlp"), result.count("linear")) == (1, 0)
+    result.assert_same_result()
+    assert all("storage" not in node.meta for node in result.module.graph.nodes)
+
+
 def scales_queries_that_are_keys_too(x, down, up):
     """Two views of one projection; one is overwritten."""
     both = linear(linear(x, down), up)
