@@ -161,10 +161,8 @@ def _emit(region: Region, plan: Plan, graph: Graph) -> Node | Obstacle:
         found = f"the operator does not take what was read of {region.output.name!r}: {error}"
     else:
         shape, wanted = shape_of(operator) or (), shape_of(region.output) or ()
-        pairs = zip(shape, wanted, strict=False)
-        numbers = [
-            pair for pair in pairs if all(size.is_Integer for size in pair)
-        ]  # symbols may be spelled differently
+        # Numbers only: of symbols the same size may be spelled differently.
+        numbers = [pair for pair in zip(shape, wanted, strict=False) if all(size.is_Integer for size in pair)]
         if len(shape) == len(wanted) and all(size == other for size, other in numbers):
             return operator
         found = f"the operator's result is {shape} where {region.output.name!r} is {wanted}"

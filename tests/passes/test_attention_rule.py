@@ -848,7 +848,7 @@ def test_sizes_that_nothing_reads_are_no_readers():
 
     def core(q, k, v):
         heads = sdpa(q, k, v)
-        heads.size()[1], heads.shape[2], heads.size(3)
+        _ = heads.size()[1], heads.shape[2], heads.size(3)
         return heads
 
     assert_whole_region(rewritten(attention(core=core), X, *ALL))
