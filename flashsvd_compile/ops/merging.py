@@ -60,9 +60,7 @@ def for_keys_and_values(attn: Attention) -> KeysAndValues:
 def side_by_side(attn: Attention) -> Projection[Tensor] | None:
     """Dense projections of keys and of values as one, where one weight lies behind the other in memory."""
     k, v = attn.k, attn.v
-    if k.down is not None or v.down is not None or not _are_aligned(attn):
-        return None
-    if k.up.shape[1] != v.up.shape[1] or not lies_behind(k.up, v.up):
+    if k.down is not None or v.down is not None or not _are_aligned(attn) or not lies_behind(k.up, v.up):
         return None
     weight = k.up.as_strided((len(k.up) + len(v.up), k.up.shape[1]), k.up.stride())
     if k.up_bias is None and v.up_bias is None:

@@ -61,9 +61,9 @@ class IndexAlgebra:
     def overwritten(self) -> bool:
         """Whether any tensor that was read is written in place somewhere in the graph: then the reading is void."""
         graphs = {node.graph for node in self._values}
-        writes = (written for graph in graphs for node in graph.nodes for written in mutated_arguments(node))
-        memories = {storage_of(written) for written in writes} - {None}
-        return any(_written(node) or storage_of(node) in memories for node in self._values)
+        written = {written for graph in graphs for node in graph.nodes for written in mutated_arguments(node)}
+        memories = set(map(storage_of, written)) - {None}
+        return any(node in written or storage_of(node) in memories for node in self._values)
 
     def _seen_through_view(self, node: Node) -> Value | None:
         view, rank = read_view(node), len(shape_of(node) or ())
@@ -100,37 +100,3 @@ def _broadcasts(operand: Node, result: Node) -> bool:
     if sizes is None or wanted is None or len(sizes) > len(wanted):
         return False
     return all(size in (1, want) for size, want in zip(reversed(sizes), reversed(wanted), strict=False))
-
-
-_ALIASING = {"split", "chunk", "unbind", "detach", "to", "float", "half", "bfloat16", "bool", "int", "long", "type_as"}
-
-
-def _written(node: Node) -> bool:
-    """Whether the memory behind ``node`` is written in place by any node of the graph."""
-    root = node
-    while (source := _aliased(root)) is not None:
-        root = source
-    pending, seen = [root], {root}
-    while pending:
-        tensor = pending.pop()
-        for user in tensor.users:
-            if tensor in mutated_arguments(user):
-                return True
-            if user not in seen and _may_alias(user, tensor):
-                seen.add(user)
-                pending.append(user)
-    return False
-
-
-def _may_alias(user: Node, tensor: Node) -> bool:
-    call = read(user)
-    return _aliased(user) is tensor or (call is not None and call.op in _ALIASING)
-
-
-def _aliased(node: Node) -> Node | None:
-    """The tensor whose memory ``node`` may share."""
-    view = read_view(node)
-    if view is not None:
-        return view.source
-    call = read(node)
-    return call.input if call is not None and call.op in _ALIASING and isinstance(call.input, Node) else None

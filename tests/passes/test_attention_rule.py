@@ -789,14 +789,20 @@ REPEATED = {
 }
 
 
-@pytest.mark.parametrize("repeated", REPEATED)
-def test_queries_repeated_like_keys_and_values(repeated):
+FACTORS_OF_KV_HEADS = [weight[: KV_HEADS * DIM] if i % 2 else weight for i, weight in enumerate(ALL[:6])]
+
+
+def attention_of_repeated(repeated):
     def function(x, qd, qu, kd, ku, vd, vu):
         pairs = (qd, qu), (kd, ku), (vd, vu)
-        return merge(sdpa(*(REPEATED[repeated](heads_of(low_rank(x, *pair), KV_HEADS)) for pair in pairs)))
+        return merge(sdpa(*(repeated(heads_of(low_rank(x, *pair), KV_HEADS)) for pair in pairs)))
 
-    weights = [w[: KV_HEADS * DIM] if i % 2 else w for i, w in enumerate(ALL[:6])]
-    result = rewritten(function, X, *weights)
+    return function
+
+
+@pytest.mark.parametrize("repeated", REPEATED)
+def test_queries_repeated_like_keys_and_values(repeated):
+    result = rewritten(attention_of_repeated(REPEATED[repeated]), X, *FACTORS_OF_KV_HEADS)
     assert result.count("attention") == 0
     assert RefusalReason.UNSUPPORTED_ATTENTION in result.reasons
     result.assert_same_result()
@@ -806,12 +812,7 @@ def test_a_region_that_was_misread_stays(monkeypatch):
     """What the rule should have seen: with one key head in place of as many, the result has other sizes."""
     monkeypatch.setattr(attention_rule, "_mismatch", lambda *_: None)
 
-    def function(x, qd, qu, kd, ku, vd, vu):
-        pairs = (qd, qu), (kd, ku), (vd, vu)
-        return merge(sdpa(*(REPEATED["each head"](heads_of(low_rank(x, *pair), KV_HEADS)) for pair in pairs)))
-
-    weights = [w[: KV_HEADS * DIM] if i % 2 else w for i, w in enumerate(ALL[:6])]
-    result = rewritten(function, X, *weights)
+    result = rewritten(attention_of_repeated(REPEATED["each head"]), X, *FACTORS_OF_KV_HEADS)
     assert result.count("attention") == 0 and result.count("linear") == 3
     assert RefusalReason.MISREAD in result.reasons
     result.assert_same_result()
