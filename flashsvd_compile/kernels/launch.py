@@ -229,7 +229,7 @@ def _is_known(version: str) -> bool:
 
 
 def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., Call]:
-    """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once.
+    """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once an address.
 
     ``CudaLauncher.launch`` is that function, or a closure that encodes descriptors before it calls it.
     """
@@ -244,14 +244,34 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
         return _as_published(compiled, grid, template)
     no_scratch, no_hooks = (None, None), (None, None, None)
     options = (launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch, compiled.packed_metadata, *no_hooks)
+    of_descriptor = iter(metadata)
+    pieces, constants = [], []
+    for argument in template:
+        if _is_descriptor(argument):
+            pieces.append((constants, argument.base.place, _encoded(encode, argument, next(of_descriptor))))
+            constants = []
+        elif isinstance(argument, _Operand):
+            pieces.append((constants, argument.place, None))
+            constants = []
+        else:
+            constants.append(argument)
 
     def prepare(stream: int, *operands: int) -> Call:
-        flat, of_descriptor = [], iter(metadata)
-        for argument in _filled(template, operands):
-            if _is_descriptor(argument):
-                flat += encode(argument, next(of_descriptor))  # pyright: ignore[reportOptionalCall]
+        flat = [*grid, stream, compiled.function, *options]
+        for before, place, encoded in pieces:
+            flat += before
+            if encoded is None:
+                flat.append(operands[place])
             else:
-                flat.append(argument)
-        return Call(raw, (*grid, stream, compiled.function, *options, *flat))
+                flat += encoded(operands[place])
+        return Call(raw, (*flat, *constants))
 
     return prepare
+
+
+def _encoded(encode: Any, descriptor: Any, metadata: Any) -> Callable[[int], list]:
+    """What a kernel takes for a descriptor, by the address of its tensor.
+
+    A weight's stays where it is, whatever else a launch is given, and encoding takes as long as the launch.
+    """
+    return lru_cache(REMEMBERED)(lambda address: encode(_at(descriptor, address), metadata))
