@@ -88,7 +88,7 @@ def multiply_pair(first: Product, second: Product) -> None:
 def multiply(
     product: Product,
     activation: str | None = None,
-    gate: Tensor | None = None,
+    gate: Tensor | Product | None = None,
     residual: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> Tensor:
@@ -98,7 +98,8 @@ def multiply(
         product: what a kernel :func:`takes`; or of half precision, of operands that it :func:`reads_fast`, to rows that
             are 16-byte aligned, of a multiple of 8 columns.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
-        gate, residual: like ``out``, may be ``out`` itself.
+        gate: like ``out``, may be ``out`` itself; of half precision also a product to the same ``out``.
+        residual: like ``out``, may be ``out`` itself.
         rotation: what a kernel :func:`rotates`. One of the three may be given.
     """
     if product.x.dtype == torch.float32:

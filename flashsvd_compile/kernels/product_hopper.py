@@ -2,6 +2,8 @@
 
     out = act(x @ weight.T + bias)    or    ... * gate    or    ... + residual    or    rotated by position
 
+A gate may be a product itself, which exists for one tile at a time.
+
 One warp streams tiles of both operands through a ring in shared memory, from one tile of the result to the next without
 a break. Two warpgroups consume them, 64 rows by 256 columns each, and nothing makes them go in step. Each has a step's
 products under way while it releases the step before, so that the matrix units never wait between steps. Bias,
@@ -53,22 +55,62 @@ def _tile(index, row_blocks, column_blocks):
 
 
 @gluon.jit
-def _produce(x, weight, memory, tiles, PLACES: gl.constexpr):
-    """Load the operands of all tiles of this program."""
+def _produce(products, memory, tiles, PLACES: gl.constexpr):
+    """Load the operands of all tiles of this program, those of the products of one tile one after the other."""
     ring_x, ring_weight, _, _, full, empty, _ = memory
-    first, programs, row_blocks, column_blocks, _, depth = tiles
+    first, programs, row_blocks, column_blocks, _ = tiles
     place = 0
     parity = 0
     for index in range(first, row_blocks * column_blocks, programs):
         row, column = _tile(index, row_blocks, column_blocks)
-        for d in range(0, depth, SIDE):
-            mbarrier.wait(empty.index(place), parity ^ 1)
-            barrier = full.index(place)
-            mbarrier.expect(barrier, 2 * x.block_type.nbytes + weight.block_type.nbytes)
-            for i in gl.static_range(2):
-                tma.async_copy_global_to_shared(x, [row + i * SIDE, d], barrier, ring_x.index(2 * place + i))
-            tma.async_copy_global_to_shared(weight, [column, d], barrier, ring_weight.index(place))
-            place, parity = next_place(place, parity, PLACES)
+        for p in gl.static_range(len(products)):
+            x, weight, depth = products[p]
+            for d in range(0, depth, SIDE):
+                mbarrier.wait(empty.index(place), parity ^ 1)
+                barrier = full.index(place)
+                mbarrier.expect(barrier, 2 * x.block_type.nbytes + weight.block_type.nbytes)
+                for i in gl.static_range(2):
+                    tma.async_copy_global_to_shared(x, [row + i * SIDE, d], barrier, ring_x.index(2 * place + i))
+                tma.async_copy_global_to_shared(weight, [column, d], barrier, ring_weight.index(place))
+                place, parity = next_place(place, parity, PLACES)
+
+
+@gluon.jit
+def _begin(INDEX: gl.constexpr, memory, place, parity):
+    """Have the first step of a product under way."""
+    ring_x, ring_weight, _, _, full, _, _ = memory
+    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
+    no_sums = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
+    mbarrier.wait(full.index(place), parity)
+    weight_tile = ring_weight.index(place).permute((1, 0))
+    return warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, no_sums, use_acc=False, is_async=True)
+
+
+@gluon.jit
+def _go_on(INDEX: gl.constexpr, sums, steps, memory, place, parity, PLACES: gl.constexpr):
+    """Have so many further steps under way one after the other, each while the one before is released."""
+    ring_x, ring_weight, _, _, full, empty, _ = memory
+    for _ in range(steps):
+        after, after_parity = next_place(place, parity, PLACES)
+        mbarrier.wait(full.index(after), after_parity)
+        weight_tile = ring_weight.index(after).permute((1, 0))
+        sums = warpgroup_mma(ring_x.index(2 * after + INDEX), weight_tile, sums, is_async=True)
+        sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(sums,)))
+        gl.thread_barrier()  # all four warps are through with what they read in the step before
+        mbarrier.arrive(empty.index(place), count=1)
+        place, parity = after, after_parity
+    return sums, place, parity
+
+
+@gluon.jit
+def _end(sums, memory, place, parity, PLACES: gl.constexpr):
+    """Wait for the last step of a product."""
+    empty = memory[5]
+    sums = warpgroup_mma_wait(0, deps=(sums,))
+    gl.thread_barrier()
+    mbarrier.arrive(empty.index(place), count=1)
+    place, parity = next_place(place, parity, PLACES)
+    return sums, place, parity
 
 
 @gluon.jit
@@ -119,67 +161,82 @@ def _rotated(x1, x2, stagings, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, bias, others, out, memory, tiles, STAGED: gl.constexpr,
-             PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr):  # fmt: skip
+def _quarters(sums):
+    """The pieces of a tile's columns."""
+    left, right = _halves(sums)
+    return _halves(left) + _halves(right)
+
+
+@gluon.jit
+def _addend(bias, column, columns):
+    """The bias of a tile's columns, by whole lines: held as the sums need it, it would take 64 registers."""
+    c = column + gl.arange(0, COLUMNS, layout=gl.BlockedLayout([COLUMNS // 128], [32], [4], [0]))
+    return gl.load(bias + c, mask=c < columns, other=0.0)
+
+
+@gluon.jit
+def _consume(INDEX: gl.constexpr, biases, others, out, products, memory, tiles, STAGED: gl.constexpr,
+             PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, GATE_HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
+             BESIDE: gl.constexpr):  # fmt: skip
     """Multiply the ``INDEX``-th half of the rows of all tiles of this program.
 
     A tile of what is beside arrives while the products are under way, where the result leaves from: piece by piece, as
     all of it at once would hold up the operands. A gate that the result replaces is read and written by this warpgroup
-    alone, and leaves before the next one is asked for.
+    alone, and leaves before the next one is asked for. A gate that is a product is multiplied first and waits there.
     """
-    ring_x, ring_weight, stagings, addends, full, empty, arrived = memory
-    first, programs, row_blocks, column_blocks, columns, depth = tiles
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
+    _, _, stagings, addends, _, _, arrived = memory
+    first, programs, row_blocks, column_blocks, columns = tiles
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
-    by_thread: gl.constexpr = gl.BlockedLayout([COLUMNS // 128], [32], [4], [0])
-    no_sums = gl.zeros([SIDE, COLUMNS], gl.float32, layout=wide)
     addend_memory = addends.index(INDEX)
-    PARTS: gl.constexpr = 1 if BESIDE is None else PIECES
-    steps = gl.cdiv(depth, SIDE)
+    LOADED: gl.constexpr = BESIDE is not None and BESIDE != "product"
+    PARTS: gl.constexpr = PIECES if LOADED else 1
+    steps = gl.cdiv(products[len(products) - 1][2], SIDE)
     place = 0
     parity = 0
     beside_parity = 0
     for index in range(first, row_blocks * column_blocks, programs):
         row, column = _tile(index, row_blocks, column_blocks)
         row += INDEX * SIDE
+        if BESIDE == "product":
+            if GATE_HAS_BIAS:
+                gate_addend = _addend(biases[0], column, columns)
+            sums = _begin(INDEX, memory, place, parity)
+            gl.thread_barrier()  # or the assembler moves the wait before the products
+            tma.store_wait(0)  # the tile before has left
+            gl.thread_barrier()
+            sums, place, parity = _go_on(INDEX, sums, gl.cdiv(products[0][2], SIDE) - 1, memory, place, parity, PLACES)
+            sums, place, parity = _end(sums, memory, place, parity, PLACES)
+            if GATE_HAS_BIAS:
+                addend_memory.store(gate_addend)
+                gl.thread_barrier()
+            pieces = _quarters(sums)
+            for i in gl.static_range(PIECES):
+                gate = _plus_bias(pieces[i], i, addend_memory, GATE_HAS_BIAS)
+                stagings.index(INDEX * STAGED + i).store(gate.to(out.dtype))
         if HAS_BIAS:
-            # Once a tile and early, by whole lines: held as the sums need it, it would take 64 registers.
-            c = column + gl.arange(0, COLUMNS, layout=by_thread)
-            addend = gl.load(bias + c, mask=c < columns, other=0.0)
-        mbarrier.wait(full.index(place), parity)
-        weight_tile = ring_weight.index(place).permute((1, 0))
-        sums = warpgroup_mma(ring_x.index(2 * place + INDEX), weight_tile, no_sums, use_acc=False, is_async=True)
-        gl.thread_barrier()  # or the assembler moves the wait before the products
-        tma.store_wait(0)  # the tile before has left
-        gl.thread_barrier()
-        if BESIDE is not None:
+            addend = _addend(biases[1], column, columns)
+        sums = _begin(INDEX, memory, place, parity)
+        if BESIDE != "product":
+            gl.thread_barrier()  # or the assembler moves the wait before the products
+            tma.store_wait(0)  # the tile before has left
+            gl.thread_barrier()
+        if LOADED:
             mbarrier.expect(arrived.index(INDEX), PIECES * out.block_type.nbytes)
         for part in range(PARTS):
-            if BESIDE is not None:
+            if LOADED:
                 staging = stagings.index(INDEX * STAGED + part)
                 _ask(part, others, staging, arrived.index(INDEX), row, column, BESIDE)
-            for _ in range((steps - 1) * part // PARTS, (steps - 1) * (part + 1) // PARTS):
-                after, after_parity = next_place(place, parity, PLACES)
-                mbarrier.wait(full.index(after), after_parity)
-                weight_tile = ring_weight.index(after).permute((1, 0))
-                sums = warpgroup_mma(ring_x.index(2 * after + INDEX), weight_tile, sums, is_async=True)
-                sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(sums,)))
-                gl.thread_barrier()  # all four warps are through with what they read in the step before
-                mbarrier.arrive(empty.index(place), count=1)
-                place, parity = after, after_parity
-        sums = warpgroup_mma_wait(0, deps=(sums,))
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(place), count=1)
-        place, parity = next_place(place, parity, PLACES)
+            some = (steps - 1) * (part + 1) // PARTS - (steps - 1) * part // PARTS
+            sums, place, parity = _go_on(INDEX, sums, some, memory, place, parity, PLACES)
+        sums, place, parity = _end(sums, memory, place, parity, PLACES)
 
         if HAS_BIAS:
             addend_memory.store(addend)
             gl.thread_barrier()
-        if BESIDE is not None:
+        if LOADED:
             mbarrier.wait(arrived.index(INDEX), beside_parity)
             beside_parity ^= 1
-        left, right = _halves(sums)
-        pieces = _halves(left) + _halves(right)
+        pieces = _quarters(sums)
         if BESIDE == "rotation":
             x1, x2, x3, x4 = pieces
             x1, x2 = _plus_bias(x1, 0, addend_memory, HAS_BIAS), _plus_bias(x2, 1, addend_memory, HAS_BIAS)
@@ -201,7 +258,7 @@ def _consume(INDEX: gl.constexpr, bias, others, out, memory, tiles, STAGED: gl.c
                     result = _plus_bias(result, i, addend_memory, HAS_BIAS)
                 if ACTIVATION is not None:
                     result = activate(result, ACTIVATION, True, True)
-                if BESIDE == "gate":
+                if BESIDE == "gate" or BESIDE == "product":
                     result *= staging.load(narrow).to(gl.float32)
                 elif BESIDE == "residual":
                     result += staging.load(narrow).to(gl.float32)
@@ -217,8 +274,9 @@ def _consume(INDEX: gl.constexpr, bias, others, out, memory, tiles, STAGED: gl.c
 
 @gluon.jit
 def product_hopper_kernel(
-    x, weight, bias, beside, sines, out, row_blocks, column_blocks, columns, depth, first_position, positions,
-    STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
+    x, weight, bias, gate_x, gate_weight, gate_bias, beside, sines, out, row_blocks, column_blocks, columns, depth,
+    gate_depth, first_position, positions, STAGED: gl.constexpr, PLACES: gl.constexpr, HAS_BIAS: gl.constexpr,
+    GATE_HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr, BESIDE: gl.constexpr,
 ):  # fmt: skip
     """Every ``num_programs``-th tile of 128 rows by 256 columns; beside a rotation are its cosines."""
     ring_x = gl.allocate_shared_memory(x.dtype, [2 * PLACES, SIDE, SIDE], x.layout)
@@ -228,13 +286,18 @@ def product_hopper_kernel(
     full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
     arrived = barriers(2, 1)
     memory = ring_x, ring_weight, stagings, addends, full, empty, arrived
-    tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, columns, depth
+    tiles = gl.program_id(0), gl.num_programs(0), row_blocks, column_blocks, columns
     others = (beside, sines, first_position, positions) if BESIDE == "rotation" else (beside,)
+    last = (x, weight, depth)
+    products = ((gate_x, gate_weight, gate_depth), last) if BESIDE == "product" else (last,)
+    biases = gate_bias, bias
     gl.warp_specialize(
         [
-            (_consume, (0, bias, others, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
-            (_consume, (1, bias, others, out, memory, tiles, STAGED, PLACES, HAS_BIAS, ACTIVATION, BESIDE)),
-            (_produce, (x, weight, memory, tiles, PLACES)),
+            (_consume, (0, biases, others, out, products, memory, tiles, STAGED, PLACES, HAS_BIAS, GATE_HAS_BIAS,
+                        ACTIVATION, BESIDE)),
+            (_consume, (1, biases, others, out, products, memory, tiles, STAGED, PLACES, HAS_BIAS, GATE_HAS_BIAS,
+                        ACTIVATION, BESIDE)),
+            (_produce, (products, memory, tiles, PLACES)),
         ],
         [4, 1],
         [240, 24],
@@ -244,7 +307,7 @@ def product_hopper_kernel(
 def product_hopper(
     product: Product,
     activation: str | None = None,
-    gate: Tensor | None = None,
+    gate: Tensor | Product | None = None,
     residual: Tensor | None = None,
     rotation: Rotation | None = None,
 ) -> None:
@@ -253,7 +316,8 @@ def product_hopper(
     Args:
         product: of half precision; matrices have contiguous rows of 16-byte aligned addresses.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
-        gate: like ``out``, may be ``out`` itself; multiplied with the activated product.
+        gate: multiplied with the activated product: like ``out``, may be ``out`` itself; or a product with the same
+            ``out``, rounded before.
         residual: like ``out``, may be ``out`` itself; added.
         rotation: of heads of 128 features, which ``out`` has whole ones of, in its dtype; each 64 rows are at
             consecutive positions. At most one of gate, residual and rotation is given.
@@ -263,8 +327,10 @@ def product_hopper(
     row_blocks, column_blocks = triton.cdiv(rows, 2 * _SIDE), triton.cdiv(columns, _COLUMNS)
     tile_bytes = 2 * _SIDE * _SIDE
     cos, sin, first = rotation or (None, out, 0)
-    kinds = {"gate": gate, "residual": residual, "rotation": cos}
-    kind, beside = next(((kind, each) for kind, each in kinds.items() if each is not None), (None, out))
+    other = gate if isinstance(gate, Product) else product
+    tensors = {"gate": None if isinstance(gate, Product) else gate, "residual": residual, "rotation": cos}
+    kind, beside = next(((kind, each) for kind, each in tensors.items() if each is not None), (None, out))
+    kind = "product" if isinstance(gate, Product) else kind
     staged = 2 if kind is None else _PIECES
     rest = SHARED_MEMORY - 2 * staged * tile_bytes - 2 * 2 * _COLUMNS
     launch(
@@ -273,6 +339,9 @@ def product_hopper(
         tiles_of(x, [_SIDE, _SIDE]),
         tiles_of(weight, [_COLUMNS, _SIDE]),
         x if bias is None else bias.contiguous(),
+        tiles_of(other.x, [_SIDE, _SIDE]),
+        tiles_of(other.weight, [_COLUMNS, _SIDE]),
+        x if other.bias is None else other.bias.contiguous(),
         tiles_of(beside, [_SIDE, _SIDE]),
         tiles_of(sin, [_SIDE, _SIDE]),
         tiles_of(out, [_SIDE, _SIDE]),
@@ -280,11 +349,13 @@ def product_hopper(
         column_blocks,
         columns,
         depth,
+        other.x.shape[1],
         first,
         0 if cos is None else len(cos),
         STAGED=staged,
         PLACES=rest // (2 * tile_bytes + 2 * _COLUMNS * _SIDE),
         HAS_BIAS=bias is not None,
+        GATE_HAS_BIAS=other.bias is not None,
         ACTIVATION=activation,
         BESIDE=kind,
         num_warps=4,

@@ -9,7 +9,7 @@ The library multiplies slowly where a rank is no multiple of 8: 4096 rows take f
 copied, padded with zeros, used and overwritten by the next.
 
 Where a kernel activates what it multiplies, a gate is multiplied last and over the hidden layer, which leaves room for
-a longer range.
+a longer range. Unless both factors are copied, one launch multiplies gate and hidden layer, a tile of them at a time.
 """
 
 from functools import lru_cache
@@ -75,16 +75,23 @@ class Tile(NamedTuple):
 
 
 MAX_RANGES = 16
-COPYING, SUMMING, LAUNCHING, IDLENESS = 8, 12, 6_000_000, 0.4
-"""Fitted to 45 tiles of seven regions on an H100, of which they choose one within 2 % of the fastest.
+COPYING, SUMMING, LAUNCHING, IDLENESS = 8, 6, 6_000_000, 0.4
+"""Fitted to 45 tiles of seven regions on an H100; the second, with the splits, to 13 of one on an H200, all within 3 %.
 
 The first three in multiplications of one processor, 2.5e12 a second: an element copied by the device, one added to a
 float32 sum, the time between two products. The last is the share of the time that idle processors are waited for.
 """
+NOISE = 0.02
+"""Costs that differ by less than this share count as equal."""
+SPLITS, LEAST_DEPTH, SPLITTING = (1, 2, 3), 1024, 0.97
+"""Into which the library cuts a deep product whose tiles are few, the least depth of a part, and at what rate."""
 
 
 def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
-    """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
+    """The fastest tile within ``elements`` of workspace by the fitted cost, and of equally fast ones the smallest.
+
+    The smallest of all where none is within it.
+    """
     sizes = _Sizes.of(mlp)
     if _may_be_activated(mlp):
         tile = _tile_of(sizes, rows, elements, target.processors, activated=True)
@@ -122,8 +129,8 @@ class _Sizes(NamedTuple):
         odd = any(rank % SECTOR for rank in ranks)
         return cls(mlp.width, proj.out_features(mlp.out), rank, tuple(into_hidden), odd)
 
-    def tile(self, rows: int, columns: int, elements: int, activated: bool) -> Tile:
-        """As many rows as ``elements`` of workspace hold with so many columns."""
+    def tiles(self, rows: int, columns: int, elements: int, activated: bool) -> list[Tile]:
+        """As many rows as ``elements`` of workspace hold with so many columns, and as make for chunks of one size."""
         several = columns < self.width
         one = Tile(
             rows=1,
@@ -136,20 +143,26 @@ class _Sizes(NamedTuple):
             summed=self.rank if several else 0,
             activated=activated,
         )
-        per_row = one.elements - one.copied
-        chunk = rows_that_fit(max(0, elements - one.copied - 128 * per_row), per_row, rows)
-        return one._replace(rows=min(rows, -(-chunk // 128) * 128))
+        fitting = max(1, (elements - one.copied) // (one.elements - one.copied) // 128) * 128
+        even = -(-rows_that_fit(fitting, 1, rows) // 128) * 128
+        return [one._replace(rows=chunk) for chunk in {min(rows, fitting), min(rows, even)}]
 
     def cost(self, tile: Tile, rows: int, processors: int) -> float:
-        """Multiplications one after another, range by range, as the last may be a short one."""
+        """Multiplications one after another, chunk by chunk and range by range, as the last may be short ones."""
+        chunks, rest = divmod(rows, tile.rows)
+        return chunks * self._chunk(tile, tile.rows, processors) + self._chunk(tile, rest, processors)
+
+    def _chunk(self, tile: Tile, rows: int, processors: int) -> float:
+        """Of so many rows of a tile."""
+        if rows == 0:
+            return 0
         hidden = [_width(features) for features in _ranges(self.width, tile.columns)]
         lifted = [_width(features) for features in _ranges(self.features, self.lifted_at_once(tile.columns))]
         products = [(columns, rank) for columns in hidden for rank in self.ranks]
         products += [(self.rank, columns) for columns in hidden] + [(columns, self.rank) for columns in lifted]
-        chunk = sum(_product_cost(tile.rows, columns, depth, processors) for columns, depth in products)
-        chunk += len(hidden) * tile.rows * tile.summed * SUMMING
-        chunk += len(hidden) * tile.copied * (1 + len(self.ranks)) * COPYING
-        return -(-rows // tile.rows) * chunk
+        cost = sum(_product_cost(rows, columns, depth, processors) for columns, depth in products)
+        cost += len(hidden) * rows * tile.summed * SUMMING
+        return cost + len(hidden) * tile.copied * (1 + len(self.ranks)) * COPYING
 
     def lifted_at_once(self, columns: int) -> int:
         """Features of the result whose factor is copied at a time: evenly cut, no more than a range's columns."""
@@ -162,22 +175,27 @@ class _Sizes(NamedTuple):
 @lru_cache(maxsize=256)
 def _tile_of(sizes: _Sizes, rows: int, elements: int, processors: int, activated: bool) -> Tile:
     widths = range(-(-sizes.width // (MAX_RANGES * 128)) * 128, sizes.width + 128, 128)
-    tiles = [sizes.tile(rows, columns, elements, activated) for columns in widths]
+    tiles = [tile for columns in widths for tile in sizes.tiles(rows, columns, elements, activated)]
     within = [tile for tile in tiles if tile.elements <= elements]
     if not within:
         return min(tiles, key=lambda tile: tile.elements)
-    return min(within, key=lambda tile: sizes.cost(tile, rows, processors))
+    costs = {tile: sizes.cost(tile, rows, processors) for tile in within}
+    fast = [tile for tile in within if costs[tile] <= min(costs.values()) * (1 + NOISE)]
+    return min(fast, key=lambda tile: (tile.elements, costs[tile]))
 
 
 def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float:
     """Multiplications one after another of ``[rows, depth] @ [depth, columns]``, by the best of the library's tiles."""
 
-    def of(tile_rows: int, tile_columns: int, share: float) -> float:
-        tiles = -(-rows // tile_rows) * -(-columns // tile_columns)
+    def of(tile_rows: int, tile_columns: int, share: float, parts: int) -> float:
+        tiles = parts * -(-rows // tile_rows) * -(-columns // tile_columns)
         rounds = IDLENESS * -(-tiles // processors) + (1 - IDLENESS) * max(1, tiles / processors)
-        return rounds * tile_rows * tile_columns * depth / share
+        rate = share if parts == 1 else share * SPLITTING
+        return rounds * tile_rows * tile_columns * depth / parts / rate
 
-    return LAUNCHING + min(of(128, 256, 1.0), of(128, 192, 0.95), of(128, 128, 0.85))
+    splits = [parts for parts in SPLITS if parts == 1 or depth >= parts * LEAST_DEPTH]
+    shapes = (128, 256, 1.0), (128, 192, 0.95), (128, 128, 0.85)
+    return LAUNCHING + min(of(*shape, parts) for shape in shapes for parts in splits)
 
 
 def streamed(
@@ -257,13 +275,19 @@ class _Chunks:
         rows, columns = latents[0].shape[0], _width(features)
         into, hidden = self._mlp.into_hidden, _view(self._hidden, rows, columns)
         if self._activated_at_once:
-            gate = self._lift(hidden, latents[0], into[0], features) if len(into) > 1 else None
+            gate = self._gate(hidden, latents[0], features) if len(into) > 1 else None
             last = Product(*self._lifting(latents[-1], into[-1], features), hidden)
             return multiply(last, self._activation, gate)
         if len(into) == 1:
             return activate_(self._activation, self._lift(hidden, latents[0], into[0], features))
         beside = self._lift(_view(self._beside, rows, columns), latents[0], into[0], features)
         return gate_(self._activation, self._lift(hidden, latents[1], into[1], features), beside)
+
+    def _gate(self, hidden: Tensor, latent: Tensor, features: slice) -> Tensor | Product:
+        """What the activated product is multiplied with: a product, or its result where both factors are copied."""
+        if all(proj.rank(projection) % SECTOR for projection in self._mlp.into_hidden):
+            return self._lift(hidden, latent, self._mlp.hidden, features)
+        return Product(*self._lifting(latent, self._mlp.hidden, features), hidden)
 
     def _lift(
         self,

@@ -80,11 +80,15 @@ def mlp_kept(shape: MlpShape, device: Device) -> sympy.Expr:
 
 
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
-    """The same in chunks; where products are activated as they are computed, a gate still reads the hidden layer."""
+    """The same in chunks; where products are activated as they are computed and a gate is not in the same launch as the
+    hidden layer, it still reads that.
+    """
     low_rank = all(rank is not None for rank in shape.ranks.values())
     by_kernel = device.library_single_flops is not None if shape.itemsize == 4 else device.specialised and low_rank
     if by_kernel:
-        activation = _pass(shape, device, len(shape.into_hidden) - 1) + _shallow_activation(shape, device)
+        into = shape.into_hidden
+        at_once = shape.itemsize == 2 and any(shape.latent(role) % memory.ALIGNED == 0 for role in into)
+        activation = _pass(shape, device, 0 if at_once else len(into) - 1) + _shallow_activation(shape, device)
     else:
         activation = _activation_pass(shape, device)
     return _mlp_as_a_whole(shape, device) + activation + _further_chunks(shape, device, workspace_bytes)

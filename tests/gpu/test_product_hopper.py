@@ -84,6 +84,51 @@ def test_activations(activation, bias, form, dtype):
     filled(empty(300, 776, dtype), *operands(300, 776, 1024, dtype, bias), activation, form)
 
 
+def gated(x, weight, bias, activation, other_x, other_weight, other_bias):
+    """The specification of a product that another one gates."""
+    return reference(x, weight, bias, activation, linear(other_x, other_weight, other_bias), None)
+
+
+def gated_in_one_launch(out: Tensor, given: tuple, other: tuple, activation: str | None) -> Tensor:
+    """Multiply both into a matrix of any contents, and check it."""
+    out.fill_(torch.nan)
+    product_hopper(Product(*given, out), activation, Product(*other, out))
+    assert_within_error_rule(out.contiguous(), gated, (*given, activation, *other))
+    return out
+
+
+@pytest.mark.parametrize("depth", [40, 1024, 1496])
+@pytest.mark.parametrize("other_depth", [40, 1024])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 64), (129, 776), (1000, 2816), (5000, 2048)])
+def test_product_gated_by_a_product(rows, columns, other_depth, depth):
+    dtype = torch.bfloat16
+    given, other = (operands(rows, columns, d, dtype, bias=True) for d in (depth, other_depth))
+    gated_in_one_launch(empty(rows, columns, dtype), given, other, "silu")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biases", [(False, False), (False, True), (True, False)])
+@pytest.mark.parametrize("activation", [None, *sorted(ACTIVATIONS)])
+def test_activations_of_products_gated_by_products(activation, biases, dtype):
+    given, other = (operands(300, 776, 512, dtype, bias) for bias in biases)
+    gated_in_one_launch(empty(300, 776, dtype), given, other, activation)
+
+
+@pytest.mark.parametrize("depth", [64, 200])
+@pytest.mark.parametrize("columns", [2816, 2952])
+def test_many_tiles_gated_by_products_of_few_steps_again_and_again(columns, depth):
+    """Into what lies inside a matrix, beside which nothing is written."""
+    given, other = (operands(20000, columns, d, torch.bfloat16, bias=True) for d in (depth, 64))
+    around = empty(20002, columns + 304, torch.bfloat16).fill_(torch.nan)
+    out = gated_in_one_launch(around[1:-1, 16 : 16 + columns], given, other, "silu")
+    first = out.clone()
+    for _ in range(10):
+        product_hopper(Product(*given, out.fill_(torch.nan)), "silu", Product(*other, out))
+        assert torch.equal(out, first)
+    out.fill_(torch.nan)
+    assert around.isnan().all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("depth", [64, 200])
 @pytest.mark.parametrize("columns", [2816, 2952])
@@ -211,7 +256,7 @@ def test_what_lies_beside_is_neither_read_nor_written(columns, form):
 
 
 @pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize("ranks", [(512, 256, 384), (501, 260, 397)])
+@pytest.mark.parametrize("ranks", [(512, 256, 384), (501, 260, 397), (512, 397, 260)])
 @pytest.mark.parametrize(("rows", "taken"), [(6000, True), (300, False)])
 @pytest.mark.parametrize("workspace_bytes", [40 << 20, 24 << 20])
 def test_streamed_mlp(gated, ranks, rows, taken, workspace_bytes):
@@ -254,6 +299,16 @@ def test_nothing_spills(columns, activation, bias, form):
     given = operands(128, columns, 1024, torch.bfloat16, bias)
     with one_launch() as launches:
         product_hopper(Product(*given, out), activation, *beside_of(form, out, out))
+    assert launches[0].compiled.n_spills == 0
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", [None, *sorted(ACTIVATIONS)])
+def test_nothing_spills_where_a_product_gates(activation, bias):
+    out = empty(128, 2816, torch.bfloat16)
+    given, other = (operands(128, 2816, 1024, torch.bfloat16, bias) for _ in range(2))
+    with one_launch() as launches:
+        product_hopper(Product(*given, out), activation, Product(*other, out))
     assert launches[0].compiled.n_spills == 0
 
 

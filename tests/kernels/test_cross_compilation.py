@@ -147,9 +147,14 @@ def after(form: str, x: Tensor, weight: Tensor, bias: Tensor, out: Tensor) -> No
     """A product with what follows it."""
     activation = None if form in ("residual", "rotation") else "gelu" if x.dtype == SINGLE else "silu"
     table = matrix(64, 128)
-    beside: dict[str, Any] = {"gate": out, "residual": out, "rotation": Rotation(table, table)}
-    given = {form: beside[form]} if form in beside else {}
-    product.multiply(Product(x, weight, bias, out), activation, **given)
+    multiplied = Product(x, weight, bias, out)
+    given: dict[str, dict[str, Any]] = {
+        "gate": {"gate": out},
+        "product": {"gate": multiplied},
+        "residual": {"residual": out},
+        "rotation": {"rotation": Rotation(table, table)},
+    }
+    product.multiply(multiplied, activation, **given.get(form, {}))
 
 
 def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
@@ -201,7 +206,7 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         "partial sums",
         lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),
     )
-    for form in ("alone", "gate", "residual", "rotation"):  # on sm_90 in Gluon, under Triton 3.6
+    for form in ("alone", "gate", "product", "residual", "rotation"):  # on sm_90 in Gluon, under Triton 3.6
         yield f"product {form}", lambda form=form: multiply(form)
     for form in ("alone", "gate", "residual"):
         for depth in (304, 305):

