@@ -38,9 +38,10 @@ def reference(x, weight, bias, activation, gate, residual):
     return result if residual is None else result + residual
 
 
-def operands(
-    rows: int, columns: int, depth: int, dtype: torch.dtype, bias: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+Operands = tuple[Tensor, Tensor, Tensor | None]
+
+
+def operands(rows: int, columns: int, depth: int, dtype: torch.dtype, bias: bool) -> Operands:
     """Of products around 1, where activations bend."""
     x, vector = random(rows, depth, dtype=dtype).cuda(), random(columns, dtype=dtype).cuda()
     return x, random(columns, depth, dtype=dtype, scale=depth**-0.5).cuda(), vector if bias else None
@@ -89,7 +90,7 @@ def gated(x, weight, bias, activation, other_x, other_weight, other_bias):
     return reference(x, weight, bias, activation, linear(other_x, other_weight, other_bias), None)
 
 
-def gated_in_one_launch(out: Tensor, given: tuple, other: tuple, activation: str | None) -> Tensor:
+def gated_in_one_launch(out: Tensor, given: Operands, other: Operands, activation: str | None) -> Tensor:
     """Multiply both into a matrix of any contents, and check it."""
     out.fill_(torch.nan)
     product_hopper(Product(*given, out), activation, Product(*other, out))
