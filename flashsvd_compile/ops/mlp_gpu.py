@@ -75,23 +75,18 @@ class Tile(NamedTuple):
 
 
 MAX_RANGES = 16
-COPYING, SUMMING, LAUNCHING, IDLENESS = 8, 6, 6_000_000, 0.4
-"""Fitted to 45 tiles of seven regions on an H100; the second, with the splits, to 13 of one on an H200, all within 3 %.
+COPYING, SUMMING, LAUNCHING, IDLENESS = 6, 6, 6_000_000, 0.4
+"""Fitted to 45 tiles of seven regions on an H100 and, with the splits, to 21 of three on an H200, to 3 % of these.
 
 The first three in multiplications of one processor, 2.5e12 a second: an element copied by the device, one added to a
 float32 sum, the time between two products. The last is the share of the time that idle processors are waited for.
 """
-NOISE = 0.02
-"""Costs that differ by less than this share count as equal."""
 SPLITS, LEAST_DEPTH, SPLITTING = (1, 2, 3), 1024, 0.97
 """Into which the library cuts a deep product whose tiles are few, the least depth of a part, and at what rate."""
 
 
 def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
-    """The fastest tile within ``elements`` of workspace by the fitted cost, and of equally fast ones the smallest.
-
-    The smallest of all where none is within it.
-    """
+    """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
     sizes = _Sizes.of(mlp)
     if _may_be_activated(mlp):
         tile = _tile_of(sizes, rows, elements, target.processors, activated=True)
@@ -179,9 +174,7 @@ def _tile_of(sizes: _Sizes, rows: int, elements: int, processors: int, activated
     within = [tile for tile in tiles if tile.elements <= elements]
     if not within:
         return min(tiles, key=lambda tile: tile.elements)
-    costs = {tile: sizes.cost(tile, rows, processors) for tile in within}
-    fast = [tile for tile in within if costs[tile] <= min(costs.values()) * (1 + NOISE)]
-    return min(fast, key=lambda tile: (tile.elements, costs[tile]))
+    return min(within, key=lambda tile: (sizes.cost(tile, rows, processors), tile.elements))
 
 
 def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float:

@@ -9,8 +9,8 @@ After::
 
     s = flashsvd.mlp_v3(x=r, hidden_down=..., residual=r, x_norm="rms", x_norm_weight=weight, x_norm_eps=eps, ...)
 
-The stream is alive either way, so its normed copy is memory saved. On a GPU an MLP's workspace may grow by as much
-where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
+The stream is alive either way, so its normed copy is memory saved. On a GPU an MLP's workspace may grow by almost as
+much where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
 stream stay, as the library has no kernel for them.
 
 With few rows on a GPU a norm costs a launch that waits for the one before it and that the next one waits for. There
@@ -19,6 +19,7 @@ of several rows where there is a kernel for that (``kernels/gemv_hopper.py``).
 """
 
 import operator
+from fractions import Fraction
 
 import torch
 from torch.fx import Graph, Node
@@ -37,6 +38,9 @@ from .values import shape_of, tensor_of, value_of
 from .views import layout_of
 
 KIND, WEIGHT, BIAS, EPS, _ = argument_names("x")
+OF_STREAM = Fraction(15, 16)
+"""Of the stream, what the workspace grows by. The rest is left to the rotation's tables: of 4096 features and heads of
+128, those of one item are a 16th of its stream."""
 
 
 def absorb_norms(graph: Graph, options: Options) -> None:
@@ -119,10 +123,11 @@ def _in_one_dtype(norm: Norm) -> bool:
 
 
 def _larger(graph: Graph, workspace_bytes: object, stream: Node) -> object:
-    """The bound and the bytes of the stream: a number, or nodes that compute it where the shape is dynamic."""
+    """The bound and most bytes of the stream: a number, or nodes that compute it where the shape is dynamic."""
     value = value_of(stream)
-    elements = value.numel()
+    elements, parts = value.numel(), OF_STREAM.denominator
+    part_bytes = value.element_size() * OF_STREAM.numerator
     if isinstance(elements, int) and isinstance(workspace_bytes, int):
-        return workspace_bytes + elements * value.element_size()
-    size = emit(graph, operator.mul, emit(graph, "numel", stream), value.element_size())
-    return emit(graph, operator.add, size, workspace_bytes)
+        return workspace_bytes + elements // parts * part_bytes
+    part = emit(graph, operator.floordiv, emit(graph, "numel", stream), parts)
+    return emit(graph, operator.add, emit(graph, operator.mul, part, part_bytes), workspace_bytes)

@@ -70,7 +70,7 @@ _DEVICES = {
         flops={4: 60e12, 2: 784e12}, library_single_flops=45e12, bandwidth=4.28e12,
         chunk_seconds=15e-6, launch_seconds=1.75e-6, least_workspace=2**20, grows=True,
         max_fused_rank=384, max_projected_rank=256, max_single_head=64, full_rate_rank=192,
-        activation_seconds=((256, 0.43e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
+        activation_seconds=((256, 0.41e-12), (320, 0.55e-12), (384, 1.2e-12)), full_rows=132 * 128,
         specialised=True,
     ),
 }  # fmt: skip
