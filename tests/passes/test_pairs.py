@@ -120,6 +120,15 @@ def test_a_second_run_changes_nothing(spelling):
     assert result.code == once
 
 
+@pytest.mark.parametrize("out", [IN, OUT])
+@pytest.mark.parametrize("strategy", ["streamed", "merged"])
+def test_a_pair_of_full_rank_is_one_operator_which_may_multiply_its_factors(strategy, out):
+    factors = tensor(out, IN, seed=1), tensor(out, out, seed=2)
+    result = rewritten(lambda x, d, u: linear(linear(x, d), u), X3, *factors, strategy=strategy)
+    assert [match.strategy for match in result.report.matches] == [strategy]
+    result.assert_same_result()
+
+
 def test_ranks_come_from_the_weights_not_from_what_modules_say():
     result = rewritten(lambda x, d, u: linear(linear(x, d), u), X3, tensor(1, IN), tensor(OUT, 1))
     assert result.report.matches[0].ranks == {"w": 1}

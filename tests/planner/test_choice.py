@@ -230,6 +230,15 @@ def test_short_unmasked_attention_of_a_middle_rank_is_kept():
 
 
 @pytest.mark.parametrize("device", ["cpu", "H200"])
+def test_full_ranks_are_merged_where_the_rows_pay_for_it(device):
+    many, few = (32, 512), (1, 16)
+    assert plan_attention(attention(*many, 768, device), AUTO).strategy == Strategy.MERGED
+    assert plan_mlp(mlp(32 * 512, 768, device), AUTO).strategy == Strategy.MERGED
+    assert plan_attention(attention(*few, 768, device), AUTO).strategy != Strategy.MERGED
+    assert plan_mlp(mlp(16, 768, device), AUTO).strategy != Strategy.MERGED
+
+
+@pytest.mark.parametrize("device", ["cpu", "H200"])
 def test_regions_without_rows_are_kept(device):
     none, features = sympy.S.Zero, sympy.Integer(768)
     linear = LinearShape({"w": 64}, {"w": 768}, features, 2, device, {}, none)
