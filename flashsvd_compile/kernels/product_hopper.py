@@ -126,6 +126,13 @@ def _halves(sums):
 
 
 @gluon.jit
+def _quarters(sums):
+    """The pieces of a tile's columns."""
+    left, right = _halves(sums)
+    return _halves(left) + _halves(right)
+
+
+@gluon.jit
 def _ask(piece, others, staging, arrived, row, column, BESIDE: gl.constexpr):
     """Have a piece of what is beside loaded: of cosines and sines each half of the features."""
     if BESIDE == "rotation":
@@ -138,6 +145,13 @@ def _ask(piece, others, staging, arrived, row, column, BESIDE: gl.constexpr):
             tma.async_copy_global_to_shared(sin, [position, half], arrived, staging)
     else:
         tma.async_copy_global_to_shared(others[0], [row, column + piece * SIDE], arrived, staging)
+
+
+@gluon.jit
+def _addend(bias, column, columns):
+    """The bias of a tile's columns, by whole lines: held as the sums need it, it would take 64 registers."""
+    c = column + gl.arange(0, COLUMNS, layout=gl.BlockedLayout([COLUMNS // 128], [32], [4], [0]))
+    return gl.load(bias + c, mask=c < columns, other=0.0)
 
 
 @gluon.jit
@@ -161,21 +175,36 @@ def _rotated(x1, x2, stagings, FIRST: gl.constexpr):
 
 
 @gluon.jit
-def _quarters(sums):
-    """The pieces of a tile's columns."""
-    left, right = _halves(sums)
-    return _halves(left) + _halves(right)
+def _wait_until_left():
+    """Wait until the tile before has left the shared memory; called with products under way."""
+    gl.thread_barrier()  # or the assembler moves the wait before the products
+    tma.store_wait(0)
+    gl.thread_barrier()
 
 
 @gluon.jit
-def _addend(bias, column, columns):
-    """The bias of a tile's columns, by whole lines: held as the sums need it, it would take 64 registers."""
-    c = column + gl.arange(0, COLUMNS, layout=gl.BlockedLayout([COLUMNS // 128], [32], [4], [0]))
-    return gl.load(bias + c, mask=c < columns, other=0.0)
+def _gate(INDEX: gl.constexpr, bias, gate, memory, place, parity, column, columns, PLACES: gl.constexpr,
+          HAS_BIAS: gl.constexpr):  # fmt: skip
+    """Multiply a tile of the gate, and leave it where the result is going to leave from."""
+    stagings, addends = memory[2], memory[3].index(INDEX)
+    if HAS_BIAS:
+        addend = _addend(bias, column, columns)
+    sums = _begin(INDEX, memory, place, parity)
+    _wait_until_left()
+    sums, place, parity = _go_on(INDEX, sums, gl.cdiv(gate[2], SIDE) - 1, memory, place, parity, PLACES)
+    sums, place, parity = _end(sums, memory, place, parity, PLACES)
+    if HAS_BIAS:
+        addends.store(addend)
+        gl.thread_barrier()
+    pieces = _quarters(sums)
+    for i in gl.static_range(PIECES):
+        piece = _plus_bias(pieces[i], i, addends, HAS_BIAS)
+        stagings.index(INDEX * PIECES + i).store(piece.to(stagings.dtype))
+    return place, parity
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, biases, others, out, products, memory, tiles, STAGED: gl.constexpr,
+def _consume(INDEX: gl.constexpr, bias, gate_bias, others, out, products, memory, tiles, STAGED: gl.constexpr,
              PLACES: gl.constexpr, HAS_BIAS: gl.constexpr, GATE_HAS_BIAS: gl.constexpr, ACTIVATION: gl.constexpr,
              BESIDE: gl.constexpr):  # fmt: skip
     """Multiply the ``INDEX``-th half of the rows of all tiles of this program.
@@ -188,9 +217,9 @@ def _consume(INDEX: gl.constexpr, biases, others, out, products, memory, tiles, 
     first, programs, row_blocks, column_blocks, columns = tiles
     narrow: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
     addend_memory = addends.index(INDEX)
-    LOADED: gl.constexpr = BESIDE is not None and BESIDE != "product"
-    PARTS: gl.constexpr = PIECES if LOADED else 1
-    steps = gl.cdiv(products[len(products) - 1][2], SIDE)
+    ARRIVES: gl.constexpr = BESIDE is not None and BESIDE != "product"
+    PARTS: gl.constexpr = PIECES if ARRIVES else 1
+    further = gl.cdiv(products[len(products) - 1][2], SIDE) - 1
     place = 0
     parity = 0
     beside_parity = 0
@@ -198,42 +227,27 @@ def _consume(INDEX: gl.constexpr, biases, others, out, products, memory, tiles, 
         row, column = _tile(index, row_blocks, column_blocks)
         row += INDEX * SIDE
         if BESIDE == "product":
-            if GATE_HAS_BIAS:
-                gate_addend = _addend(biases[0], column, columns)
-            sums = _begin(INDEX, memory, place, parity)
-            gl.thread_barrier()  # or the assembler moves the wait before the products
-            tma.store_wait(0)  # the tile before has left
-            gl.thread_barrier()
-            sums, place, parity = _go_on(INDEX, sums, gl.cdiv(products[0][2], SIDE) - 1, memory, place, parity, PLACES)
-            sums, place, parity = _end(sums, memory, place, parity, PLACES)
-            if GATE_HAS_BIAS:
-                addend_memory.store(gate_addend)
-                gl.thread_barrier()
-            pieces = _quarters(sums)
-            for i in gl.static_range(PIECES):
-                gate = _plus_bias(pieces[i], i, addend_memory, GATE_HAS_BIAS)
-                stagings.index(INDEX * STAGED + i).store(gate.to(out.dtype))
+            place, parity = _gate(INDEX, gate_bias, products[0], memory, place, parity, column, columns, PLACES,
+                                  GATE_HAS_BIAS)  # fmt: skip
         if HAS_BIAS:
-            addend = _addend(biases[1], column, columns)
+            addend = _addend(bias, column, columns)
         sums = _begin(INDEX, memory, place, parity)
         if BESIDE != "product":
-            gl.thread_barrier()  # or the assembler moves the wait before the products
-            tma.store_wait(0)  # the tile before has left
-            gl.thread_barrier()
-        if LOADED:
+            _wait_until_left()
+        if ARRIVES:
             mbarrier.expect(arrived.index(INDEX), PIECES * out.block_type.nbytes)
         for part in range(PARTS):
-            if LOADED:
+            if ARRIVES:
                 staging = stagings.index(INDEX * STAGED + part)
                 _ask(part, others, staging, arrived.index(INDEX), row, column, BESIDE)
-            some = (steps - 1) * (part + 1) // PARTS - (steps - 1) * part // PARTS
-            sums, place, parity = _go_on(INDEX, sums, some, memory, place, parity, PLACES)
+            steps = further * (part + 1) // PARTS - further * part // PARTS
+            sums, place, parity = _go_on(INDEX, sums, steps, memory, place, parity, PLACES)
         sums, place, parity = _end(sums, memory, place, parity, PLACES)
 
         if HAS_BIAS:
             addend_memory.store(addend)
             gl.thread_barrier()
-        if LOADED:
+        if ARRIVES:
             mbarrier.wait(arrived.index(INDEX), beside_parity)
             beside_parity ^= 1
         pieces = _quarters(sums)
@@ -290,13 +304,12 @@ def product_hopper_kernel(
     others = (beside, sines, first_position, positions) if BESIDE == "rotation" else (beside,)
     last = (x, weight, depth)
     products = ((gate_x, gate_weight, gate_depth), last) if BESIDE == "product" else (last,)
-    biases = gate_bias, bias
     gl.warp_specialize(
         [
-            (_consume, (0, biases, others, out, products, memory, tiles, STAGED, PLACES, HAS_BIAS, GATE_HAS_BIAS,
-                        ACTIVATION, BESIDE)),
-            (_consume, (1, biases, others, out, products, memory, tiles, STAGED, PLACES, HAS_BIAS, GATE_HAS_BIAS,
-                        ACTIVATION, BESIDE)),
+            (_consume, (0, bias, gate_bias, others, out, products, memory, tiles, STAGED, PLACES, HAS_BIAS,
+                        GATE_HAS_BIAS, ACTIVATION, BESIDE)),
+            (_consume, (1, bias, gate_bias, others, out, products, memory, tiles, STAGED, PLACES, HAS_BIAS,
+                        GATE_HAS_BIAS, ACTIVATION, BESIDE)),
             (_produce, (products, memory, tiles, PLACES)),
         ],
         [4, 1],
