@@ -60,30 +60,24 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
 
         return call
 
-    def as_written(implementation: Callable) -> Callable:
-        """An operator computes in the dtype of its inputs; autocast must not reach into it."""
-
-        @wraps(implementation)
-        def call(first, *rest):
-            device = first.device.type
-            if not torch.is_autocast_enabled(device):
-                return implementation(first, *rest)
-            with torch.autocast(device, enabled=False):
-                return implementation(first, *rest)
-
-        return call
-
-    def untracked(implementation: Callable) -> Callable:
-        """Results that are part of a larger allocation are no views to autograd, which forbids to change such."""
+    def alone(implementation: Callable) -> Callable:
+        """Keep autocast out, as an operator computes in the dtype of its inputs, and autograd's notes of views: results
+        that are part of a larger allocation would be such, which may not be changed.
+        """
 
         @wraps(implementation)
         def call(*arguments):
+            arguments = (*arguments, *defaults[len(arguments) :])
+            device = arguments[0].device.type
             with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
-                return implementation(*arguments)
+                if not torch.is_autocast_enabled(device):
+                    return implementation(*arguments)
+                with torch.autocast(device, enabled=False):
+                    return implementation(*arguments)
 
         return call
 
     for key, kernel in kernels.items():
-        _library.impl(name, untracked(as_written(complete(kernel))), key)
+        _library.impl(name, alone(kernel), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(fake), lib=_library)
     return operator
