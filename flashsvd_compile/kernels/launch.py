@@ -28,7 +28,8 @@ Listener = Callable[["Launch", list[Tensor]], None]
 """Called with a launch and its tensors, each once."""
 
 REMEMBERED = 256
-"""Sets of addresses that arguments are kept for: a few calls in each of the layers that share a recording."""
+"""Sets of addresses that arguments are kept for, and addresses that a descriptor is: a few calls in each of the layers
+that share a recording."""
 
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
@@ -245,10 +246,13 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
     no_scratch, no_hooks = (None, None), (None, None, None)
     options = (launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch, compiled.packed_metadata, *no_hooks)
     of_descriptor = iter(metadata)
+    alike: dict[str, Callable[[int], list]] = {}
     pieces, constants = [], []
     for argument in template:
         if _is_descriptor(argument):
-            pieces.append((constants, argument.base.place, _encoded(encode, argument, next(of_descriptor))))
+            how = next(of_descriptor)
+            encoded = alike.setdefault(repr((vars(argument), how)), _encoded(encode, argument, how))
+            pieces.append((constants, argument.base.place, encoded))
             constants = []
         elif isinstance(argument, _Operand):
             pieces.append((constants, argument.place, None))

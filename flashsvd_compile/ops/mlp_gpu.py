@@ -177,6 +177,7 @@ def _tile_of(sizes: _Sizes, rows: int, elements: int, processors: int, activated
     return min(within, key=lambda tile: (sizes.cost(tile, rows, processors), tile.elements))
 
 
+@lru_cache(maxsize=4096)
 def _product_cost(rows: int, columns: int, depth: int, processors: int) -> float:
     """Multiplications one after another of ``[rows, depth] @ [depth, columns]``, by the best of the library's tiles."""
 

@@ -38,7 +38,7 @@ def read_groups(node: Node) -> Factored | None:
         return None
     rank, features, ups = inner.weight.shape[0], int(result[-1]), [group.weight for group in members]
     bias = None if members[0].bias is None else Weight.call(torch.cat, tuple(group.bias for group in members))
-    if rank >= min(inner.weight.shape[1], features):
+    if rank > min(inner.weight.shape[1], features):
         return None
     if rank * (inner.weight.shape[1] + features) < inner.weight.shape[1] * features:
         pair = Projection(inner.weight, None, Weight.call(torch.block_diag, *ups), bias)

@@ -64,7 +64,7 @@ def read_per_head(node: Node) -> PerHead | None:
     if any(user not in outer.nodes for node in inner.nodes[-1:] for user in node.users):
         return None
     rank = inner.weight.shape[2]
-    if rank >= min(inner.weight.shape[1], outer.weight.shape[2]):
+    if rank > min(inner.weight.shape[1], outer.weight.shape[2]):
         return None
     factors = HeadFactors(inner.weight, outer.weight)
     found = _dense(outer._replace(source=inner.source), _product(*factors), rank, inner.nodes + outer.nodes)

@@ -174,7 +174,9 @@ def attention_merged(
     """In chunks, with each pair of factors multiplied that costs more than its product; chunks as of ``merged``."""
     projections = _attention_projections(shape, device, _merged_projection)
     core = _core(shape, device) * _of_long_attention(shape, device)
-    return projections + core + _attention_launches(merged, workspace_bytes, device)
+    products = sum(rank != merged.ranks[role] for role, rank in shape.ranks.items())
+    launches = _attention_launches(merged, workspace_bytes, device) + products * device.launch_seconds
+    return projections + core + launches
 
 
 def attention_absorbed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

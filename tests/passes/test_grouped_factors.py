@@ -22,9 +22,9 @@ def merge(heads):
     return heads.transpose(1, 2).reshape(BATCH, LENGTH, WIDTH)
 
 
-def per_head(seed, in_major=True):
-    down = tensor(HEADS, WIDTH, RANK, seed=seed)
-    up = tensor(HEADS, RANK, DIM, seed=seed + 1)
+def per_head(seed, in_major=True, rank=RANK):
+    down = tensor(HEADS, WIDTH, rank, seed=seed)
+    up = tensor(HEADS, rank, DIM, seed=seed + 1)
     return (down, up) if in_major else (down.mT.contiguous(), up.mT.contiguous())
 
 
@@ -39,18 +39,19 @@ PER_HEAD = {
 }
 
 
+@pytest.mark.parametrize("rank", [RANK, DIM])
 @pytest.mark.parametrize("spelling", PER_HEAD)
-def test_factors_of_each_head(spelling):
+def test_factors_of_each_head(spelling, rank):
     in_major, project = PER_HEAD[spelling]
 
     def function(x, uq, vq, uk, vk, uv, vv, bias, w):
         q, k, v = project(x, uq, vq) + bias, project(x, uk, vk), project(x, uv, vv)
         return linear(merge(scaled_dot_product_attention(q, k, v)), w)
 
-    factors = (weight for seed in (1, 3, 5) for weight in per_head(seed, in_major))
+    factors = (weight for seed in (1, 3, 5) for weight in per_head(seed, in_major, rank))
     result = rewritten(function, X, *factors, tensor(1, HEADS, 1, DIM, seed=7), tensor(WIDTH, WIDTH, seed=8))
     assert result.count("attention") == 1, result.report
-    assert result.report.matches[0].ranks == {"q": RANK, "k": RANK, "v": RANK, "out": "full"}
+    assert result.report.matches[0].ranks == {"q": rank, "k": rank, "v": rank, "out": "full"}
     result.assert_same_result()
 
 

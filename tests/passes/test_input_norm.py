@@ -265,6 +265,46 @@ def test_cross_attention_keeps_the_norm_of_its_queries():
     result.assert_same_result()
 
 
+def test_on_a_gpu_an_mlp_may_take_most_of_what_its_normed_stream_took():
+    def block(x, a, b, c, d, weight):
+        return x + mlp(rms_norm(x, (32,), weight, 1e-6), a, b, c, d)
+
+    x = tensor(64, 16, 32)
+
+    def workspace(**options):
+        result = rewritten(block, x, *MLP, WEIGHT, device="cuda", strategy="streamed", **options)
+        (call,) = (node for node in result.module.graph.nodes if node.target is ops.mlp)
+        return call.kwargs["workspace_bytes"]
+
+    assert workspace() - workspace(disable=["input_norm"]) == x.nbytes * 15 // 16
+    assert workspace(memory_budget=4096) == 4096
+
+
+@pytest.mark.parametrize("rows", [2, 77, 5000])
+def test_most_of_a_stream_whose_size_is_dynamic(rows):
+    bounds = []
+
+    def backend(module, _):
+        stream = next(node for node in module.graph.nodes if isinstance(node.meta.get("example_value"), torch.Tensor))
+        output = module.graph.output_node()
+        with module.graph.inserting_before(output):
+            bound = input_norm._larger(module.graph, 1000, stream)
+        output.args = ((*output.args[0], bound),)
+        module.recompile()
+
+        def run(*inputs):
+            *results, found = module(*inputs)
+            bounds.append(found)
+            return results
+
+        return run
+
+    x = torch.empty(rows, 3)
+    torch._dynamo.reset()
+    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(x)
+    assert bounds == [1000 + x.numel() // 16 * 15 * x.itemsize]
+
+
 def test_disabled():
     def block(x, a, b, c, d, weight):
         return x + mlp(rms_norm(x, (32,), weight), a, b, c, d)

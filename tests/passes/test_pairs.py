@@ -129,6 +129,13 @@ def test_a_pair_of_full_rank_is_one_operator_which_may_multiply_its_factors(stra
     result.assert_same_result()
 
 
+@pytest.mark.parametrize(("rank", "read"), [(OUT, True), (OUT + 1, False)])
+def test_a_product_of_weights_up_to_full_rank(rank, read):
+    result = rewritten(lambda x, u, d: linear(x, u @ d), X3, tensor(OUT, rank), tensor(rank, IN))
+    assert len(result.report.matches) == read
+    result.assert_same_result()
+
+
 def test_ranks_come_from_the_weights_not_from_what_modules_say():
     result = rewritten(lambda x, d, u: linear(linear(x, d), u), X3, tensor(1, IN), tensor(OUT, 1))
     assert result.report.matches[0].ranks == {"w": 1}

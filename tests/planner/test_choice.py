@@ -229,13 +229,25 @@ def test_short_unmasked_attention_of_a_middle_rank_is_kept():
     assert plan_attention(attention(32, 512, 301, "cuda", itemsize=2), AUTO).strategy == Strategy.STREAMED
 
 
-@pytest.mark.parametrize("device", ["cpu", "H200"])
-def test_full_ranks_are_merged_where_the_rows_pay_for_it(device):
-    many, few = (32, 512), (1, 16)
-    assert plan_attention(attention(*many, 768, device), AUTO).strategy == Strategy.MERGED
-    assert plan_mlp(mlp(32 * 512, 768, device), AUTO).strategy == Strategy.MERGED
-    assert plan_attention(attention(*few, 768, device), AUTO).strategy != Strategy.MERGED
-    assert plan_mlp(mlp(16, 768, device), AUTO).strategy != Strategy.MERGED
+def test_a_gate_that_comes_with_the_hidden_layer_does_not_read_it():
+    """At ranks that are multiples of 16, by one launch of both."""
+
+    def seconds(rank: int) -> float:
+        shape = mlp(16384, rank, "H200", gated=True)
+        plan = plan_mlp(shape, Options(strategy="streamed"))
+        return shape.at_hints(plan.candidates[0].seconds)
+
+    assert seconds(1040) < seconds(1032)
+
+
+@pytest.mark.parametrize(("device", "itemsize"), [("cpu", 4), ("H200", 4), ("H200", 2)])
+def test_full_ranks_are_merged_where_the_rows_pay_for_it(device, itemsize):
+    how = device, itemsize
+    assert plan_attention(attention(32, 512, 768, *how), AUTO).strategy == Strategy.MERGED
+    assert plan_mlp(mlp(32 * 512, 768, *how), AUTO).strategy == Strategy.MERGED
+    for few in (1, 16, 128):
+        assert plan_attention(attention(1, few, 768, *how), AUTO).strategy != Strategy.MERGED
+        assert plan_mlp(mlp(few, 768, *how), AUTO).strategy != Strategy.MERGED
 
 
 @pytest.mark.parametrize("device", ["cpu", "H200"])
