@@ -386,6 +386,7 @@ def multiply(
         residual: ``[rows, features]``, added to the result of the one product.
         follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
             began: weights are then read while it still runs. Otherwise nothing is.
+        tile: overrides the table.
     """
     weight_of_norm = None if norm is None else norm.weight
     if not all(map(_in_line, (*(product.bias for product in products), weight_of_norm, residual))):

@@ -242,7 +242,7 @@ def supported(ranks: list[int], dtype: torch.dtype, device: torch.device) -> boo
     return bool(tiles_of(target_of(device), max(ranks), dtype.itemsize, len(ranks)))
 
 
-def project(x: Tensor, *maps: Map, tile: Tile | None = None, ahead: bool = False) -> None:
+def project(x: Tensor, *maps: Map, ahead: bool = False) -> None:
     """Fill each map's ``out`` with its projection of ``x[rows, in_features]``.
 
     One map alone may write over ``x`` itself: a program reads its rows before it writes them.
@@ -250,7 +250,6 @@ def project(x: Tensor, *maps: Map, tile: Tile | None = None, ahead: bool = False
     Args:
         x: ``[rows, in_features]``.
         maps: one or two, or three that :func:`takes_three` and whose ``out`` a descriptor can address.
-        tile: overrides the table.
         ahead: the launch before this one on the stream writes neither ``x`` nor a factor nor a bias: rank space is then
             computed while it still runs, and results are written when it is complete.
     """
@@ -263,13 +262,13 @@ def project(x: Tensor, *maps: Map, tile: Tile | None = None, ahead: bool = False
         x = x.contiguous()
     maps = tuple(_readable(m, target) for m in maps)
     ahead = ahead and all(map(is_, (x, *maps), given))  # a copy is written by the launch before
-    if tile is None and is_specialised(target, x, maps):
+    if is_specialised(target, x, maps):
         from .projection_hopper import project_hopper
 
         project_hopper(x, *maps, ahead=ahead)
         return
     assert len(maps) < 3, "ask takes_three() first"
-    _launch(target, x, maps, in_place, tile or _chosen_tile(target, x, maps, in_place), ahead)
+    _launch(target, x, maps, in_place, _chosen_tile(target, x, maps, in_place), ahead)
 
 
 def _readable(m: Map, target: Target) -> Map:

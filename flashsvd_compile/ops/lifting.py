@@ -32,9 +32,7 @@ def is_fused(x: Tensor, *projections: Projection[Tensor]) -> bool:
     return x.dtype != torch.float32 and not high and projection_kernel.supported(ranks, x.dtype, x.device)
 
 
-def lifter(
-    context: Tensor, attn: Attention, workspace: Workspace, queries: Tensor | None = None, follows: bool = False
-) -> Lift:
+def lifter(context: Tensor, attn: Attention, workspace: Workspace, queries: Tensor | None, follows: bool) -> Lift:
     """How keys and values of these items come out of rank space.
 
     Args:
