@@ -14,8 +14,7 @@ from .report import RewriteReport
 def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> RewriteReport:
     """Trace ``model(*args, **kwargs)`` and report which regions would be rewritten, and why the rest would not.
 
-    The model runs once, eagerly and unchanged, under the caller's grad mode. Dynamo forgets what it has compiled in this
-    process.
+    The model runs once, eagerly and unchanged, under the caller's grad mode. Dynamo forgets what it compiled before.
 
     Args:
         model: a module or function that ``torch.compile`` takes.

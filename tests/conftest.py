@@ -26,7 +26,7 @@ def small_regions_are_rewritten(request: pytest.FixtureRequest, monkeypatch: pyt
     A test of the planner as users have it asks for the fixture :func:`small_regions_stay`.
     """
     if "small_regions_stay" not in request.fixturenames:
-        monkeypatch.setattr(choice, "_computes_as_written", lambda *_: False)
+        monkeypatch.setattr(choice, "_gains_nothing", lambda *_: False)
 
 
 @pytest.fixture

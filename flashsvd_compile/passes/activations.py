@@ -58,7 +58,7 @@ class Activation(NamedTuple):
 
 
 def read_activation(node: Node, is_leaf: Callable[[Node], bool]) -> Activation | None:
-    """``node`` as an elementwise function of one tensor, or of two where it is linear in one of them.
+    """``node`` as an elementwise function of one tensor that is no straight line, or of two, linear in one of them.
 
     Args:
         node: the result.
@@ -70,6 +70,8 @@ def read_activation(node: Node, is_leaf: Callable[[Node], bool]) -> Activation |
     if len(chain.leaves) == 1:
         (source,) = chain.leaves
         name = _name(chain)
+        if name is None and _is_straight(chain):
+            return None
         return Activation(name if _bends_alike(chain, source, name) else None, source, None, chain.nodes)
     for activated, linear in (chain.leaves, chain.leaves[::-1]):
         name = _gated_name(chain, activated, linear)
@@ -188,6 +190,16 @@ def _name(chain: Elementwise) -> str | None:
     x = _samples()
     result = evaluate(chain, {chain.leaves[0]: x})
     return None if result is None else _known(result, x)
+
+
+def _is_straight(chain: Elementwise) -> bool:
+    """Whether the chain scales and shifts, or does nothing: no activation stands between two projections."""
+    x = _samples()
+    y = evaluate(chain, {chain.leaves[0]: x})
+    if y is None or y.shape != x.shape:
+        return False
+    slope = (y[1] - y[0]) / (x[1] - x[0])
+    return torch.allclose(y, y[0] + slope * (x - x[0]), rtol=_TOLERANCE, atol=_TOLERANCE)
 
 
 def _gated_name(chain: Elementwise, activated: Node, linear: Node) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .values import shape_of, tensor_of, value_of
+from .values import shape_of, size_of, tensor_of, value_of
 from .vocabulary import Call, read
 
 LEADING = 3
@@ -121,8 +121,8 @@ def _features(node: Node) -> int:
 
 
 def _feature_shape(node: Node) -> tuple[int, ...] | None:
-    shape = tuple(example(node).shape)[-_features(node) :]
-    return shape if all(isinstance(size, int) for size in shape) else None
+    shape = [size_of(size) for size in example(node).shape[-_features(node) :]]  # Dynamo may know a symbol's number
+    return tuple(map(int, shape)) if all(size.is_Integer for size in shape) else None
 
 
 def _leaf(node: Node) -> Terms:

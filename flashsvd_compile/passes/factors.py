@@ -69,7 +69,7 @@ def _inner_affine(outer: Affine) -> tuple[Affine, tuple[Node, ...]] | None:
 def _obstacle(inner: Affine, outer: Affine, nodes: tuple[Node, ...]) -> Obstacle | None:
     rank, in_features = inner.weight.shape
     out_features = outer.weight.shape[0]
-    if rank > min(in_features, out_features):
+    if rank >= min(in_features, out_features):
         sentence = f"two linear layers {in_features} -> {rank} -> {out_features}: the middle is no bottleneck"
         return Obstacle(RefusalReason.RANK_NOT_LOW, sentence)
     for node in nodes[:-1]:
@@ -96,6 +96,6 @@ def _product_of_weights(outer: Affine) -> Factored | None:
     left = Weight.of(call.input)
     right = Weight.of(call["other"]) if call.op == "matmul" else Weight.of(call["weight"]).transposed
     up, down = (right.transposed, left.transposed) if transposed else (left, right)
-    if down.shape[0] > min(down.shape[1], up.shape[0]):
+    if down.shape[0] >= min(down.shape[1], up.shape[0]):
         return None
     return Factored(outer.source, Projection(down, None, up, outer.bias), outer.nodes, down.shape[0])

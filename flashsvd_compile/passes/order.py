@@ -9,10 +9,11 @@ from torch.fx import Node
 from .mutation import mutated_arguments
 
 _GRADIENTS = "_set_grad_enabled"
+_AUTOCAST, _NO_AUTOCAST = "_enter_autocast", "_exit_autocast"
 _MODE_SWITCHES = {
     _GRADIENTS,
-    "_enter_autocast",
-    "_exit_autocast",
+    _AUTOCAST,
+    _NO_AUTOCAST,
     "_enter_inference_mode",
     "_exit_inference_mode",
     "_saved_tensors_hooks_disable",
@@ -57,6 +58,16 @@ class Order:
         """Whether gradients are on where a node is computed."""
         before = [s for s in self.switches if _name(s) == _GRADIENTS and self.position[s] < self.position[node]]
         return bool(before[-1].args[0]) if before else torch.is_grad_enabled()
+
+    def autocast_at(self, node: Node) -> frozenset[object]:
+        """The graph's own blocks of autocast that a node is computed in, by their first nodes."""
+        entered: set[object] = set()
+        for switch in self.switches:
+            if self.position[switch] < self.position[node] and _name(switch) == _AUTOCAST:
+                entered.add(switch)
+            elif self.position[switch] < self.position[node] and _name(switch) == _NO_AUTOCAST:
+                entered.discard(switch.args[0])
+        return frozenset(entered)
 
 
 def _name(node: Node) -> str:

@@ -35,6 +35,7 @@ def obstacle_to(region: Region, order: Order) -> Obstacle | None:
         or dropout(region)
         or mode_change(region, order)
         or gradient_mode(region, order)
+        or autocast_of_weights(region, order)
         or mutation(region, order)
         or mutation_within(region, order)
         or mutation_before_gradients(region, order)
@@ -91,6 +92,17 @@ def gradient_mode(region: Region, order: Order) -> Obstacle | None:
     for node in _computed_weights(region):
         if any(map(requires_grad, node.all_input_nodes)) and order.gradients_at(node) != here:
             sentence = f"{node.name!r} and {region.output.name!r} are computed in different grad modes"
+            return Obstacle(RefusalReason.MODE_CHANGED, sentence)
+    return None
+
+
+def autocast_of_weights(region: Region, order: Order) -> Obstacle | None:
+    """Weights that were computed under another autocast: what they are computed from would be rounded before."""
+    here = order.autocast_at(region.output)
+    for node in _computed_weights(region):
+        is_view = any(storage_of(node) == storage_of(source) for source in node.all_input_nodes)
+        if not is_view and order.autocast_at(node) != here:
+            sentence = f"{node.name!r} and {region.output.name!r} are computed under different autocasts"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)
     return None
 

@@ -29,6 +29,10 @@ leave room for 7 items at 2.53 inputs.
 """
 
 
+CALL_SECONDS = 5e-4
+"""What the call of an operator takes on a CPU beside its operations, 0.2 to 0.7 ms: its Python runs cold."""
+
+
 remembered = lru_cache(maxsize=256)
 """The layers of a model have one shape, which is planned once. A plan depends on nothing but its arguments."""
 
@@ -225,7 +229,7 @@ def _choice(
     if named:
         chosen, reason = named[0], f"strategy {forced!s} was asked for"
     else:
-        gainful = [candidate for candidate in offered if not _computes_as_written(shape, candidate, before)]
+        gainful = [candidate for candidate in offered if not _gains_nothing(shape, candidate, kept)]
         chosen = _best(shape, (*gainful, kept), options.memory_budget)
         why = _comparison(shape, chosen, kept)
         if chosen is kept and len(gainful) < len(offered):
@@ -238,15 +242,18 @@ def _choice(
     return Plan(chosen.strategy, chosen.workspace, reason, kept.transient, chosen.transient, candidates)
 
 
-def _computes_as_written(shape: RegionShape, candidate: Candidate, before: sympy.Expr) -> bool:
-    """Whether the operator's implementation would do what the model does, and its call, 0.1 ms, gains nothing.
+def _gains_nothing(shape: RegionShape, candidate: Candidate, kept: Candidate) -> bool:
+    """Whether the operator would do what the model does, or save less than its call takes.
 
     On a CPU, whose workspace does not grow, an operator computes as a whole what fits. Not where sizes may grow, nor
     where gradients may be asked for: the model's own intermediates would be kept for them, those of all layers.
     """
-    if device_of(shape.device).grows or shape.differentiated or candidate.strategy != Strategy.STREAMED:
+    if device_of(shape.device).grows or shape.differentiated or not kept.transient.is_number:
         return False
-    return before.is_number and bool(before <= candidate.workspace.least)
+    if bool(kept.transient > candidate.workspace.least):
+        return False
+    saved = shape.at_hints(kept.seconds - candidate.seconds) if candidate.strategy == Strategy.MERGED else 0.0
+    return candidate.strategy in (Strategy.STREAMED, Strategy.MERGED) and saved < CALL_SECONDS
 
 
 def _best(shape: RegionShape, candidates: tuple[Candidate, ...], budget: int | None) -> Candidate:

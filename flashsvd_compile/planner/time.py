@@ -110,7 +110,8 @@ def _mlp_as_a_whole(shape: MlpShape, device: Device) -> sympy.Expr:
 def mlp_merged(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """In chunks, with each pair of factors multiplied that costs more than its product."""
     products = _mlp_products(shape, device, _merged_projection)
-    return products + _activation_pass(shape, device) + _further_chunks(shape, device, workspace_bytes)
+    launches = (1 + _operations(shape)) * device.launch_seconds
+    return products + _activation_pass(shape, device) + launches + _further_chunks(shape, device, workspace_bytes)
 
 
 def mlp_fused(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

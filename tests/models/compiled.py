@@ -38,16 +38,17 @@ class Compiled:
     def __init__(self, model: Callable, inner: str = "eager", dynamic: bool | None = None):
         self.reports: list[RewriteReport] = []
         self.graphs: list[torch.fx.Graph] = []
+        self._inner = inner
+        self._call = torch.compile(model, backend=self.backend, dynamic=dynamic)
 
-        def backend(module: torch.fx.GraphModule, inputs: list) -> Callable:
-            compiled = flashsvd(module, inputs, options={"inner": inner})
-            report = fsvd.last_report()
-            assert report is not None
-            self.reports.append(report)
-            self.graphs.append(module.graph)
-            return compiled
-
-        self._call = torch.compile(model, backend=backend, dynamic=dynamic)
+    def backend(self, module: torch.fx.GraphModule, inputs: list) -> Callable:
+        """Compile a graph and keep its report."""
+        compiled = flashsvd(module, inputs, options={"inner": self._inner})
+        report = fsvd.last_report()
+        assert report is not None
+        self.reports.append(report)
+        self.graphs.append(module.graph)
+        return compiled
 
     def __call__(self, *arguments: Any, **inputs: Any) -> Any:
         return self._call(*arguments, **inputs)

@@ -54,6 +54,19 @@ def test_one_graph_serves_the_extremes(name, longest, marked):
     assert compiled.report.refusals == []
 
 
+@pytest.mark.parametrize("name", ["Llama", "Gemma 2"])
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_layers_compiled_apart(name, dynamic):
+    """Rotation tables are inputs of a layer then, whose every size Dynamo gives a symbol first."""
+    family, model = FAMILIES[name], copy.deepcopy(factored(name))
+    whole = Compiled(model)
+    for layer in model.layers:
+        layer.compile(backend=whole.backend, dynamic=dynamic)
+    for length in (9, 13):
+        assert_as_right_as_unfused(name, model, family.inputs(3, length, "none"))
+    assert {report.count("attention") for report in whole.reports} == {1}
+
+
 @pytest.mark.parametrize(("name", "padding"), PADDED)
 def test_a_batch_of_one_costs_one_more_graph(name, padding):
     """Dynamo compiles sizes of 1 apart, because they broadcast."""

@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 from torch.nn.functional import linear, scaled_dot_product_attention
 
-from flashsvd_compile import RefusalReason, rewrite
+from flashsvd_compile import RefusalReason, explain, rewrite
 from tests.ops.accuracy import FACTOR, in_float64, relative_error
 
 from .builder import rewritten, tensor
@@ -197,3 +197,18 @@ def test_a_float32_bias_that_narrowing_would_change_costs_the_region(bias):
         report = report_within_error_rule(masked(add), X, *FACTORS, mask)
     assert (report.count("attention"), reasons(report)) == (0, [RefusalReason.UNKNOWN_MASK])
     assert report.count("linear") == 3
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_weights_multiplied_outside_autocast_stay_multiplied(inside):
+    """Their product is rounded once; both factors and what is between them would be, an error of 1.29 times that."""
+
+    def function(x, up, down):
+        weight = None if inside else up @ down
+        with torch.autocast("cpu", torch.bfloat16):
+            return linear(x, up @ down if weight is None else weight)
+
+    given = tensor(4, 9, 32), tensor(24, 3), tensor(3, 32)
+    report = explain(function, *given, options={"strategy": "streamed"})
+    assert report.count("linear") == inside
+    assert reasons(report) == ([] if inside else [RefusalReason.MODE_CHANGED])

@@ -106,6 +106,16 @@ def test_an_unknown_activation_is_named_and_leaves_the_projections_to_the_linear
     result.assert_same_result()
 
 
+@pytest.mark.parametrize(
+    "step", [lambda h: functional.dropout(h, 0.1, training=False), torch.clone, lambda h: h * 0.5 + 1]
+)
+def test_what_is_no_activation_is_not_reported_as_one(step):
+    result = rewritten(lambda x, a, b, w: linear(step(low_rank(x, a, b)), w), X, *HIDDEN, tensor(IN, WIDTH))
+    assert RefusalReason.UNKNOWN_ACTIVATION not in result.reasons
+    assert result.count("linear") == 1
+    result.assert_same_result()
+
+
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float32])
 def test_bits_read_as_another_dtype_are_no_view(dtype):
     """As the same dtype, too: gradients end there."""

@@ -241,13 +241,12 @@ def test_a_gate_that_comes_with_the_hidden_layer_does_not_read_it():
 
 
 @pytest.mark.parametrize(("device", "itemsize"), [("cpu", 4), ("H200", 4), ("H200", 2)])
-def test_full_ranks_are_merged_where_the_rows_pay_for_it(device, itemsize):
+def test_high_ranks_are_merged_where_the_rows_pay_for_it(device, itemsize):
     how = device, itemsize
-    assert plan_attention(attention(32, 512, 768, *how), AUTO).strategy == Strategy.MERGED
-    assert plan_mlp(mlp(32 * 512, 768, *how), AUTO).strategy == Strategy.MERGED
+    assert plan_attention(attention(32, 512, 700, *how), AUTO).strategy == Strategy.MERGED
     for few in (1, 16, 128):
-        assert plan_attention(attention(1, few, 768, *how), AUTO).strategy != Strategy.MERGED
-        assert plan_mlp(mlp(few, 768, *how), AUTO).strategy != Strategy.MERGED
+        assert plan_attention(attention(1, few, 700, *how), AUTO).strategy != Strategy.MERGED
+        assert plan_mlp(mlp(few, 700, *how), AUTO).strategy != Strategy.MERGED
 
 
 @pytest.mark.parametrize("device", ["cpu", "H200"])
@@ -477,6 +476,21 @@ class TestSmallRegionsOnACpu:
         plan = self.plan(shape)
         assert plan.strategy == Strategy.KEPT
         assert "all intermediates fit in 4 MiB, where an operator would do the same" in plan.reason
+
+    @pytest.mark.parametrize("rows", [4, 64, 128])
+    def test_are_not_merged_for_less_than_a_call_takes(self, rows):
+        """Factors of 64 by 60 were, at 855 us of 181 as written."""
+        features = sympy.Integer(64)
+        two = MlpShape(
+            {"hidden": 60, "out": 60}, {"hidden": 256, "out": 64}, features, 4, "cpu", {}, sympy.Integer(rows)
+        )
+        one = LinearShape({"w": 60}, {"w": 64}, features, 4, "cpu", {}, sympy.Integer(rows))
+        heads = replace(
+            attention(1, rows, 60), features=dict.fromkeys(("q", "k", "v", "out"), 64), in_features=features
+        )
+        assert {self.plan(shape).strategy for shape in (two, one, replace(heads, num_heads=4, num_kv_heads=4))} == {
+            "kept"
+        }
 
     def test_are_streamed_where_gradients_would_keep_them(self, shape):
         plan = self.plan(replace(shape, differentiated=True))
