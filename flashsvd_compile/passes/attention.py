@@ -10,8 +10,9 @@ After::
 
     y = flashsvd.attention_v5(x=x, q_down=..., ..., num_heads=h, num_kv_heads=h, scale=1 / sqrt(d))
 
-The output projection joins in when the heads go nowhere else. Keys and values may: what fills a cache stays in the
-graph, and the operator computes it again for itself, a chunk at a time, where that is planned to be faster.
+The output projection joins in when the heads go nowhere else. Queries, keys and values may: what fills a cache, or is
+of one projection with a gate, stays in the graph, and the operator computes its own again, a chunk at a time, where
+that is planned to be faster.
 
 Between projection and scores queries and keys may be normalised, then rotated, then scaled; where they are neither of
 the first two, ``absorbed.py`` has another form.
@@ -105,7 +106,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     if obstacle is not None:
         return obstacle
     nodes = (*q.nodes, *k.nodes, *v.nodes, *core.nodes, *out_nodes)
-    shared = _shared({"k": k, "v": v}, q, nodes)
+    shared = _shared(q, k, v, nodes)
     inputs = {"x": q.factored.source}
     if k.factored.source is not q.factored.source:
         inputs["context"] = k.factored.source
@@ -127,20 +128,15 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     )
 
 
-def _shared(members: dict[str, Member], q: Member, nodes: tuple[Node, ...]) -> dict[str, list[Node]]:
-    """Nodes of keys and of values that something outside of the region's reads, by role.
+def _shared(q: Member, k: Member, v: Member, nodes: tuple[Node, ...]) -> dict[str, list[Node]]:
+    """Nodes of queries, keys and values that something outside of the region's reads, by role.
 
-    What queries are made of is not among them. ``"q"`` is there, without nodes, where queries come out of one
-    projection with what stays.
+    A role has none where it comes out of one projection with what stays.
     """
-    inside, shared = set(nodes), {}
-    for role, member in members.items():
-        read = [node for node in member.nodes if node not in q.nodes and not inside.issuperset(node.users)]
-        if read:
-            shared[role] = read
-            if not set(q.factored.nodes).isdisjoint(member.factored.nodes):
-                shared["q"] = []
-    return shared
+    inside, members = set(nodes), {"q": q, "k": k, "v": v}
+    read = {role: [n for n in member.nodes if not inside.issuperset(n.users)] for role, member in members.items()}
+    stay = {node for role, member in members.items() if read[role] for node in member.factored.nodes}
+    return {role: found for role, found in read.items() if found or not stay.isdisjoint(members[role].factored.nodes)}
 
 
 def _mismatch(core: Core, q: Member, k: Member, v: Member) -> Obstacle | None:

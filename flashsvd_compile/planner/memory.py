@@ -76,8 +76,7 @@ def _copies(shape: AttentionShape, device: Device) -> dict[str, int]:
         beyond = shape.latent(role) > device.max_projected_rank
         by_library = beyond if role == "out" else beyond or _lifts_by_library(shape, device)
         in_features = heads_width(shape) if role == "out" else shape.in_features
-        rows = shape.batch * (shape.kv_len if role in ("k", "v") else shape.q_len)
-        copies[role] = copied_factors(shape, role, in_features if by_library else 0, rows)
+        copies[role] = copied_factors(shape, role, in_features if by_library else 0, shape.rows_of(role))
     return copies
 
 
@@ -167,8 +166,9 @@ def attention_as_written(shape: AttentionShape) -> sympy.Expr:
 
 
 def shared(shape: AttentionShape) -> sympy.Expr:
-    """Keys or values that exist whichever way the region is computed."""
-    return shape.itemsize * shape.batch * shape.kv_len * sum(shape.features[role] for role in shape.shared)
+    """Queries, keys or values that exist whichever way the region is computed."""
+    elements = (shape.rows_of(role) * shape.features[role] for role in shape.shared)
+    return shape.itemsize * sum(elements, sympy.S.Zero)
 
 
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

@@ -130,6 +130,10 @@ class AttentionShape(RegionShape):
     products: int = 0
     shared: tuple[str, ...] = ()
 
+    def rows_of(self, role: str) -> sympy.Expr:
+        """Rows that a projection is computed for."""
+        return self.batch * (self.kv_len if role in ("k", "v") else self.q_len)
+
     def with_dense(self, roles: Iterable[str]) -> "AttentionShape":
         """The region with the factors of some projections multiplied."""
         return replace(self, ranks=self.ranks | dict.fromkeys(roles))

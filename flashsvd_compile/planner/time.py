@@ -137,8 +137,8 @@ def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
 
 def attention_again(shape: AttentionShape, device: Device) -> sympy.Expr:
     """Projections that the graph computes besides the region."""
-    rows, shared = shape.batch * shape.kv_len, shape.shared
-    return sympy.Add(*(_projection(shape, device, role, rows, shape.in_features) for role in shared))
+    rows = shape.rows_of
+    return sympy.Add(*(_projection(shape, device, role, rows(role), shape.in_features) for role in shape.shared))
 
 
 def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

@@ -622,7 +622,7 @@ def test_keys_packed_with_queries_and_values_that_fill_a_cache():
     result = rewritten(function, X, tensor(5, WIDTH, seed=53), tensor(3 * WIDTH, 5, seed=54))
     assert result.count("attention") == result.count("linear") == 1
     (match,) = (match for match in result.report.matches if match.kind == "attention")
-    assert "q, k are computed again for what else reads them" in match.reason
+    assert "q, k, v are computed again for what else reads them" in match.reason
     result.assert_same_result()
 
 
@@ -637,12 +637,30 @@ def test_a_cache_that_holds_something_already_is_read_as_it_is():
     result.assert_same_result()
 
 
-@pytest.mark.parametrize("which", ["queries", "scores"])
-def test_what_else_is_wanted_of_a_region_leaves_it_as_it_is(which):
+def test_a_gate_that_comes_with_the_queries_stays():
+    """As of Qwen3-Next: the projection is computed for the gate, and its rows for the queries by the region."""
+
+    def function(x, a, b, c, d, e, f, g, h):
+        q, gate = low_rank(x, a, b).unflatten(-1, (HEADS, -1)).chunk(2, dim=-1)
+        k, v = heads_of(low_rank(x, c, d)), heads_of(low_rank(x, e, f))
+        heads = merge(sdpa(q.transpose(1, 2), k, v)) * gate.reshape(BATCH, LENGTH, WIDTH).sigmoid()
+        return low_rank(heads, g, h)
+
+    down, up = tensor(5, WIDTH, seed=55), tensor(2 * WIDTH, 5, seed=56)
+    result = rewritten(function, X, down, up, *ALL[2:])
+    assert result.count("attention") == 1
+    assert result.count("linear") == 2
+    (match,) = (match for match in result.report.matches if match.kind == "attention")
+    assert match.ranks == {"q": 5, "k": RANKS["k"], "v": RANKS["v"]}
+    assert "q are computed again for what else reads them" in match.reason
+    result.assert_same_result()
+
+
+def test_scores_that_are_wanted_leave_a_region_as_it_is():
     def function(x, a, b, c, d, e, f, g, h):
         q, k, v = heads_of(low_rank(x, a, b)), heads_of(low_rank(x, c, d)), heads_of(low_rank(x, e, f))
         scores = q @ k.mT / q.shape[-1] ** 0.5
-        return low_rank(merge(scores.softmax(-1) @ v), g, h), q if which == "queries" else scores
+        return low_rank(merge(scores.softmax(-1) @ v), g, h), scores
 
     result = rewritten(function, X, *ALL)
     assert result.count("attention") == 0

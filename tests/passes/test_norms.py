@@ -385,14 +385,16 @@ def test_normed_values():
 
 
 @pytest.mark.parametrize("which", ["mean of squares", "result"])
-def test_an_intermediate_with_another_user(which):
+def test_an_intermediate_with_another_user_is_computed_twice(which):
     def function(x, w, qd, qu, kd, ku, vd, vu):
         q, k, v = (apart(low_rank(x, d, u)).transpose(1, 2) for d, u in ((qd, qu), (kd, ku), (vd, vu)))
         variance = q.pow(2).mean(-1, keepdim=True)
         normed = q * torch.rsqrt(variance + EPS) * w
         return joined(scaled_dot_product_attention(normed, k, v)), (variance if which != "result" else normed)
 
-    assert_left_alone(rewritten(function, X, WEIGHT, *Q, *K, *V), linears=3, reason=RefusalReason.OTHER_USER)
+    result = rewritten(function, X, WEIGHT, *Q, *K, *V)
+    assert (result.count("attention"), result.count("linear"), result.reasons) == (1, 1, [])
+    result.assert_same_result()
 
 
 def test_a_weight_that_is_overwritten():
