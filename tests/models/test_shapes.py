@@ -60,7 +60,7 @@ def test_layers_compiled_apart(name, dynamic):
     """Rotation tables are inputs of a layer then, whose every size Dynamo gives a symbol first."""
     family, model = FAMILIES[name], copy.deepcopy(factored(name))
     whole = Compiled(model)
-    for layer in model.layers:
+    for layer in model.get_submodule("layers").children():
         layer.compile(backend=whole.backend, dynamic=dynamic)
     for length in (9, 13):
         assert_as_right_as_unfused(name, model, family.inputs(3, length, "none"))
