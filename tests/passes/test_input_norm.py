@@ -13,6 +13,7 @@ from flashsvd_compile.passes import input_norm
 
 from .builder import Rewritten, rewritten, tensor
 from .test_residual import ATTENTION, MLP, REGIONS, X, attention, low_rank, mlp
+from .test_workspace import compiled_bound
 
 WEIGHT, BIAS = tensor(32, seed=7), tensor(32, seed=8)
 
@@ -282,27 +283,9 @@ def test_on_a_gpu_an_mlp_may_take_most_of_what_its_normed_stream_took():
 
 @pytest.mark.parametrize("rows", [2, 77, 5000])
 def test_most_of_a_stream_whose_size_is_dynamic(rows):
-    bounds = []
-
-    def backend(module, _):
-        stream = next(node for node in module.graph.nodes if isinstance(node.meta.get("example_value"), torch.Tensor))
-        output = module.graph.output_node()
-        with module.graph.inserting_before(output):
-            bound = input_norm._larger(module.graph, 1000, stream)
-        output.args = ((*output.args[0], bound),)
-        module.recompile()
-
-        def run(*inputs):
-            *results, found = module(*inputs)
-            bounds.append(found)
-            return results
-
-        return run
-
     x = torch.empty(rows, 3)
-    torch._dynamo.reset()
-    torch.compile(lambda x: x + 1, backend=backend, dynamic=True)(x)
-    assert bounds == [1000 + x.numel() // 16 * 15 * x.itemsize]
+    bound = compiled_bound(lambda graph, stream: input_norm._larger(graph, 1000, stream), x)
+    assert bound == 1000 + x.numel() // 16 * 15 * x.itemsize
 
 
 def test_disabled():

@@ -1,5 +1,6 @@
 """What the planner is told of weights that a graph multiplies out, and its workspace as the graph computes it."""
 
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -66,11 +67,11 @@ def test_a_graph_of_dynamic_sizes_computes_the_bound_of_the_plan(share, beside, 
     node.meta["example_value"] = x
     static = _workspace_bytes(graph, node, workspace)
     assert static == workspace.bytes_for(sympy.Integer(x.numel()))
-    assert compiled_bound(workspace, x) == static
+    assert compiled_bound(lambda graph, node: _workspace_bytes(graph, node, workspace), x) == static
 
 
-def compiled_bound(workspace: Workspace, x: torch.Tensor) -> int:
-    """The bound by a graph whose sizes are symbols."""
+def compiled_bound(bound_of: Callable[[Graph, Node], object], x: torch.Tensor) -> int:
+    """The bound that a graph computes of ``x``, whose sizes are symbols."""
     found = []
 
     def backend(module: GraphModule, _):
@@ -78,7 +79,7 @@ def compiled_bound(workspace: Workspace, x: torch.Tensor) -> int:
         node = next(n for n in graph.nodes if isinstance(n.meta.get("example_value"), torch.Tensor))
         output = next(n for n in graph.nodes if n.op == "output")
         with graph.inserting_before(output):
-            bound = _workspace_bytes(graph, node, workspace)
+            bound = bound_of(graph, node)
         assert isinstance(bound, Node) or x.shape[0] == 1
         output.args = ((*output.args[0], bound),)
         module.recompile()
