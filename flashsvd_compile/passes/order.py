@@ -56,18 +56,17 @@ class Order:
 
     def gradients_at(self, node: Node) -> bool:
         """Whether gradients are on where a node is computed."""
-        before = [s for s in self.switches if _name(s) == _GRADIENTS and self.position[s] < self.position[node]]
-        return bool(before[-1].args[0]) if before else torch.is_grad_enabled()
+        switches = [switch for switch in self._switches_before(node) if _name(switch) == _GRADIENTS]
+        return bool(switches[-1].args[0]) if switches else torch.is_grad_enabled()
 
-    def autocast_at(self, node: Node) -> frozenset[object]:
+    def autocast_at(self, node: Node) -> frozenset[Node]:
         """The graph's own blocks of autocast that a node is computed in, by their first nodes."""
-        entered: set[object] = set()
-        for switch in self.switches:
-            if self.position[switch] < self.position[node] and _name(switch) == _AUTOCAST:
-                entered.add(switch)
-            elif self.position[switch] < self.position[node] and _name(switch) == _NO_AUTOCAST:
-                entered.discard(switch.args[0])
-        return frozenset(entered)
+        before = self._switches_before(node)
+        left = [switch.args[0] for switch in before if _name(switch) == _NO_AUTOCAST]
+        return frozenset(switch for switch in before if _name(switch) == _AUTOCAST and switch not in left)
+
+    def _switches_before(self, node: Node) -> list[Node]:
+        return [switch for switch in self.switches if self.position[switch] < self.position[node]]
 
 
 def _name(node: Node) -> str:
