@@ -96,7 +96,7 @@ def multiply(
 
     Args:
         product: what a kernel :func:`takes`; or of half precision, of operands that it :func:`reads_fast`, to rows that
-            are 16-byte aligned, of a multiple of 8 columns.
+            are 16-byte aligned, of a multiple of 8 columns; those behind the weight's rows, within 64, become zero.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; of half precision also a product to the same ``out``.
         residual: like ``out``, may be ``out`` itself.

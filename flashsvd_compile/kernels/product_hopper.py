@@ -327,7 +327,8 @@ def product_hopper(
     """Fill the product's ``out`` as above.
 
     Args:
-        product: of half precision; matrices have contiguous rows of 16-byte aligned addresses.
+        product: of half precision; matrices have contiguous rows of 16-byte aligned addresses. The result may have more
+            columns than the weight has rows, within the same 64; those become zero.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: multiplied with the activated product: like ``out``, may be ``out`` itself; or a product with the same
             ``out``, rounded before.

@@ -11,7 +11,7 @@ from flashsvd_compile import ops
 from flashsvd_compile.kernels.launch import listening
 from flashsvd_compile.kernels.operands import Product, Rotation
 from flashsvd_compile.kernels.product_hopper import product_hopper
-from flashsvd_compile.ops import workspace
+from flashsvd_compile.ops import mlp_gpu, mlp_tiles, workspace
 from flashsvd_compile.ops.activation import ACTIVATIONS, activation_of
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.mlp import RESIDUAL
@@ -254,6 +254,42 @@ def test_what_lies_beside_is_neither_read_nor_written(columns, form):
     out = around[1:-1, 16 : 16 + columns]
     filled(out, inside[0], inside[1], bias, None, form).fill_(torch.nan)
     assert around.isnan().all()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("columns", "padded"), [(1, 16), (501, 512), (1493, 1504), (250, 256)])
+def test_a_weight_of_fewer_rows_leaves_zeros_behind(columns, padded, bias):
+    given = operands(1000, columns, 2816, torch.bfloat16, bias)
+    around = empty(1000, padded + 304, torch.bfloat16).fill_(torch.nan)
+    out = around[:, :padded]
+    product_hopper(Product(*given, out))
+    assert_within_error_rule(out[:, :columns].contiguous(), reference, (*given, None, None, None))
+    assert torch.equal(out[:, columns:], torch.zeros_like(out[:, columns:]))
+    assert around[:, padded:].isnan().all()
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("ranks", [(501, 512, 501), (512, 501, 397), (501, 397, 384), (501, 397, 1000)])
+@pytest.mark.parametrize("rows", [6000, 2900])
+@pytest.mark.parametrize("down_bias", [False, True])
+def test_streamed_mlp_that_keeps_its_copies(gated, ranks, rows, down_bias):
+    """Whatever tile would be chosen, with a residual or without."""
+    shape = {"width": 2816, "out_features": 1024, "gated": gated, "activation": "silu", "strategy": "streamed"}
+    given = mlp_arguments(1, rows, 1024, ranks=ranks, dtype=torch.bfloat16, down_bias=down_bias, **shape)
+    residual = random(1, rows, 1024, dtype=torch.bfloat16)
+    kept = []
+
+    def keeping_copies(mlp, rows, elements, target):
+        kept.append(min(mlp_tiles.Sizes.of(mlp).keeping_copies(rows, 12 << 20)))
+        return kept[-1]
+
+    for added in (None, residual):
+        arguments = (*given[:RESIDUAL], added, *given[RESIDUAL + 1 :])
+        arguments = tuple(a.cuda() if isinstance(a, Tensor) else a for a in arguments)
+        with patch.object(mlp_gpu, "tile_of", keeping_copies):
+            result = ops.mlp(*arguments)
+        assert_within_error_rule(result, mlp_reference, arguments)
+    assert len(kept) == 2
 
 
 @pytest.mark.parametrize("gated", [False, True])
