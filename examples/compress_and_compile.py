@@ -8,7 +8,7 @@ from flashsvd_compile import measure
 
 torch.manual_seed(0)
 model = BertModel(BertConfig(num_hidden_layers=2), add_pooling_layer=False).eval()
-ids = torch.randint(30522, (2, 128))
+ids = torch.randint(30522, (4, 128))
 mask = torch.ones_like(ids)
 mask[:, 100:] = 0
 

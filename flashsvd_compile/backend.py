@@ -1,4 +1,4 @@
-"""The backend of ``torch.compile(model, backend="flashsvd")``: the one file that knows Dynamo and Inductor."""
+"""The backend of ``torch.compile(model, backend="flashsvd")``: what Dynamo calls, and what Inductor is given."""
 
 import logging
 import os
@@ -15,7 +15,7 @@ from torch.fx import GraphModule
 from .errors import InvalidOptionError
 from .kernels.autotune import tuner_of_user, tuning
 from .options import Options
-from .passes import rewrite
+from .passes import apply_rules
 from .report import RewriteReport
 from .stack import with_room
 
@@ -45,7 +45,7 @@ def flashsvd(
     global _last_report
     parsed = Options.parse(options, mode)
     before = _printed(graph_module) if parsed.debug else ""
-    report = rewrite(graph_module, example_inputs, parsed)
+    report = apply_rules(graph_module, parsed)
     _last_report = report
     _trace(report)
     if parsed.debug:

@@ -24,6 +24,13 @@ class InvalidOptionError(FlashSVDError, ValueError):
         super().__init__(f"option {key!r} cannot be {value!r}; valid: {valid}")
 
 
+class GraphError(FlashSVDError, ValueError):
+    """What is to be rewritten is no graph that says of its nodes what they compute."""
+
+    def __init__(self, got: str, why: str):
+        super().__init__(f"{got} {why}; give a graph by Dynamo or torch.export")
+
+
 class ShapeError(FlashSVDError, ValueError):
     """Tensors given to an operator do not fit together."""
 

@@ -1,17 +1,18 @@
 """What the backend would do to a model, without compiling anything."""
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch.fx import GraphModule
 
 from .options import Options
-from .passes import rewrite
+from .passes import apply_rules
 from .report import RewriteReport
 
 
-def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwargs: Any) -> RewriteReport:
+def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any) -> RewriteReport:
     """Trace ``model(*args, **kwargs)`` and report which regions would be rewritten, and why the rest would not.
 
     The model runs once, eagerly and unchanged, under the caller's grad mode. Dynamo forgets what it compiled before.
@@ -30,7 +31,7 @@ def explain(model: Any, *args: Any, options: dict[str, Any] | None = None, **kwa
     def trace_only(graph_module: GraphModule, example_inputs: list[Any]):
         nonlocal report
         original = graph_module.forward
-        report += rewrite(_copy(graph_module), example_inputs, parsed)
+        report += apply_rules(_copy(graph_module), parsed)
         return original
 
     torch._dynamo.reset()

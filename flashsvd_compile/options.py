@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ INNER_BACKENDS = ("inductor", "aot_eager", "eager")
 
 @dataclass(frozen=True)
 class Options:
-    """Validated options of ``torch.compile(model, backend="flashsvd", options=...)``.
+    """Options of ``torch.compile(model, backend="flashsvd", options=...)``, validated when they are made.
 
     Attributes:
         debug: print the report and the graph before and after; a directory path writes them there instead.
@@ -43,6 +43,9 @@ class Options:
             ``options=``, hence this key.
         memory_budget: upper bound, in bytes, for an operator's own workspace. ``None`` lets the planner choose.
         autotune: on a GPU, time the tiles of each kind of kernel launch once and keep the fastest on disk.
+
+    Raises:
+        InvalidOptionError: a value that the option cannot take.
     """
 
     debug: bool | Path = False
@@ -53,14 +56,20 @@ class Options:
     memory_budget: int | None = None
     autotune: bool = False
 
+    def __post_init__(self):
+        for key, check in _CHECKS.items():
+            object.__setattr__(self, key, check(getattr(self, key)))
+
     @classmethod
-    def parse(cls, raw: Mapping[str, Any] | None = None, mode: str | None = None) -> "Options":
-        """Validate what ``torch.compile`` was given.
+    def parse(cls, raw: "Options | Mapping[str, Any] | None" = None, mode: str | None = None) -> "Options":
+        """The options by name, as ``torch.compile`` is given them; ``mode`` beside them replaces theirs.
 
         Raises:
             UnknownOptionError: a key that is no option.
             InvalidOptionError: a value that the option cannot take.
         """
+        if isinstance(raw, Options):
+            return raw if mode is None else replace(raw, mode=mode)
         raw = dict(raw or {})
         valid_keys = {field.name for field in fields(cls)}
         for key in raw:
@@ -68,7 +77,7 @@ class Options:
                 raise UnknownOptionError(key, valid_keys)
         if mode is not None:
             raw["mode"] = mode
-        return cls(**{key: _CHECKS[key](value) for key, value in raw.items()})
+        return cls(**raw)
 
 
 def _debug(value: Any) -> bool | Path:
@@ -98,7 +107,7 @@ def _disable(value: Any) -> frozenset[str]:
 
 
 def _mode(value: Any) -> str | None:
-    valid = (*list_mode_options(), "default")
+    valid = dict.fromkeys(("default", *list_mode_options()))
     if value is not None and value not in valid:
         raise InvalidOptionError("mode", value, ", ".join(map(repr, valid)))
     return None if value == "default" else value

@@ -9,6 +9,7 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
+@pytest.mark.usefixtures("small_regions_stay")
 @pytest.mark.parametrize(
     ("script", "printed"),
     [

@@ -36,6 +36,24 @@ def test_every_option_is_taken():
     assert options.autotune
 
 
+def test_options_made_by_hand_are_validated_too():
+    assert Options(disable="linear").disable == {"linear"}  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InvalidOptionError, match="option 'strategy' cannot be 'fast'"):
+        Options(strategy="fast")
+
+
+def test_options_are_options():
+    options = Options(strategy="streamed")
+    assert Options.parse(options) is options
+    assert Options.parse(options, mode="reduce-overhead") == Options(strategy="streamed", mode="reduce-overhead")
+
+
+def test_a_mode_is_listed_once():
+    with pytest.raises(InvalidOptionError) as raised:
+        Options(mode="fastest")
+    assert str(raised.value).count("'default'") == 1
+
+
 def test_one_disabled_rule_may_be_given_as_a_word():
     assert Options.parse({"disable": "linear"}).disable == {"linear"}
 

@@ -17,14 +17,14 @@ from torch.fx.node import map_arg
 
 from ..ops.activation import ACTIVATIONS
 from .values import number_of, shape_of, tensor_of
-from .vocabulary import Call, read
+from .vocabulary import CASTS, Call, read
 
 ELEMENTWISE = {
     "add", "sub", "rsub", "mul", "div", "pow", "square", "neg", "tanh", "sigmoid", "erf", "exp", "abs", "sqrt", "rsqrt",
     "reciprocal", "clamp", "clamp_min", "relu", "relu6", "gelu", "silu", "elu", "leaky_relu", "softplus", "mish",
     "hardswish", "maximum",
 }  # fmt: skip
-CONVERSIONS = {"to", "float", "half", "bfloat16", "type_as", "clone", "contiguous"}
+CONVERSIONS = CASTS | {"clone", "contiguous"}
 _IDENTITIES = CONVERSIONS | {"dropout"}
 _MAX_NODES = 24
 _FAR = (4, 5, 7, 10, 20, 38)

@@ -18,7 +18,7 @@ import torch
 from torch.fx import Node
 
 from .values import shape_of, size_of, tensor_of, value_of
-from .vocabulary import Call, read
+from .vocabulary import CASTS, Call, read
 
 LEADING = 3
 """Batch, heads and positions, in any order, stand before the columns."""
@@ -326,5 +326,5 @@ _RULES: dict[str, _Rule] = {
     ),
     "transpose": _transposed,
     "repeat_interleave": _repeat,
-    **dict.fromkeys(("to", "float", "half", "bfloat16", "type_as"), _cast),
+    **dict.fromkeys(CASTS, _cast),
 }

@@ -30,7 +30,7 @@ from .index_values import (
     shifted,
 )
 from .values import number_of, shape_of, tensor_of
-from .vocabulary import Call
+from .vocabulary import CASTS, Call
 
 
 class Reader(Protocol):
@@ -336,7 +336,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_COMPARISONS, _comparison),
     "logical_and": _conjunction,
     "logical_not": _opposite,
-    **dict.fromkeys(("to", "bool", "int", "long", "float", "half", "bfloat16", "type_as"), _conversion),
+    **dict.fromkeys((*CASTS, "bool", "int", "long"), _conversion),
     "detach": _unchanged,
     "where": _where,
     "masked_fill": _masked_fill,

@@ -1,6 +1,7 @@
 """A region that a rule has read, ready to be checked and replaced."""
 
 import operator
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
@@ -180,16 +181,20 @@ def module_of(nodes: tuple[Node, ...], output: Node) -> str:
     return ".".join(common) or "model"
 
 
+_ROOT = re.compile(r"^[LG]\['\w+'\](\[\d+\])?")
+"""What Dynamo calls the module that is compiled: ``L['self']``, ``L['args'][0]``, or a name in a function's scope."""
+
+
+_BETWEEN = ("_modules", "__self__")
+"""Attributes on the way that are no modules: the dictionary of children, and what a bound method belongs to."""
+
+
 def _path_of(node: Node) -> list[str] | None:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    for root in ("L['self']", "L['fn']", "L['args'][0]"):
-        path = path.removeprefix(root)
-    path = path.replace("_modules['", "").replace("']", "")
-    path = path.replace("[", ".").replace("]", "")
-    return [part for part in path.split(".") if part]
+    return [part for part in re.findall(r"\w+", _ROOT.sub("", path)) if part not in _BETWEEN]
 
 
 def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Runs the rules over a graph, in order, and reports what they did."""
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from operator import getitem
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import Graph, GraphModule, Node
 
-from ..errors import FlashSVDError
+from ..errors import FlashSVDError, GraphError
 from ..options import INPUT_NORM, PACKING, RESIDUAL, Options, Strategy
 from ..planner import Plan
 from ..report import Match, Refusal, RefusalReason, RewriteReport
@@ -48,7 +48,9 @@ def rules() -> dict[str, Rule]:
 
 
 def rewrite(
-    graph_module: GraphModule, example_inputs: Sequence[Any] | None = None, options: Options | dict | None = None
+    graph_module: GraphModule,
+    example_inputs: Sequence[Any] | None = None,
+    options: Options | Mapping[str, Any] | None = None,
 ) -> RewriteReport:
     """Replace the low-rank regions of a graph by operators, in place.
 
@@ -63,16 +65,21 @@ def rewrite(
 
     Raises:
         UnknownOptionError, InvalidOptionError: bad options.
+        GraphError: no graph, or one whose inputs carry no example values.
     """
-    options = options if isinstance(options, Options) else Options.parse(options)
-    return _rewrite(graph_module, options, transformed=False)
+    if not isinstance(graph_module, GraphModule):
+        raise GraphError(f"a {type(graph_module).__name__}", "is no graph")
+    inputs = graph_module.graph.find_nodes(op="placeholder")
+    if inputs and all(value_of(node) is None for node in inputs):
+        raise GraphError(f"the graph of {', '.join(node.name for node in inputs)}", "carries no example values")
+    return apply_rules(graph_module, Options.parse(options))
 
 
-def _rewrite(graph_module: GraphModule, options: Options, transformed: bool) -> RewriteReport:
-    """Of a graph that runs within a transform of ``torch.func`` or not."""
+def apply_rules(graph_module: GraphModule, options: Options, transformed: bool = False) -> RewriteReport:
+    """As :func:`rewrite`, of any graph, which runs within a transform of ``torch.func`` or not."""
     report, graph = RewriteReport(), graph_module.graph
     for body, within in _bodies(graph_module).items():
-        report += _rewrite(body, options, transformed or within)
+        report += apply_rules(body, options, transformed or within)
     follow_in_place_results(graph)
     drop_unused_sizes(graph)
     report.refusals += transformed_pairs(graph.nodes if transformed else transformed_among(graph.nodes))

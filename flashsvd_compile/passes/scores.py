@@ -15,6 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..report import RefusalReason
+from .affine import read_affine
 from .axes import Axis, Layout, extent, named
 from .columns import example
 from .factored import Obstacle
@@ -22,7 +23,7 @@ from .masking import Mask, read_fill, read_floor
 from .products import Product, read_biased_product, read_product
 from .values import number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
-from .vocabulary import Call, is_call, read
+from .vocabulary import CASTS, Call, is_call, read
 
 
 class Operand(NamedTuple):
@@ -110,6 +111,8 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
         part = read_view(probabilities)
         if part is not None and is_call(part.source, "softmax"):
             return _unsupported(f"{probabilities.name!r} is part of a softmax, over keys and something else (a sink)")
+        if read_affine(node) is None and _is_made_of_scores(product.left):
+            return _unsupported(f"{node.name!r} weights values by more than a softmax, or by something else")
         return None
     shape = shape_of(softmax.input)
     if shape is None or softmax.get("dim") not in (-1, len(shape) - 1):
@@ -127,6 +130,24 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     dtype = _multiplied_in(scores.nodes[0], q.node)
     nodes = (*scores.nodes, probabilities, *after, node)
     return Core(q, k, v, scores.masks, False, scores.scale, scores.softcap, dtype, result, nodes)
+
+
+_STEPS_FROM_SCORES = 12
+"""Nodes above the weights of values among which a softmax, or the scores themselves, are looked for."""
+
+
+def _is_made_of_scores(weights: Node) -> bool:
+    """Whether a softmax or a product of two activations is a few steps above, all of the shape of the weights."""
+    shape = shape_of(weights)
+    seen, waiting = {weights}, [weights]
+    while waiting and len(seen) < _STEPS_FROM_SCORES:
+        node = waiting.pop()
+        if is_call(node, "softmax") or (read_product(node) is not None and read_affine(node) is None):
+            return True
+        above = [n for n in node.all_input_nodes if n not in seen and shape_of(n) == shape]
+        waiting += above
+        seen.update(above)
+    return False
 
 
 def _multiplied_in(product: Node, queries: Node) -> torch.dtype:
@@ -287,7 +308,7 @@ def _leads_to_product(node: Node) -> bool:
     return before is not None and _leads_to_product(before[0])
 
 
-_CONVERSIONS = {"to", "float", "type_as", "dropout", "contiguous", "clone"}
+_CONVERSIONS = CASTS | {"dropout", "contiguous", "clone"}
 
 
 def _skip(node: Node) -> tuple[Node, tuple[Node, ...]]:

@@ -16,7 +16,7 @@ from torch.fx import Node
 
 from .axes import Axis, Dim, Layout, Size, Window, extent, ratio, regroup
 from .values import shape_of, size_of, tensor_of, value_of
-from .vocabulary import Call, read
+from .vocabulary import CASTS, Call, read
 
 
 class Step(Protocol):
@@ -198,12 +198,11 @@ _REGROUPING = {
     "contiguous",
 }  # fmt: skip
 _UNCHANGED = {"clone", "alias", "dropout"}
-_CONVERSIONS = {"to", "float", "half", "bfloat16", "type_as"}
 
 
 def _steps(call: Call, before: tuple[Size, ...], after: tuple[Size, ...], node: Node) -> tuple[Step, ...] | None:
     rank = len(before)
-    if call.op in _REGROUPING | _UNCHANGED or (call.op in _CONVERSIONS and _keeps_type(call.input, node)):
+    if call.op in _REGROUPING | _UNCHANGED or (call.op in CASTS and _keeps_type(call.input, node)):
         return (Regroup(before),)
     if call.op == "transpose":
         return _transposed(rank, call["dim0"], call["dim1"])

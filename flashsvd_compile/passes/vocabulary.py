@@ -193,6 +193,9 @@ _ARGUMENT_ALIASES = {
     "size": "sizes",
 }
 
+CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
+"""Operations to another floating dtype, or device."""
+
 
 class Call(NamedTuple):
     """One operation with its arguments by name."""
@@ -273,8 +276,6 @@ def _functions() -> dict[Callable, str]:
                 function = getattr(home, name, None)
                 if callable(function) and not isinstance(function, type):
                     table.setdefault(function, _ALIASES.get(spelling, spelling))
-    del table[torch.split]  # resolved below: its module and its C function differ
-    table.update({torch.split: "split", torch.functional.einsum: "einsum", functional.linear: "linear"})
     return table
 
 

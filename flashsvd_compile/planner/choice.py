@@ -109,7 +109,8 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     device = device_of(shape.device)
     before = memory.mlp_as_written(shape)
     offered: list[Candidate] = []
-    if _on_chip(shape, device) and "gate" not in shape.ranks:
+    obstacle = _obstacle_to_fusing(shape, device)
+    if obstacle is None:
         workspace = _workspace(shape, device, options, memory.SHARE_FOR_PARTIAL_SUMS)
         bound = workspace.bytes_for(shape.input_elements)
         seconds, transient = time.mlp_fused(shape, device, bound), memory.mlp_fused(shape, device, bound)
@@ -126,7 +127,8 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
         needed = products + _at_most(memory.mlp_streamed(shape, device, bound), before)
         seconds = time.mlp_merged(shape, device, bound)
         offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
-    return _choice(shape, offered, time.mlp_kept(shape, device.as_written()), before, options)
+    obstacles = {} if obstacle is None else {Strategy.FUSED: obstacle}
+    return _choice(shape, offered, time.mlp_kept(shape, device.as_written()), before, options, obstacles)
 
 
 @remembered
@@ -278,13 +280,21 @@ def _comparison(shape: RegionShape, chosen: Candidate, kept: Candidate) -> str:
     if chosen is kept:
         return "nothing that is offered is predicted to be as fast"
     ratio = shape.at_hints(chosen.seconds) / shape.at_hints(kept.seconds)
-    return f"{ratio:.2f} of the time predicted as written"
+    equal = f", which counts as equal (within {NOISE:.0%})" if 1 < ratio <= 1 + NOISE else ""
+    return f"predicted to take {ratio:.2f} of the time as written{equal}"
 
 
-def _on_chip(shape: MlpShape, device: Device) -> bool:
-    """Whether the fused kernel keeps the hidden layer on chip; float32 is left to the library."""
-    low_rank = all(rank is not None and rank <= device.max_fused_rank for rank in shape.ranks.values())
-    return low_rank and shape.itemsize == 2
+def _obstacle_to_fusing(shape: MlpShape, device: Device) -> str | None:
+    """Why no kernel keeps the hidden layer on chip, if none does; float32 is left to the library."""
+    if not device.max_fused_rank:
+        return "only GPUs have a kernel for it"
+    if shape.itemsize != 2:
+        return "the kernel computes in half precision"
+    if "gate" in shape.ranks:
+        return "the kernel takes no gate"
+    if not all(rank is not None and rank <= device.max_fused_rank for rank in shape.ranks.values()):
+        return f"the kernel takes ranks up to {device.max_fused_rank}"
+    return None
 
 
 def _workspaces(shape: RegionShape, device: Device, options: Options, products: int = 0) -> list[Workspace]:

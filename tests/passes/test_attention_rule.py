@@ -121,6 +121,48 @@ def test_every_spelling_of_the_core(spelling):
     assert kwargs.get("window_right", -1) == (0 if spelling == "causal" else -1)
 
 
+CASTS = {
+    "to": lambda weights, like: weights.to(like.dtype),
+    "type": lambda weights, like: weights.type(like.dtype),
+    "type_as": lambda weights, like: weights.type_as(like),
+    "half": lambda weights, like: weights.half(),
+}
+
+
+@pytest.mark.parametrize("spelling", CASTS)
+def test_every_cast_of_the_weights(spelling):
+    def core(q, k, v):
+        return CASTS[spelling](torch.softmax((q @ k.mT).float() * 0.25, -1), q) @ v
+
+    result = rewritten(attention(core=core), *(tensor.half() for tensor in (X, *ALL)))
+    assert (result.count("attention"), result.reasons) == (1, [])
+
+
+OTHER_WEIGHTS = {
+    "a softmax times a mask of heads": lambda q, k, v: (
+        ((q @ k.mT).softmax(-1) * torch.arange(1.0, HEADS + 1).view(1, HEADS, 1, 1)) @ v
+    ),
+    "a softmax without its NaN": lambda q, k, v: torch.nan_to_num((q @ k.mT).softmax(-1)) @ v,
+    "sigmoids": lambda q, k, v: torch.sigmoid(q @ k.mT * 0.25) @ v,
+    "squares": lambda q, k, v: torch.relu(q @ k.mT) ** 2 @ v,
+    "scores": lambda q, k, v: (q @ k.mT).tril() @ v,
+}
+
+
+@pytest.mark.parametrize("weights", OTHER_WEIGHTS)
+def test_values_weighted_by_something_else_are_reported(weights):
+    result = rewritten(attention(core=OTHER_WEIGHTS[weights]), X, *ALL)
+    assert (result.count("attention"), result.count("linear")) == (0, 4)
+    assert result.reasons == [RefusalReason.UNSUPPORTED_ATTENTION]
+    assert "weights values by more than a softmax, or by something else" in result.report.refusals[0].sentence
+    result.assert_same_result()
+
+
+def test_attention_without_weights_of_keys_is_not_reported():
+    result = rewritten(attention(core=lambda q, k, v: q @ (k.mT @ v)), X, *ALL)
+    assert (result.count("linear"), result.reasons) == (4, [])
+
+
 ROUNDED = {
     "scores": lambda q, k, v: torch.div(q @ k.mT, 0.1, rounding_mode="floor").softmax(-1) @ v,
     "capped scores": lambda q, k, v: (torch.tanh((q @ k.mT).div(0.1, rounding_mode="trunc")) * 2).softmax(-1) @ v,
