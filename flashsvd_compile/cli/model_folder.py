@@ -5,9 +5,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from torch import nn
+from typer import BadParameter
 
 from ..compress import load_factored, save_factored
 from ..errors import CheckpointError
+from .extras import extra
 
 FACTORED_WEIGHTS = "factored.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot")
@@ -29,13 +31,16 @@ def load(folder: Path) -> nn.Module:
     factored = (folder / FACTORED_WEIGHTS).exists()
     try:
         model = _from_transformers(folder, with_weights=not factored)
+    except BadParameter:  # transformers itself is missing
+        raise
     except Exception as error:  # of any class: a configuration may be wrong in many ways, each with an error of its own
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     return load_factored(model, folder / FACTORED_WEIGHTS) if factored else model
 
 
 def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
-    import transformers
+    with extra("bench"):
+        import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)

@@ -5,6 +5,8 @@ from os import PathLike
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
@@ -27,9 +29,6 @@ def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
     Raises:
         CheckpointError: the model has no low-rank layer, or the file cannot be written.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_model
-
     _check_path(path)
     layers = {name: _describe(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
@@ -52,8 +51,6 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
         CheckpointError: not a factored checkpoint, one of another architecture, a model that cannot be copied, or a
             buffer on the meta device that no checkpoint holds; the message names the layer or buffer.
     """
-    from safetensors.torch import load_model
-
     _check_path(path)
     if (obstacle := why_not_copied(model)) is not None:
         raise CheckpointError(obstacle)
@@ -109,8 +106,6 @@ def _describe(layer: LowRankLinear) -> dict[str, Any]:
 
 def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
     """The description of every low-rank layer, from the file's metadata."""
-    from safetensors import SafetensorError, safe_open
-
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}

@@ -1,6 +1,7 @@
 """Each command of ``flashsvd`` on small models."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -85,6 +86,12 @@ class TestCompress:
     )
     def test_mistakes_are_named(self, folder: Path, tmp_path: Path, arguments: list, message: str):
         assert message in refused("compress", folder, tmp_path / "small", *arguments)
+
+    def test_a_missing_requirement_is_named(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+        monkeypatch.setitem(sys.modules, "transformers", None)
+        for arguments in (["compress", folder, tmp_path / "small"], ["bench", "--layers", 1], ["explain", folder]):
+            assert "pip install 'flashsvd-compile[bench]' has it" in refused(*arguments)
+        assert "pip install 'flashsvd-compile[demo]' has it" in refused("demo")
 
     def test_no_model_folder(self, tmp_path: Path):
         assert "no config.json" in refused("compress", tmp_path, tmp_path / "small")
