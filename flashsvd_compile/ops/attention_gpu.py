@@ -101,7 +101,7 @@ def streamed(
     heads, short = result.unflatten(-1, (attn.num_heads, attn.head_dim)), _is_short(x.shape[1], context, attn)
     if merges:
         _attend_merged(heads, x, context, attn, elements)
-        attn = attn._replace(out=attn.out and proj.merge_if_dearer(attn.out))
+        attn = attn._replace(out=attn.out and proj.merge_if_cheaper(attn.out))
     elif short and is_fused(x, attn.q):
         _attend_to_short(heads, context, attn, elements, x)
     else:

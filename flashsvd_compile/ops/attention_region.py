@@ -102,8 +102,8 @@ class Attention(NamedTuple):
 
     def merged(self) -> "Attention":
         """The region with each projection dense whose factors cost more."""
-        q, k, v = (proj.merge_if_dearer(p) for p in (self.q, self.k, self.v))
-        return self._replace(q=q, k=k, v=v, out=self.out and proj.merge_if_dearer(self.out))
+        q, k, v = (proj.merge_if_cheaper(p) for p in (self.q, self.k, self.v))
+        return self._replace(q=q, k=k, v=v, out=self.out and proj.merge_if_cheaper(self.out))
 
     def of_items(self, items: slice) -> "Attention":
         """The region restricted to some batch items."""

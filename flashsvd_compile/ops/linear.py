@@ -29,7 +29,7 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 def _cpu(x: Tensor, *arguments) -> Tensor:
     weight, strategy, workspace_bytes = _parse(x, arguments)
     if strategy == Strategy.MERGED:
-        weight = proj.merge_if_dearer(weight)
+        weight = proj.merge_if_cheaper(weight)
     return streamed(x, weight, workspace_bytes)
 
 
@@ -40,7 +40,7 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
         out = _fake(x, *arguments)
         few_rows.project(rows, [weight], [out.view(len(rows), -1)])
         return out
-    weight = proj.merge_if_dearer(weight) if strategy == Strategy.MERGED else with_aligned_rank(weight, len(rows))
+    weight = proj.merge_if_cheaper(weight) if strategy == Strategy.MERGED else with_aligned_rank(weight, len(rows))
     return streamed(x, weight, workspace_bytes)
 
 

@@ -33,9 +33,9 @@ def for_queries(attn: Attention, room: int) -> tuple[Projection[Tensor], KeysAnd
         room: elements that the queries' product may take beside the others.
     """
     fits = proj.out_features(attn.q) * proj.in_features(attn.q) <= room
-    at_once = fits and proj.is_dearer(attn.q) and _come_side_by_side(attn)
+    at_once = fits and proj.costs_more_than_dense(attn.q) and _come_side_by_side(attn)
     if not (at_once and supported(*map(_operands, (attn.q, attn.k, attn.v)))):
-        return proj.merge_if_dearer(attn.q), None
+        return proj.merge_if_cheaper(attn.q), None
     queries, of_queries = _stacked([attn.q])
     both, of_both = _stacked([attn.k, attn.v])
     multiply_together(*of_queries, *of_both)
@@ -45,7 +45,7 @@ def for_queries(attn: Attention, room: int) -> tuple[Projection[Tensor], KeysAnd
 def for_keys_and_values(attn: Attention) -> KeysAndValues:
     """The projections of keys and values to use."""
     if not _come_side_by_side(attn):
-        return KeysAndValues(proj.merge_if_dearer(attn.k), proj.merge_if_dearer(attn.v))
+        return KeysAndValues(proj.merge_if_cheaper(attn.k), proj.merge_if_cheaper(attn.v))
     both, products = _stacked([attn.k, attn.v])
     if supported(*map(_operands, (attn.k, attn.v))):
         multiply_together(*products)
@@ -74,7 +74,7 @@ def side_by_side(attn: Attention) -> Projection[Tensor] | None:
 
 def _come_side_by_side(attn: Attention) -> bool:
     """Whether both keys and values are multiplied out, and heads of both are aligned side by side."""
-    return _are_aligned(attn) and proj.is_dearer(attn.k) and proj.is_dearer(attn.v)
+    return _are_aligned(attn) and proj.costs_more_than_dense(attn.k) and proj.costs_more_than_dense(attn.v)
 
 
 def _are_aligned(attn: Attention) -> bool:

@@ -27,4 +27,4 @@ class Mlp(NamedTuple):
 
     def merged(self) -> "Mlp":
         """The region with each projection dense whose factors cost more."""
-        return Mlp(*(p and proj.merge_if_dearer(p) for p in self))  # pyright: ignore[reportArgumentType]
+        return Mlp(*(p and proj.merge_if_cheaper(p) for p in self))  # pyright: ignore[reportArgumentType]

@@ -70,15 +70,15 @@ def apply(x: Tensor, projection: Projection[Tensor]) -> Tensor:
     return torch.nn.functional.linear(x, projection.up, projection.up_bias)
 
 
-def is_dearer(projection: Projection[Tensor]) -> bool:
+def costs_more_than_dense(projection: Projection[Tensor]) -> bool:
     """Whether two factors cost at least as much as their product: ``rank * (in + out) >= in * out``."""
     n, m = in_features(projection), out_features(projection)
     return projection.down is not None and rank(projection) * (m + n) >= m * n
 
 
-def merge_if_dearer(projection: Projection[Tensor]) -> Projection[Tensor]:
-    """The dense projection, of weight ``up @ down``, where the factors are :func:`is_dearer`."""
-    if projection.down is None or not is_dearer(projection):
+def merge_if_cheaper(projection: Projection[Tensor]) -> Projection[Tensor]:
+    """The dense projection, of weight ``up @ down``, where the factors are :func:`costs_more_than_dense`."""
+    if projection.down is None or not costs_more_than_dense(projection):
         return projection
     return Projection(None, None, projection.up @ projection.down, dense_bias(projection))
 

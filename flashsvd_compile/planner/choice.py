@@ -1,9 +1,9 @@
 """The strategy for a region: the fastest, and of equally fast ones the one with the least memory."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import MappingProxyType
 
 import sympy
@@ -57,8 +57,8 @@ class Workspace:
         """The bound as a formula."""
         share = sympy.floor(sympy.Rational(self.per_element) * elements)
         if self.beside:
-            share = memory.smallest(share, sympy.floor(sympy.Rational(self.in_all) * elements) - self.beside)
-        return memory.largest(self.least, share)
+            share = memory.minimum(share, sympy.floor(sympy.Rational(self.in_all) * elements) - self.beside)
+        return memory.maximum(self.least, share)
 
 
 @dataclass(frozen=True)
@@ -112,21 +112,20 @@ def plan_mlp(shape: MlpShape, options: Options) -> Plan:
     obstacle = _obstacle_to_fusing(shape, device)
     if obstacle is None:
         workspace = _workspace(shape, device, options, memory.SHARE_FOR_PARTIAL_SUMS)
-        bound = workspace.bytes_for(shape.input_elements)
-        seconds, transient = time.mlp_fused(shape, device, bound), memory.mlp_fused(shape, device, bound)
-        offered.append(Candidate(Strategy.FUSED, workspace, seconds, transient, "the hidden layer stays on chip"))
-    for workspace in _workspaces(shape, device, options):
-        bound = workspace.bytes_for(shape.input_elements)
-        needed = _at_most(memory.mlp_streamed(shape, device, bound), before)
-        seconds = time.mlp_streamed(shape, device, bound)
-        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "the hidden layer passes in chunks"))
-    dearer = _dearer(shape, {"out": shape.features["hidden"]})
-    products = memory.products(shape, device, dearer)
-    for workspace in _workspaces(shape, device, options, products) if dearer else ():
-        bound = workspace.bytes_for(shape.input_elements)
-        needed = products + _at_most(memory.mlp_streamed(shape, device, bound), before)
-        seconds = time.mlp_merged(shape, device, bound)
-        offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+        seconds, transient = partial(time.mlp_fused, shape, device), partial(memory.mlp_fused, shape, device)
+        offered += _offer(shape, Strategy.FUSED, [workspace], seconds, transient, "the hidden layer stays on chip")
+
+    def chunks(bound: sympy.Expr) -> sympy.Expr:
+        return _at_most(memory.mlp_streamed(shape, device, bound), before)
+
+    how = "the hidden layer passes in chunks"
+    seconds = partial(time.mlp_streamed, shape, device)
+    offered += _offer(shape, Strategy.STREAMED, _workspaces(shape, device, options), seconds, chunks, how)
+    to_merge = _costing_more_than_dense(shape, {"out": shape.features["hidden"]})
+    if to_merge:
+        products, how = memory.products(shape, device, to_merge), _merging(to_merge)
+        workspaces, seconds = _workspaces(shape, device, options, products), partial(time.mlp_merged, shape, device)
+        offered += _offer(shape, Strategy.MERGED, workspaces, seconds, lambda bound: products + chunks(bound), how)
     obstacles = {} if obstacle is None else {Strategy.FUSED: obstacle}
     return _choice(shape, offered, time.mlp_kept(shape, device.as_written()), before, options, obstacles)
 
@@ -139,30 +138,29 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     device = device_of(shape.device)
     before = memory.attention_as_written(shape)
     offered: list[Candidate] = []
+
+    def chunks(lifted: AttentionShape, bound: sympy.Expr, products: int) -> sympy.Expr:
+        return products + _at_most(memory.attention_streamed(lifted, device, bound), before)
+
     how = "q, k, v are lifted a few items or heads at a time"
-    products = memory.products(shape, device)
-    workspaces = _workspaces(shape, device, options, products)
-    # The least holds the rank space of short sequences.
-    for workspace in workspaces[:1] if memory.lifts_on_chip(shape, device) and memory.is_short(shape) else workspaces:
-        bound = workspace.bytes_for(shape.input_elements)
-        needed = products + _at_most(memory.attention_streamed(shape, device, bound), before)
-        seconds = time.attention_streamed(shape, device, bound)
-        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, how))
-    dearer = _dearer(shape, {"out": memory.heads_width(shape)})
-    products, merged = memory.products(shape, device, dearer), shape.with_dense(dearer)
-    for workspace in _workspaces(shape, device, options, products) if dearer else ():
-        bound = workspace.bytes_for(shape.input_elements)
-        needed = products + _at_most(memory.attention_streamed(merged, device, bound), before)
-        seconds = time.attention_merged(shape, device, bound, merged)
-        offered.append(Candidate(Strategy.MERGED, workspace, seconds, needed, _merging(dearer)))
+    held = memory.products(shape, device)
+    workspaces = _workspaces(shape, device, options, held)
+    if memory.lifts_on_chip(shape, device) and memory.is_short(shape):
+        workspaces = workspaces[:1]  # the least holds the rank space of short sequences
+    seconds, transient = partial(time.attention_streamed, shape, device), partial(chunks, shape, products=held)
+    offered += _offer(shape, Strategy.STREAMED, workspaces, seconds, transient, how)
+    to_merge = _costing_more_than_dense(shape, {"out": memory.heads_width(shape)})
+    if to_merge:
+        held, merged = memory.products(shape, device, to_merge), shape.with_dense(to_merge)
+        workspaces, transient = _workspaces(shape, device, options, held), partial(chunks, merged, products=held)
+        seconds = partial(time.attention_merged, shape, device, merged=merged)
+        offered += _offer(shape, Strategy.MERGED, workspaces, seconds, transient, _merging(to_merge))
     obstacles: dict[Strategy, str] = {}
     if isinstance(shape.rank_space, RankSpace):
         how = f"scores and values are taken in rank space, heads of {shape.rank_space.head_dim}"
-        for workspace in _workspaces(shape, device, options):
-            bound = workspace.bytes_for(shape.input_elements)
-            seconds = time.attention_absorbed(shape, device, bound)
-            needed = memory.attention_absorbed(shape, device, bound)
-            offered.append(Candidate(Strategy.ABSORBED, workspace, seconds, needed, how))
+        seconds = partial(time.attention_absorbed, shape, device)
+        transient = partial(memory.attention_absorbed, shape, device)
+        offered += _offer(shape, Strategy.ABSORBED, _workspaces(shape, device, options), seconds, transient, how)
     else:
         obstacles[Strategy.ABSORBED] = shape.rank_space
     if shape.shared:
@@ -181,16 +179,31 @@ def plan_linear(shape: LinearShape, options: Options) -> Plan:
     device = device_of(shape.device)
     before = memory.linear_as_written(shape)
     copies = shape.itemsize * memory.copied_factors(shape, "w", shape.in_features, shape.rows) if device.grows else 0
-    offered: list[Candidate] = []
-    for workspace in _workspaces(shape, device, options, copies):
-        bound = workspace.bytes_for(shape.input_elements)
-        seconds, needed = time.linear_streamed(shape, device, bound), copies + _at_most(bound, before)
-        offered.append(Candidate(Strategy.STREAMED, workspace, seconds, needed, "rank space passes in chunks"))
-    dearer = _dearer(shape, {})
-    if dearer:
-        seconds, weight = time.linear_merged(shape, device), memory.merged_weight(shape)
-        offered.append(Candidate(Strategy.MERGED, offered[0].workspace, seconds, weight, _merging(dearer)))
+    workspaces, seconds = _workspaces(shape, device, options, copies), partial(time.linear_streamed, shape, device)
+    how = "rank space passes in chunks"
+    offered = _offer(shape, Strategy.STREAMED, workspaces, seconds, lambda bound: copies + _at_most(bound, before), how)
+    to_merge = _costing_more_than_dense(shape, {})
+    if to_merge:
+        weight, how = memory.merged_weight(shape), _merging(to_merge)
+        merged = Candidate(Strategy.MERGED, workspaces[0], time.linear_merged(shape, device), weight, how)
+        offered.append(merged)
     return _choice(shape, offered, time.linear_kept(shape, device.as_written()), before, options)
+
+
+def _offer(
+    shape: RegionShape,
+    strategy: Strategy,
+    workspaces: list[Workspace],
+    seconds: Callable[[sympy.Expr], sympy.Expr],
+    transient: Callable[[sympy.Expr], sympy.Expr],
+    how: str,
+) -> list[Candidate]:
+    """A candidate for each workspace, by what takes its bound in bytes."""
+    bounds = [workspace.bytes_for(shape.input_elements) for workspace in workspaces]
+    return [
+        Candidate(strategy, workspace, seconds(bound), transient(bound), how)
+        for workspace, bound in zip(workspaces, bounds, strict=True)
+    ]
 
 
 def _nothing_to_compute(shape: RegionShape, options: Options) -> Plan:
@@ -198,15 +211,15 @@ def _nothing_to_compute(shape: RegionShape, options: Options) -> Plan:
     return _choice(shape, [], sympy.S.Zero, sympy.S.Zero, options)
 
 
-def _dearer(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> dict[str, sympy.Expr | int]:
+def _costing_more_than_dense(shape: RegionShape, inputs: dict[str, sympy.Expr | int]) -> dict[str, sympy.Expr | int]:
     """Input sizes by role of the pairs that cost more than their product; ``inputs`` has those that are not ``x``'s."""
     low_rank = [role for role, rank in shape.ranks.items() if rank is not None]
     sizes = {role: inputs.get(role, shape.in_features) for role in low_rank}
-    return {role: size for role, size in sizes.items() if shape.is_dearer_than_dense(role, size)}
+    return {role: size for role, size in sizes.items() if shape.costs_more_than_dense(role, size)}
 
 
-def _merging(dearer: Iterable[str]) -> str:
-    return f"the factors of {', '.join(dearer)} hold no fewer elements than their product"
+def _merging(roles: Iterable[str]) -> str:
+    return f"the factors of {', '.join(roles)} hold no fewer elements than their product"
 
 
 def _choice(
@@ -316,4 +329,4 @@ def _workspace(shape: RegionShape, device: Device, options: Options, share: Frac
 
 def _at_most(bound: sympy.Expr, need: sympy.Expr) -> sympy.Expr:
     """A workspace is never larger than what there is to compute."""
-    return memory.smallest(bound, need)
+    return memory.minimum(bound, need)

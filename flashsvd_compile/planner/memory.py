@@ -30,9 +30,9 @@ def merged_weight(shape: LinearShape) -> sympy.Expr:
     return sympy.sympify(shape.itemsize * shape.in_features * shape.features["w"])
 
 
-def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr | int] = NOTHING) -> int:
+def products(shape: RegionShape, device: Device, to_merge: Mapping[str, sympy.Expr | int] = NOTHING) -> int:
     """Bytes beside the workspace of what is made of factors: the dense weights of the region's merged projections,
-    ``dearer`` by role with their input size, and of those that the graph multiplies out; an attention's
+    ``to_merge`` by role with their input size, and of those that the graph multiplies out; an attention's
     :func:`copied_factors`.
 
     An attention operator multiplies for the queries first, then for keys and values, then for its output; the rest
@@ -42,12 +42,12 @@ def products(shape: RegionShape, device: Device, dearer: Mapping[str, sympy.Expr
     """
     if not device.grows:
         return 0
-    weights = {role: int(shape.features[role] * features) for role, features in dearer.items()}
+    weights = {role: int(shape.features[role] * features) for role, features in to_merge.items()}
     if not isinstance(shape, AttentionShape):
         return shape.itemsize * sum(weights.values())
     made = _copies(shape, device) | weights
     together = made["k"] + made["v"]
-    if _lifts_by_library(shape, device) and not dearer:
+    if _lifts_by_library(shape, device) and not to_merge:
         together += made["q"]  # of a normalised input all three are copied at once
     return shape.itemsize * (shape.products + max(together, made["q"], made.get("out", 0)))
 
@@ -117,10 +117,10 @@ def partial_sums(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -
     """
     if is_bound_by_launches(shape.rows):
         return sympy.S.One
-    rows = largest(1, shape.rows)
+    rows = maximum(1, shape.rows)
     of_a_row = shape.features["out"] - shape.latent("hidden") + workspace_bytes / (shape.itemsize * rows)
-    fitting, needed = down(of_a_row / shape.latent("out")), down(device.full_rows / rows)
-    return largest(1, smallest(fitting, needed, -(-shape.features["hidden"] // SPLIT_COLUMNS)))
+    fitting, needed = floor(of_a_row / shape.latent("out")), floor(device.full_rows / rows)
+    return maximum(1, minimum(fitting, needed, -(-shape.features["hidden"] // SPLIT_COLUMNS)))
 
 
 SINGLE_COLUMNS = 768
@@ -130,7 +130,7 @@ SINGLE_COLUMNS = 768
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
     """The workspace of one chunk of rows; all of the workspace where some columns pass at a time."""
     chunk = sympy.ceiling(shape.rows / mlp_chunks(shape, device, workspace_bytes)) * _mlp_streamed_row(shape)
-    return smallest(workspace_bytes, chunk) if _columns(shape, device) < shape.features["hidden"] else chunk
+    return minimum(workspace_bytes, chunk) if _columns(shape, device) < shape.features["hidden"] else chunk
 
 
 def mlp_chunks(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -199,32 +199,32 @@ def attention_chunks(shape: AttentionShape, device: Device, workspace_bytes: sym
     latent = 0 if lifts_on_chip(shape, device) else latent
     width = (shape.features["k"] + shape.features["v"]) // shape.num_kv_heads
     returned = shape.q_len * shape.features["v"] // shape.num_kv_heads if library_attends(shape, device) else 0
-    head = largest(1, shape.itemsize * (shape.kv_len * width + returned))
-    items = largest(1, down(workspace_bytes / (latent + shape.num_kv_heads * head)))
-    heads = largest(1, down((workspace_bytes - latent) / head))
-    of_items = largest(1, up(shape.batch / items))
-    of_heads = up(shape.num_kv_heads / heads)
-    most = latent + up(shape.num_kv_heads / of_heads) * head
-    return Chunks(of_items * of_heads, up(shape.batch / of_items) * most)
+    head = maximum(1, shape.itemsize * (shape.kv_len * width + returned))
+    items = maximum(1, floor(workspace_bytes / (latent + shape.num_kv_heads * head)))
+    heads = maximum(1, floor((workspace_bytes - latent) / head))
+    of_items = maximum(1, ceiling(shape.batch / items))
+    of_heads = ceiling(shape.num_kv_heads / heads)
+    most = latent + ceiling(shape.num_kv_heads / of_heads) * head
+    return Chunks(of_items * of_heads, ceiling(shape.batch / of_items) * most)
 
 
-def largest(*values) -> sympy.Expr:
+def maximum(*values) -> sympy.Expr:
     """Their maximum. Of symbols it is not simplified, which takes up to a second where chunks are in it."""
     return _unsimplified(sympy.Max, *values)
 
 
-def smallest(*values) -> sympy.Expr:
-    """Their minimum, as :func:`largest`."""
+def minimum(*values) -> sympy.Expr:
+    """Their minimum, as :func:`maximum`."""
     return _unsimplified(sympy.Min, *values)
 
 
-def up(value) -> sympy.Expr:
-    """The next integer, as :func:`largest`."""
+def ceiling(value) -> sympy.Expr:
+    """The next integer, as :func:`maximum`."""
     return _unsimplified(sympy.ceiling, value)
 
 
-def down(value) -> sympy.Expr:
-    """The integer before, as :func:`largest`."""
+def floor(value) -> sympy.Expr:
+    """The integer before, as :func:`maximum`."""
     return _unsimplified(sympy.floor, value)
 
 

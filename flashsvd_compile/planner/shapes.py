@@ -51,7 +51,7 @@ class RegionShape:
         """Rank-space elements a row needs for one projection; 0 when dense."""
         return self.ranks[role] or 0
 
-    def is_dearer_than_dense(self, role: str, in_features: sympy.Expr | int) -> bool:
+    def costs_more_than_dense(self, role: str, in_features: sympy.Expr | int) -> bool:
         """Whether two factors hold at least as many elements as their product."""
         features = self.features[role]
         return bool(self.latent(role) * (in_features + features) >= in_features * features)

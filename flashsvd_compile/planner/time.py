@@ -98,7 +98,7 @@ def _shallow_activation(shape: MlpShape, device: Device) -> sympy.Expr:
     """What activating an element takes beyond the product that it is part of, whose depth is the rank."""
     role = shape.into_hidden[-1]
     product = _product(shape, device, shape.rows, shape.latent(role), shape.features[role])
-    return memory.largest(0, ACTIVATED_ELEMENT * shape.rows * shape.features[role] - product)
+    return memory.maximum(0, ACTIVATED_ELEMENT * shape.rows * shape.features[role] - product)
 
 
 def _mlp_as_a_whole(shape: MlpShape, device: Device) -> sympy.Expr:
@@ -160,13 +160,13 @@ def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Exp
     """
     row = shape.itemsize * (shape.features["k"] + shape.features["v"])
     in_chunk = memory.attention_chunks(shape, device, workspace_bytes).bytes / row
-    rows = memory.largest(shape.kv_len, in_chunk)
-    two = memory.down(memory.smallest(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
-    of_chip = LARGE_ROWS * memory.up(in_chunk / LARGE_ROWS) / device.full_rows
-    more_rounds = memory.up(3 * of_chip) - memory.up(2 * of_chip)
-    whole_items, enough = memory.down(in_chunk / shape.kv_len), memory.down(2 * 3 * of_chip)
-    three = memory.smallest(1, whole_items, enough) * (1 - memory.smallest(1, more_rounds))
-    return sympy.S.One - (1 - LARGE_BLOCKS) * memory.largest(two, three)
+    rows = memory.maximum(shape.kv_len, in_chunk)
+    two = memory.floor(memory.minimum(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
+    of_chip = LARGE_ROWS * memory.ceiling(in_chunk / LARGE_ROWS) / device.full_rows
+    more_rounds = memory.ceiling(3 * of_chip) - memory.ceiling(2 * of_chip)
+    whole_items, enough = memory.floor(in_chunk / shape.kv_len), memory.floor(2 * 3 * of_chip)
+    three = memory.minimum(1, whole_items, enough) * (1 - memory.minimum(1, more_rounds))
+    return sympy.S.One - (1 - LARGE_BLOCKS) * memory.maximum(two, three)
 
 
 def attention_merged(
@@ -215,7 +215,7 @@ def _projection(shape: RegionShape, device: Device, role: str, rows, in_features
 
 def _merged_projection(shape: RegionShape, device: Device, role: str, rows, in_features) -> sympy.Expr:
     rank, features = shape.ranks[role], shape.features[role]
-    if rank is None or not shape.is_dearer_than_dense(role, in_features):
+    if rank is None or not shape.costs_more_than_dense(role, in_features):
         return _projection(shape, device, role, rows, in_features)
     merging = _product(shape, device, features, rank, in_features)
     return merging + _product(shape, device, rows, in_features, features)
@@ -263,9 +263,9 @@ def _of_long_attention(shape: AttentionShape, device: Device) -> sympy.Expr:
     if not device.specialised or shape.causal or shape.itemsize != 2 or sizes != {64}:
         return sympy.S.One
     heads, processors = shape.batch * shape.num_heads, sympy.Integer(device.full_rows) / LARGE_ROWS
-    rounds = memory.up(heads * memory.up(shape.q_len / TILE_ROWS) / processors)
-    filled = heads * shape.q_len / (TILE_ROWS * processors * memory.largest(1, rounds))
-    takes_it = memory.down(memory.smallest(1, shape.kv_len / LONG_KEYS, filled / EVEN_SHARE))
+    rounds = memory.ceiling(heads * memory.ceiling(shape.q_len / TILE_ROWS) / processors)
+    filled = heads * shape.q_len / (TILE_ROWS * processors * memory.maximum(1, rounds))
+    takes_it = memory.floor(memory.minimum(1, shape.kv_len / LONG_KEYS, filled / EVEN_SHARE))
     return sympy.S.One - (1 - LONG_ATTENTION) * takes_it
 
 
@@ -295,8 +295,8 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
 
 def _starved(shape: AttentionShape, cut: memory.Chunks) -> sympy.Expr:
     """How many such chunks fill the GPU that the whole of keys and values would fill; at least 1."""
-    filling = memory.smallest(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
-    return memory.largest(1, filling / memory.largest(1, cut.bytes))
+    filling = memory.minimum(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
+    return memory.maximum(1, filling / memory.maximum(1, cut.bytes))
 
 
 def _chunks_beside_rank_space(shape: AttentionShape, workspace_bytes: sympy.Expr) -> sympy.Expr:
