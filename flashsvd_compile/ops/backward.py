@@ -6,11 +6,13 @@ runs again under autograd, and the chunk's gradients are stored (what belongs to
 shared, as the weights are; in float32 where they are of half precision).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
 
 from ..errors import TwiceDifferentiatedError
 from .registry import NAMESPACE, define
@@ -53,6 +55,30 @@ def items_of_a_chunk(x: Tensor, items: int, rows_per_item: int, elements_per_ite
     return max(least, rows_that_fit(workspace_bytes, bytes_per_item, items))
 
 
+_AUTOGRAD = [
+    DispatchKey.AutogradFunctionality,
+    DispatchKey.AutogradCPU,
+    DispatchKey.AutogradCUDA,
+    DispatchKey.AutogradOther,
+]
+
+
+@contextmanager
+def _recording() -> Iterator[None]:
+    """Have autograd record where it was left out: an operator's kernel may be called from below it, as compiled
+    autograd and bodies of higher-order operators do.
+    """
+    excluded = [key for key in _AUTOGRAD if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
+    for key in excluded:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key in excluded:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+
+
 def recompute(reference: Callable[..., Tensor], chunked: Chunked, needs: list[bool]) -> list[Tensor]:
     """Gradients of the needed arguments, contiguous, in their dtype and in the shapes of ``chunked.arguments``."""
     grad, arguments, per_item, step = chunked
@@ -63,9 +89,9 @@ def recompute(reference: Callable[..., Tensor], chunked: Chunked, needs: list[bo
         part = [argument[items] if i in per_item else argument for i, argument in enumerate(arguments)]
         for position in needed:
             part[position] = part[position].detach().requires_grad_()
-        with torch.enable_grad():
-            result = reference(*part)
-        for position, found in zip(needed, _gradients(result, [part[i] for i in needed], grad[items]), strict=True):
+        with _recording():
+            gradients = _gradients(reference(*part), [part[i] for i in needed], grad[items])
+        for position, found in zip(needed, gradients, strict=True):
             if position in per_item:
                 totals[position][items] = found
             else:

@@ -5,13 +5,16 @@ is evaluated at sample points in float64 and compared with the activations that 
 far beyond the range where any of them bends, so that a clipped variant is told apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._autograd import _saved_tensors_hooks_is_enabled  # pyright: ignore[reportAttributeAccessIssue]
 from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx import Node
 from torch.fx.node import map_arg
 
@@ -220,12 +223,22 @@ def _bends_alike(chain: Elementwise, activated: Node, name: str | None) -> bool:
     tensor = tensor_of(activated)
     if name is None or tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad):
         return True
-    with unset_fake_temporarily(), torch.enable_grad():
+    with unset_fake_temporarily(), torch.enable_grad(), _without_saved_tensors_hooks():
         zero = torch.zeros(1, dtype=torch.float64, device="cpu", requires_grad=True)
         others = {leaf: torch.ones_like(zero) for leaf in chain.leaves if leaf is not activated}
         results = evaluate(chain, {activated: zero, **others}, differentiably=True), ACTIVATIONS[name](zero)
         slopes = [torch.autograd.grad(result, zero)[0] for result in results if result is not None]
         return torch.allclose(slopes[0], slopes[-1], rtol=_TOLERANCE, atol=_TOLERANCE)
+
+
+@contextmanager
+def _without_saved_tensors_hooks() -> Iterator[None]:
+    """Keep the user's hooks out of what is differentiated here: those of a checkpoint count what they are given."""
+    if not _saved_tensors_hooks_is_enabled():  # then there are none
+        yield
+        return
+    with saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+        yield
 
 
 def _known(values: Tensor, x: Tensor) -> str | None:

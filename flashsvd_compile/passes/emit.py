@@ -4,20 +4,37 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
-from .values import value_of
+from .values import EXAMPLE, requires_grad, value_of
 
 
 def emit(graph: Graph, target: str | Callable[..., Any], *arguments: Any) -> Node:
-    """A method (by name) or function call at the graph's insertion point."""
-    values = map_arg(arguments, value_of)
+    """A method (by name) or function call at the graph's insertion point; tracked by autograd if an argument is."""
+    tracked = torch.is_grad_enabled() and any(requires_grad(a) for a in arguments if isinstance(a, Node))
+    if isinstance(target, str):
+        method = graph.call_method(target, arguments)
+        return with_example(method, lambda x, *rest: getattr(x, target)(*rest), tracked)
+    return with_example(graph.call_function(target, arguments), target, tracked)
+
+
+def with_example(node: Node, compute: Callable[..., Any], tracked: bool) -> Node:
+    """The node, its example value computed from those of its arguments, and :func:`track`-ed or not."""
     with torch.no_grad():
-        if isinstance(target, str):
-            node = graph.call_method(target, arguments)
-            node.meta["example_value"] = getattr(values[0], target)(*values[1:])
-        else:
-            node = graph.call_function(target, arguments)
-            node.meta["example_value"] = target(*values)
+        node.meta[EXAMPLE] = compute(*map_arg(node.args, value_of), **map_arg(node.kwargs, value_of))
+    if tracked:
+        track(node)
     return node
+
+
+def track(node: Node) -> None:
+    """Have example tensors say that gradients are wanted of them: rules ask for it, and PyTorch of what a body returns
+    (``torch.compiler.nested_compile_region``).
+    """
+    for tensor in tree_leaves(value_of(node)):
+        if isinstance(tensor, Tensor) and tensor.is_floating_point() and not tensor.requires_grad:
+            with torch.no_grad():
+                tensor.requires_grad_()

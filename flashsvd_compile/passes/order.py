@@ -75,13 +75,26 @@ def _name(node: Node) -> str:
 
 
 def transformed_among(nodes: Iterable[Node]) -> Iterator[Node]:
-    """The nodes whose operations are differentiated or batched within the graph."""
-    ends: list[str] = []
+    """The nodes whose operations are batched within the graph, or differentiated and perhaps differentiated again."""
+    nodes, ends = list(nodes), list[str]()
+    again = _differentiated_again(nodes)
+    yield from again
     for node in nodes:
         name = _name(node)
         if name in _TRANSFORMS:
             ends.append(_TRANSFORMS[name])
         elif ends and name == ends[-1]:
             ends.pop()
-        elif ends:
+        elif ends and node not in again:
             yield node
+
+
+def _differentiated_again(nodes: Iterable[Node]) -> set[Node]:
+    """What gradients are taken of within the graph that have gradients themselves (``create_graph``)."""
+    waiting = [n for n in nodes if n.target is torch.autograd.grad and n.kwargs.get("create_graph")]
+    found: set[Node] = set()
+    while waiting:
+        above = [n for n in waiting.pop().all_input_nodes if n not in found and n.all_input_nodes]
+        found.update(above)
+        waiting += above
+    return found

@@ -20,17 +20,15 @@ from itertools import groupby
 from typing import Any
 
 import sympy
-import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from .. import ops
 from ..ops.packed_linear import ROLES
 from ..ops.projection import argument_names
-from .emit import emit
+from .emit import emit, with_example
 from .order import Order
-from .region import has_few_rows, requires_grad
-from .values import shape_of, value_of
+from .region import has_few_rows
+from .values import requires_grad, shape_of
 
 
 def pack_projections(graph: Graph) -> None:
@@ -72,8 +70,7 @@ def _pack(graph: Graph, members: list[Node], order: Order) -> None:
         _hoist(argument, first)
     with graph.inserting_before(first):
         packed = graph.create_node("call_function", ops.packed_linear, kwargs=arguments, name="packed")
-        with torch.no_grad():
-            packed.meta["example_value"] = ops.packed_linear(**map_arg(arguments, value_of))
+        with_example(packed, ops.packed_linear, tracked)
         parts = emit(graph, "split", packed, [int(features_of(member)) for member in members], -1)
         for index, member in enumerate(members):
             part = emit(graph, "clone" if tracked else "contiguous", emit(graph, operator.getitem, parts, index))

@@ -11,7 +11,6 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from ..kernels.target import Target, target_of
 from ..ops import norm
@@ -19,9 +18,9 @@ from ..ops.projection import argument_names
 from ..options import Options, Strategy
 from ..planner import Plan, Workspace, is_bound_by_launches
 from ..report import FULL_RANK, Match
-from .emit import emit
+from .emit import emit, with_example
 from .factored import Factored
-from .values import hints_of, shape_of, tensor_of, value_of
+from .values import hints_of, requires_grad, shape_of, tensor_of, value_of
 from .weights import Weight
 
 WIDER = ("cos", "sin", *norm.argument_names("q"), *norm.argument_names("k"))
@@ -100,9 +99,7 @@ class Region:
         keywords = in_schema_order(self.operator, arguments)
         node = graph.create_node("call_function", self.operator, kwargs=keywords, name=self.kind)
         node.meta = dict(self.output.meta)
-        values = map_arg(node.kwargs, value_of)
-        with torch.no_grad():
-            node.meta["example_value"] = self.operator(**values)
+        with_example(node, self.operator, tracked=requires_grad(self.output))
         flattened = len(shape_of(node) or ()) == len(shape_of(self.output) or ()) + 1
         return emit(graph, "flatten", node, 0, 1) if flattened else node
 
@@ -214,12 +211,6 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
         "hints": {symbol: hint for node in inputs for symbol, hint in hints_of(node).items()},
         "differentiated": torch.is_grad_enabled() and any(map(requires_grad, read)),
     }
-
-
-def requires_grad(node: Node) -> bool:
-    """Whether gradients of a tensor are wanted."""
-    tensor = tensor_of(node)
-    return tensor is not None and tensor.requires_grad
 
 
 def rows_of(node: Node) -> sympy.Expr:

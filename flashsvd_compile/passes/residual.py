@@ -26,10 +26,11 @@ from torch.fx import Graph, Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
+from .emit import track
 from .order import Order
 from .packing import packed_arguments
 from .region import has_few_rows, in_schema_order, is_on_gpu, rows_of
-from .values import number_of, shape_of, size_of, tensor_of
+from .values import number_of, requires_grad, shape_of, size_of, tensor_of
 from .vocabulary import live_dropout, read
 
 OPERATORS = (ops.attention, ops.mlp)
@@ -79,6 +80,8 @@ def _absorb(node: Node, graph: Graph, order: Order) -> None:
     with graph.inserting_before(replaced[-1]):
         operator = graph.create_node("call_function", target, kwargs=arguments, name=node.name)
     operator.meta = dict(node.meta)
+    if requires_grad(replaced[-1]):
+        track(operator)
     replaced[-1].replace_all_uses_with(operator)
     for old in reversed(replaced):
         graph.erase_node(old)

@@ -7,6 +7,7 @@ from operator import getitem
 from typing import Any
 
 import torch
+from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
 from torch.fx import Graph, GraphModule, Node
 
 from ..errors import FlashSVDError, GraphError
@@ -25,8 +26,8 @@ from .packing import pack_projections
 from .region import Region, module_of
 from .residual import absorb_residuals
 from .safety import obstacle_to
-from .transforms import transformed_pairs
-from .values import STORAGE, shape_of, storage_of, tensor_of, value_of
+from .transforms import NESTED_REGION, TRANSFORM, transformed_pairs
+from .values import STORAGE, requires_grad, shape_of, storage_of, tensor_of, value_of
 
 logger = logging.getLogger(__name__)
 
@@ -75,17 +76,17 @@ def rewrite(
     return apply_rules(graph_module, Options.parse(options))
 
 
-def apply_rules(graph_module: GraphModule, options: Options, transformed: bool = False) -> RewriteReport:
-    """As :func:`rewrite`, of any graph, which runs within a transform of ``torch.func`` or not."""
+def apply_rules(graph_module: GraphModule, options: Options, within: str | None = None) -> RewriteReport:
+    """As :func:`rewrite`, of any graph, which runs ``within`` what forbids rewriting or not."""
     report, graph = RewriteReport(), graph_module.graph
-    for body, within in _bodies(graph_module).items():
-        report += apply_rules(body, options, transformed or within)
+    for body, what in _bodies(graph_module).items():
+        report += apply_rules(body, options, within or what)
     follow_in_place_results(graph)
     drop_unused_sizes(graph)
-    report.refusals += transformed_pairs(graph.nodes if transformed else transformed_among(graph.nodes))
+    report.refusals += transformed_pairs(graph.nodes if within else transformed_among(graph.nodes), within or TRANSFORM)
     for name, rule in rules().items():
         if name not in options.disable:
-            report += _apply(rule, graph, options, transformed)
+            report += _apply(rule, graph, options, within is not None)
     if PACKING not in options.disable:
         pack_projections(graph)
     if RESIDUAL not in options.disable:
@@ -100,14 +101,28 @@ def apply_rules(graph_module: GraphModule, options: Options, transformed: bool =
     return report
 
 
-def _bodies(graph_module: GraphModule) -> dict[GraphModule, bool]:
-    """Of higher-order operators, such as activation checkpointing, and whether these are within a transform."""
-    bodies = {name: body for name, body in graph_module.named_children() if isinstance(body, GraphModule)}
+def _bodies(graph_module: GraphModule) -> dict[GraphModule, str | None]:
+    """Of higher-order operators, such as activation checkpointing, and what these are within that forbids rewriting.
+
+    Dynamo leaves bodies behind that it has inlined, which nothing reads.
+    """
+    read = {node.target for node in graph_module.graph.nodes if node.op in ("get_attr", "call_module")}
+    children = graph_module.named_children()
+    bodies = {name: body for name, body in children if name in read and isinstance(body, GraphModule)}
     if not bodies:
         return {}
-    transformed = Order.of(graph_module.graph.nodes).transformed
-    read_there = {read.target for node in transformed for read in node.all_input_nodes if read.op == "get_attr"}
-    return {body: name in read_there for name, body in bodies.items()}
+    within = {}
+    for node in graph_module.graph.find_nodes(op="call_function", target=invoke_subgraph):
+        if torch.is_grad_enabled() and any(map(requires_grad, node.all_input_nodes)):
+            within |= dict.fromkeys(_attributes_of(node), NESTED_REGION)
+    for node in Order.of(graph_module.graph.nodes).transformed:
+        within |= dict.fromkeys(_attributes_of(node), TRANSFORM)
+    return {body: within.get(name) for name, body in bodies.items()}
+
+
+def _attributes_of(node: Node) -> list[Any]:
+    """Names of what a node reads of the graph's own module."""
+    return [read.target for read in node.all_input_nodes if read.op == "get_attr"]
 
 
 def _apply(rule: Rule, graph: Graph, options: Options, transformed: bool) -> RewriteReport:

@@ -17,8 +17,8 @@ from .affine import read_affine
 from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
-from .region import Region, requires_grad
-from .values import size_of, storage_of, tensor_of
+from .region import Region
+from .values import requires_grad, size_of, storage_of, tensor_of
 from .vocabulary import live_dropout
 from .weights import is_weight
 

@@ -1,4 +1,4 @@
-"""Low-rank projections within a transform of ``torch.func`` or forward-mode differentiation: reported, not rewritten.
+"""Low-rank projections within a transform of ``torch.func`` or the like: reported, not rewritten.
 
 Operators have gradients and no rules beyond that. The rules do not even read such nodes: their example values are
 batched or tracked, and hold only where the transform runs.
@@ -16,11 +16,20 @@ from .vocabulary import is_call
 _PROJECTIONS = ("linear", "addmm", "matmul", "einsum")
 
 
-def transformed_pairs(nodes: Iterable[Node]) -> list[Refusal]:
-    """One refusal for each pair of projections among these nodes that is narrow in between."""
+TRANSFORM = "a transform of torch.func, forward-mode differentiation, or what gradients of gradients are taken of"
+NESTED_REGION = "a nested compile region that gradients are wanted of, which Inductor gets wrong (torch 2.13)"
+"""``torch.compiler.nested_compile_region``: with the factors' own operations, too, but fewer of the gradients."""
+
+
+def transformed_pairs(nodes: Iterable[Node], within: str) -> list[Refusal]:
+    """One refusal for each pair of projections among these nodes that is narrow in between.
+
+    Args:
+        within: what they are in, :data:`TRANSFORM` or :data:`NESTED_REGION`.
+    """
     pairs = list(filter(_is_low_rank, nodes))
-    sentence = "{!r} is inside a transform of torch.func or forward-mode differentiation"
-    return [Refusal(RefusalReason.TRANSFORMED, module_of((node,), node), sentence.format(node.name)) for node in pairs]
+    sites = [(module_of((node,), node), f"{node.name!r} is inside {within}") for node in pairs]
+    return [Refusal(RefusalReason.TRANSFORMED, site, sentence) for site, sentence in sites]
 
 
 def _is_low_rank(node: Node) -> bool:

@@ -9,16 +9,25 @@ from torch.fx import Node
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
+EXAMPLE = "example_value"
+"""Key of a node's metadata: the value that Dynamo computed for it."""
+
 
 def value_of(node: Node) -> Any:
     """The example value that Dynamo (``example_value``) or export (``val``) left on a node."""
-    return node.meta.get("example_value", node.meta.get("val"))
+    return node.meta.get(EXAMPLE, node.meta.get("val"))
 
 
 def tensor_of(node: object) -> torch.Tensor | None:
     """The example tensor of a node, ``None`` for anything that is no tensor."""
     value = value_of(node) if isinstance(node, Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def requires_grad(node: Node) -> bool:
+    """Whether gradients of a tensor are wanted."""
+    tensor = tensor_of(node)
+    return tensor is not None and tensor.requires_grad
 
 
 def shape_of(node: object) -> tuple[sympy.Expr, ...] | None:

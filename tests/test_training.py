@@ -1,0 +1,197 @@
+"""Gradients wherever PyTorch asks for them: outside the graph, inside it, below autograd, of bodies, in checkpoints."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from flashsvd_compile import RefusalReason, RewriteReport, last_report
+
+FEATURES, WIDTH, RANK = 32, 64, 6
+INNER = ["eager", "aot_eager", "inductor"]
+
+
+def pair(in_features: int = FEATURES, out_features: int = FEATURES) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(in_features, RANK, bias=False), nn.Linear(RANK, out_features))
+
+
+def mlp(activation: nn.Module | None = None) -> nn.Sequential:
+    return nn.Sequential(*pair(FEATURES, WIDTH), activation or nn.GELU(), *pair(WIDTH, FEATURES))
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch.manual_seed(0)
+    torch.compiler.reset()
+
+
+def latest() -> RewriteReport:
+    report = last_report()
+    assert report is not None
+    return report
+
+
+def compiled(function: Callable, inner: str = "aot_eager", **how) -> Callable:
+    return torch.compile(function, backend="flashsvd", options={"strategy": "streamed", "inner": inner}, **how)
+
+
+def gradients(function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(function(x).square().sum(), list(module.parameters()))
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_a_frozen_region_behind_a_trained_one_whose_result_is_overwritten(inner):
+    """The second reads what the first gives, of which gradients are wanted, and needs it for them."""
+    trained, frozen, x = mlp(), pair().requires_grad_(False), torch.randn(5, FEATURES)
+
+    def function(x):
+        first = trained(x)
+        second = frozen(first)
+        first.mul_(2)
+        return second + first
+
+    expected = gradients(function, trained, x)
+    torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
+    assert latest().count("mlp") == 1
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_packed_projections_of_one_row_that_are_changed_in_place(inner):
+    trained, p, q, x = pair(), pair().requires_grad_(False), pair().requires_grad_(False), torch.randn(1, FEATURES)
+
+    def function(x):
+        hidden = trained(x)
+        u, v = p(hidden), q(hidden)
+        return u.add_(1).sin() * v.mul_(2)
+
+    expected = gradients(function, trained, x)
+    torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
+
+
+@pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.SiLU()])
+@pytest.mark.parametrize("early_stop", [False, True])
+def test_a_compiled_module_within_a_checkpoint(activation, early_stop):
+    """Whose hooks count what is saved, also while the module is compiled."""
+    model, x = mlp(activation), torch.randn(5, FEATURES, requires_grad=True)
+    fast = compiled(model)
+
+    def function(x):
+        return checkpoint(fast, x, use_reentrant=False, early_stop=early_stop)  # pyright: ignore
+
+    torch.testing.assert_close(gradients(function, model, x), gradients(model, model, x))
+    assert latest().count("mlp") == 1
+
+
+def test_compiling_saves_nothing_by_the_users_hooks():
+    model, x, saved = mlp(nn.ReLU()), torch.randn(5, FEATURES, requires_grad=True), []
+    fast = compiled(model)
+    with saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        fast(x)
+        first = len(saved)
+        fast(x)
+    assert len(saved) == 2 * first
+
+
+def test_hooks_may_be_forbidden():
+    model, x = mlp(nn.ReLU()), torch.randn(5, FEATURES, requires_grad=True)
+    with disable_saved_tensors_hooks("none here"):
+        torch.testing.assert_close(compiled(model)(x), model(x))
+    assert latest().count("mlp") == 1
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_compiled_autograd(inner):
+    model, x = mlp(), torch.randn(5, FEATURES)
+    expected = gradients(model, model, x)
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        compiled(lambda x: model(x).square().sum().backward(), inner)(x)
+    torch.testing.assert_close(tuple(parameter.grad for parameter in model.parameters()), expected)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_gradients_within_the_graph(inner):
+    model, x = mlp(), torch.randn(5, FEATURES)
+    expected = gradients(model, model, x)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        found = compiled(lambda x: gradients(model, model, x), inner, fullgraph=True)(x)
+    torch.testing.assert_close(found, expected)
+    assert latest().count("mlp") == 1
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_gradients_of_gradients_within_the_graph(inner):
+    """Operators have no second gradient, so what the first is taken of is left alone; the rest is not."""
+    model, other, x = mlp(), pair(), torch.randn(5, FEATURES, requires_grad=True)
+
+    def penalty(x):
+        y = model(x)
+        (slope,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        return other(y.square() + slope.square())
+
+    expected = gradients(penalty, nn.ModuleList([model, other]), x)
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        found = gradients(compiled(penalty, inner, fullgraph=True), nn.ModuleList([model, other]), x)
+    torch.testing.assert_close(found, expected)
+    assert {refusal.reason for refusal in latest().refusals} == {RefusalReason.TRANSFORMED}
+    assert (latest().count("mlp"), latest().count("linear")) == (0, 1)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_branches(inner):
+    first, second, x = mlp(), mlp(), torch.randn(5, FEATURES)
+    both = nn.ModuleList([first, second])
+
+    def function(x):
+        return torch.cond(x.sum() > -1e9, lambda x: first(x), lambda x: second(x), (x,))
+
+    found = torch.autograd.grad(compiled(function, inner)(x).square().sum(), list(both.parameters()), allow_unused=True)
+    torch.testing.assert_close(found[: len(found) // 2], gradients(first, first, x))
+    assert latest().count("mlp") == 2
+
+
+class Nested(nn.Module):
+    """An MLP that is a region of its own to the compiler."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = mlp()
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def nested_and_plain() -> tuple[Callable, Callable, nn.ModuleList]:
+    modules = nn.ModuleList(Nested() for _ in range(3))
+
+    def nested(x):
+        for module in modules:
+            x = x + module(x)
+        return x
+
+    def plain(x):
+        for module in modules:
+            x = x + module.layers(x)  # pyright: ignore
+        return x
+
+    return nested, plain, modules
+
+
+def test_nested_regions():
+    nested, plain, _ = nested_and_plain()
+    x = torch.randn(5, FEATURES)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(nested)(x), plain(x))
+    assert latest().count("mlp") > 0
+
+
+def test_nested_regions_that_gradients_are_wanted_of_are_left_alone():
+    """Inductor of torch 2.13 gets some of them wrong, more of an operator's."""
+    nested, plain, modules = nested_and_plain()
+    x = torch.randn(5, FEATURES)
+    torch.testing.assert_close(gradients(compiled(nested), modules, x), gradients(plain, modules, x))
+    assert [match.module for match in latest().matches] == ["0.layers"], "which Dynamo inlines"
+    assert {refusal.reason for refusal in latest().refusals} == {RefusalReason.TRANSFORMED}
