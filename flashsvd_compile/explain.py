@@ -1,10 +1,12 @@
 """What the backend would do to a model, without compiling anything."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from .options import Options
@@ -35,8 +37,23 @@ def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None 
         return original
 
     torch._dynamo.reset()
-    torch.compile(model, backend=trace_only)(*args, **kwargs)
+    with _compiled_anew(model):
+        torch.compile(model, backend=trace_only)(*args, **kwargs)
     return report
+
+
+@contextmanager
+def _compiled_anew(model: Any) -> Iterator[None]:
+    """Set aside what ``module.compile()`` has put in place of the calls of a model and its parts."""
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    compiled = [module._compiled_call_impl for module in modules]
+    for module in modules:
+        module._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for module, call in zip(modules, compiled, strict=True):
+            module._compiled_call_impl = call
 
 
 def _copy(graph_module: GraphModule) -> GraphModule:

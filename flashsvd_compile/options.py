@@ -70,6 +70,8 @@ class Options:
         """
         if isinstance(raw, Options):
             return raw if mode is None else replace(raw, mode=mode)
+        if raw is not None and not isinstance(raw, Mapping):
+            raise InvalidOptionError("options", raw, "a dictionary of options by name, or None")
         raw = dict(raw or {})
         valid_keys = {field.name for field in fields(cls)}
         for key in raw:
@@ -83,8 +85,8 @@ class Options:
 def _debug(value: Any) -> bool | Path:
     if isinstance(value, bool):
         return value
-    if isinstance(value, (str, os.PathLike)):
-        return Path(value)
+    if isinstance(value, (str, os.PathLike)) and str(value) and "\0" not in str(value):
+        return Path(value).expanduser()
     raise InvalidOptionError("debug", value, "True, False or a directory")
 
 

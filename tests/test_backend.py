@@ -336,6 +336,16 @@ def test_modules_have_their_names_however_they_are_called(block, call):
     assert [match.module for match in report.matches] == ["0.0", "0.1", "0.0", "0.1"]
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_module_that_was_compiled_in_place_is_explained(block, whole):
+    for module in [block] if whole else block:
+        module.compile(backend="flashsvd", options={"inner": "eager"})
+    with torch.no_grad():
+        assert explain(block, sample()).count("attention") == 2
+        assert all(module._compiled_call_impl is not None for module in ([block] if whole else block))
+        torch.testing.assert_close(block(sample()), block.forward(sample()))
+
+
 def test_options_as_an_object(block):
     with torch.no_grad():
         assert explain(block, sample(), options=Options(disable=frozenset({"mlp"}))).count("mlp") == 0

@@ -80,11 +80,19 @@ def test_an_unknown_option_lists_the_known_ones():
         ({"memory_budget": True}, "a positive number of bytes"),
         ({"autotune": "yes"}, "True or False"),
         ({"autotune": 1}, "True or False"),
+        ({"debug": ""}, "True, False or a directory"),
+        ({"debug": "a\0b"}, "True, False or a directory"),
+        ("streamed", "a dictionary of options by name"),
+        (3, "a dictionary of options by name"),
     ],
 )
 def test_an_invalid_value_lists_the_valid_ones(options, valid):
     with pytest.raises(InvalidOptionError, match=valid):
         Options.parse(options)
+
+
+def test_a_debug_directory_may_be_at_home():
+    assert Options(debug="~/graphs").debug == Path.home() / "graphs"  # pyright: ignore[reportArgumentType]
 
 
 def test_the_largest_memory_budget_is_taken():

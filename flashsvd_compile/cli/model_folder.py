@@ -1,13 +1,17 @@
 """Models on disk: folders as transformers writes them, with dense or with factored weights."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatchcase
 from pathlib import Path
 
+import torch
+from safetensors import safe_open
 from torch import nn
 from typer import BadParameter
 
-from ..compress import load_factored, save_factored
+from ..compress import DEFAULT_SKIP, load_factored, save_factored
+from ..compress.dense_layer import dense_layers
 from ..errors import CheckpointError
 from .extras import extra
 
@@ -24,7 +28,7 @@ def load(folder: Path) -> nn.Module:
 
     Raises:
         CheckpointError: no such folder, no configuration or weights that transformers can load, or weights that do not
-            fit the configuration.
+            fit the configuration or lack those of a layer that is to be factored.
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
@@ -44,10 +48,31 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    if architecture is not transformers.AutoModel and not issubclass(architecture, nn.Module):
+        raise ValueError(f"its architecture {architecture.__name__!r} is no model")
     if with_weights:
-        return architecture.from_pretrained(folder, local_files_only=True).eval()
+        model, info = architecture.from_pretrained(folder, local_files_only=True, output_loading_info=True)
+        _refuse_without(model, info["missing_keys"])
+        return model.eval()
+    if config.dtype is None:  # which a dense model's weights decide then
+        config.dtype = _dtype_of(folder / FACTORED_WEIGHTS)
     make = getattr(architecture, "_from_config", None) or architecture.from_config
     return make(config).eval()
+
+
+def _refuse_without(model: nn.Module, missing: Iterable[str]) -> None:
+    """Refuse a model whose layers would be factored from random weights, which transformers gives them."""
+    factored = [name for name, _ in dense_layers(model) if not any(fnmatchcase(name, skip) for skip in DEFAULT_SKIP)]
+    absent = sorted(set(missing) & {f"{name}.{each}" for name in factored for each in ("weight", "bias")})
+    if absent:
+        raise ValueError(f"the weights lack {', '.join(absent)}")
+
+
+def _dtype_of(weights: Path) -> torch.dtype | None:
+    """Of the first floating tensor of a file."""
+    with safe_open(str(weights), framework="pt") as file:
+        tensors = (file.get_tensor(key) for key in file.keys())  # noqa: SIM118
+        return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
 def create(folder: Path, source: Path) -> None:

@@ -64,6 +64,8 @@ def compress(
     if (obstacle := why_not_copied(model)) is not None:
         raise CompressionError(obstacle)
     targets, skip = _patterns("targets", targets), _patterns("skip", skip)
+    if not targets:
+        raise CompressionError("targets has no pattern; '*' fits all layers")
     dense = dict(dense_layers(model))
     layers = {name: layer for name, layer in dense.items() if not _fits_any(name, skip)}
     if not layers:

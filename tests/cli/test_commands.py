@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
     BertConfig,
@@ -87,6 +88,27 @@ class TestCompress:
     def test_mistakes_are_named(self, folder: Path, tmp_path: Path, arguments: list, message: str):
         assert message in refused("compress", folder, tmp_path / "small", *arguments)
 
+    def test_layers_without_weights_are_not_factored(self, folder: Path, tmp_path: Path):
+        weights = load_file(folder / "model.safetensors")
+        lacking = {name: weight for name, weight in weights.items() if "layer.0.attention.self.query" not in name}
+        save_file(
+            {n: w for n, w in lacking.items() if "pooler" not in n}, folder / "model.safetensors", {"format": "pt"}
+        )
+        message = refused("compress", folder, tmp_path / "small")
+        assert "the weights lack encoder.layer.0.attention.self.query.bias, encoder.layer.0.attention.sel" in message
+        save_file(
+            {n: w for n, w in weights.items() if "pooler" not in n}, folder / "model.safetensors", {"format": "pt"}
+        )
+        run("compress", folder, tmp_path / "small")
+
+    def test_weights_decide_the_dtype_where_the_configuration_does_not(self, tmp_path: Path, bert: BertModel):
+        bert.bfloat16().save_pretrained(tmp_path / "dense")
+        config = json.loads((tmp_path / "dense" / "config.json").read_text())
+        del config["dtype"]
+        (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
+        run("compress", tmp_path / "dense", tmp_path / "small")
+        assert model_folder.load(tmp_path / "small").dtype == torch.bfloat16
+
     def test_a_missing_requirement_is_named(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
         for arguments in (["compress", folder, tmp_path / "small"], ["bench", "--layers", 1], ["explain", folder]):
@@ -138,7 +160,7 @@ class TestCompress:
         ("{", "is not a valid JSON file"),
         ('{"model_type": "nothing_known"}', "`nothing_known`"),
         ('{"model_type": "bert", "hidden_size": "wide"}', "'hidden_size' expected int"),
-        ('{"model_type": "bert", "architectures": ["BertConfig"]}', "'eval'"),
+        ('{"model_type": "bert", "architectures": ["BertConfig"]}', "'BertConfig' is no model"),
         ('{"model_type": "bert"}', "no file named model.safetensors"),
     ],
 )

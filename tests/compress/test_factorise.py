@@ -264,6 +264,7 @@ class TestRefusals:
             ({"skip": None}, "skip must be patterns of layer names, not None"),
             ({"skip": [3]}, r"skip must be patterns of layer names, not \[3\]"),
             ({"targets": None}, "targets must be patterns of layer names, not None"),
+            ({"targets": []}, "targets has no pattern; '[*]' fits all layers"),
             ({"calibrate": 3}, "calibrate must be a function that runs the model, not 3"),
         ],
     )
