@@ -4,6 +4,7 @@ import shutil
 from collections.abc import Iterable, Iterator
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -47,8 +48,9 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
         import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    architecture = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    if architecture is not transformers.AutoModel and not issubclass(architecture, nn.Module):
+    architecture: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    is_model = architecture is transformers.AutoModel or issubclass(architecture, nn.Module)
+    if not is_model:
         raise ValueError(f"its architecture {architecture.__name__!r} is no model")
     if with_weights:
         model, info = architecture.from_pretrained(folder, local_files_only=True, output_loading_info=True)
