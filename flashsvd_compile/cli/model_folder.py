@@ -48,10 +48,10 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
         import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    architecture: Any = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    is_model = architecture is transformers.AutoModel or issubclass(architecture, nn.Module)
-    if not is_model:
-        raise ValueError(f"its architecture {architecture.__name__!r} is no model")
+    named = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
+    if not issubclass(named, (nn.Module, transformers.AutoModel)):
+        raise ValueError(f"its architecture {named.__name__!r} is no model")
+    architecture: Any = named
     if with_weights:
         model, info = architecture.from_pretrained(folder, local_files_only=True, output_loading_info=True)
         _refuse_without(model, info["missing_keys"])
