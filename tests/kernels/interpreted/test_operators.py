@@ -38,19 +38,19 @@ WORKSPACES = (1, 1 << 20)
 DTYPES = (torch.float16, torch.float32)
 RANKS = st.integers(1, 40)
 CANCELLATION = 8
-"""Units of the dtype's resolution that pass where few numbers, or equal ones, make up a result."""
+"""Units that pass where few numbers, or equal ones, make up a result, or sums of numbers found at random cancel."""
 
 
 def assert_attention_right(arguments: tuple, chip: str, ulps: int = 2) -> None:
     with running_on(INTERPRETED[chip]):
         result = attention_on_gpu(*arguments)
-    assert_within_error_rule(result, attention_reference, arguments, ulps=ulps)
+    assert_within_error_rule(result, attention_reference, arguments, ulps=ulps, cancelling=ulps == CANCELLATION)
 
 
 def assert_mlp_right(arguments: tuple, chip: str, ulps: int = 2) -> None:
     with running_on(INTERPRETED[chip]):
         result = mlp_on_gpu(*arguments)
-    assert_within_error_rule(result, mlp_reference, arguments, ulps=ulps)
+    assert_within_error_rule(result, mlp_reference, arguments, ulps=ulps, cancelling=ulps == CANCELLATION)
 
 
 ATTENTIONS = {
@@ -306,4 +306,4 @@ def test_few_rows_beside_vectors_and_residuals_of_any_strides(layout, rows):
         )
         with running_on(INTERPRETED["pointers"]):
             result = on_gpu(*arguments)
-        assert_within_error_rule(result, reference, arguments, ulps=CANCELLATION)
+        assert_within_error_rule(result, reference, arguments, ulps=CANCELLATION, cancelling=True)
