@@ -20,7 +20,7 @@ from .workspace import rows_that_fit
 
 GRAPH_COPIES = 4
 """Tensors of an intermediate's size that autograd holds at once: the value, its successor and both gradients."""
-LEAST_ROWS = {"cpu": 512, "cuda": 4096}
+LEAST_ROWS_OF_A_CHUNK = {"cpu": 512, "cuda": 4096}
 """Fewer rows spend more time on summing weight gradients and on launching than on computing them."""
 
 
@@ -49,9 +49,9 @@ def by_rows(grad: Tensor, arguments: tuple, elements_per_row: int, workspace_byt
 
 
 def items_of_a_chunk(x: Tensor, items: int, rows_per_item: int, elements_per_item: int, workspace_bytes: int) -> int:
-    """As many items as autograd can hold in the workspace, but no fewer than :data:`LEAST_ROWS` ask for."""
+    """As many items as autograd can hold in the workspace, but no fewer than :data:`LEAST_ROWS_OF_A_CHUNK` ask for."""
     bytes_per_item = GRAPH_COPIES * elements_per_item * x.element_size()
-    least = -(-LEAST_ROWS.get(x.device.type, 1) // max(1, rows_per_item))
+    least = -(-LEAST_ROWS_OF_A_CHUNK.get(x.device.type, 1) // max(1, rows_per_item))
     return max(least, rows_that_fit(workspace_bytes, bytes_per_item, items))
 
 

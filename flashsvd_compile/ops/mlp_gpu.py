@@ -34,7 +34,7 @@ from .norm import Norm
 from .projection import Projection
 from .workspace import affine_into, affine_plus, rows_that_fit
 
-LEAST_ROWS = 128
+LEAST_ROWS_TO_STREAM = 128
 """With fewer rows copying factors costs more than multiplying them slowly."""
 
 
@@ -42,7 +42,7 @@ def supported(x: Tensor, mlp: Mlp) -> bool:
     """Half precision, low-rank members, rows enough, and a result that has room for the rank space of its rows."""
     features = proj.out_features(mlp.out)
     low_rank = all(projection.down is not None for projection in (*mlp.into_hidden, mlp.out))
-    if not low_rank or x.element_size() != 2 or x.numel() < LEAST_ROWS * x.shape[-1] or features % SECTOR:
+    if not low_rank or x.element_size() != 2 or x.numel() < LEAST_ROWS_TO_STREAM * x.shape[-1] or features % SECTOR:
         return False
     return _columns_in_result(mlp)[-1].stop <= features
 

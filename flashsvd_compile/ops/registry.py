@@ -60,9 +60,9 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
 
         return call
 
-    def alone(implementation: Callable) -> Callable:
-        """Keep autocast out, as an operator computes in the dtype of its inputs, and autograd's notes of views: results
-        that are part of a larger allocation would be such, which may not be changed.
+    def without_autocast_and_view_tracking(implementation: Callable) -> Callable:
+        """Run below autocast, as an operator computes in the dtype of its inputs, and below the tracking of views:
+        a result that is a slice of a larger allocation would count as one, which autograd lets nobody change in place.
         """
 
         @wraps(implementation)
@@ -78,6 +78,6 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
         return call
 
     for key, kernel in kernels.items():
-        _library.impl(name, alone(kernel), key)
+        _library.impl(name, without_autocast_and_view_tracking(kernel), key)
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(fake), lib=_library)
     return operator

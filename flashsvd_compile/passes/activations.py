@@ -73,12 +73,12 @@ def read_activation(node: Node, is_leaf: Callable[[Node], bool]) -> Activation |
     if len(chain.leaves) == 1:
         (source,) = chain.leaves
         name = _name(chain)
-        if name is None and _is_straight(chain):
+        if name is None and _is_affine(chain):
             return None
-        return Activation(name if _bends_alike(chain, source, name) else None, source, None, chain.nodes)
+        return Activation(name if _has_the_slope_at_zero(chain, source, name) else None, source, None, chain.nodes)
     for activated, linear in (chain.leaves, chain.leaves[::-1]):
         name = _gated_name(chain, activated, linear)
-        if name is not None and _bends_alike(chain, activated, name):
+        if name is not None and _has_the_slope_at_zero(chain, activated, name):
             return Activation(name, activated, linear, chain.nodes)
     return Activation(None, chain.leaves[0], chain.leaves[1], chain.nodes)
 
@@ -195,7 +195,7 @@ def _name(chain: Elementwise) -> str | None:
     return None if result is None else _known(result, x)
 
 
-def _is_straight(chain: Elementwise) -> bool:
+def _is_affine(chain: Elementwise) -> bool:
     """Whether the chain scales and shifts, or does nothing: no activation stands between two projections."""
     x = _samples()
     y = evaluate(chain, {chain.leaves[0]: x})
@@ -215,7 +215,7 @@ def _gated_name(chain: Elementwise, activated: Node, linear: Node) -> str | None
     return names.pop() if len(names) == 1 else None
 
 
-def _bends_alike(chain: Elementwise, activated: Node, name: str | None) -> bool:
+def _has_the_slope_at_zero(chain: Elementwise, activated: Node, name: str | None) -> bool:
     """Whether the chain has the activation's slope at 0, too, or nobody asks for one.
 
     There ``clamp(min=0)`` has 1 and ``(x + x.abs()) / 2`` a half where ``relu`` has 0, and all that is padded may be 0.

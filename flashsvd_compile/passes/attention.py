@@ -223,7 +223,7 @@ def _shape(
         causal=constants.get("window_right") == 0,
         rank_space=space,
         shared=tuple(role for role in "qkv" if role in shared),
-        products=sum(weight.value.numel() for weight in _matrices(members) if weight.is_made),
+        products=sum(weight.value.numel() for weight in _matrices(members) if weight.is_materialised),
     )
 
 

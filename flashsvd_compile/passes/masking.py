@@ -129,7 +129,7 @@ class Scores(NamedTuple):
 
 def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     """The operator's arguments for all masks together, the outermost first."""
-    if _hides_together(masks, scores, read_mask):
+    if _may_hide_a_row_jointly(masks, scores, read_mask):
         return _as_one(masks, scores)
     arguments: dict[str, Any] = {}
     for mask in masks:
@@ -148,48 +148,50 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask)
     return arguments
 
 
-def _hides_together(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> bool:
-    """Whether a query may see no key by several masks, of which one puts a finite number for scores.
+def _may_hide_a_row_jointly(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> bool:
+    """Whether two masks together may hide every key of a query while one of them uses a finite level.
 
-    Such a query attends evenly to the keys whose scores are least negative, which may be those that only one mask
-    hides. So no mask of finite level is told as structure beside one that may hide a query's own key, and the later of
-    two replaces what the earlier put.
+    Softmax is then uniform over the least negative scores, which may be those of keys that only one mask hides, and
+    the later of two masks replaces what the earlier put. So no mask of a finite level becomes structure beside one that
+    may hide a query's own key: they are merged into one additive tensor (:func:`_as_one`).
     """
     if len(masks) < 2:
         return False
-    found = [_Restriction.by(mask, scores, read_mask) for mask in masks if not _is_bias(mask)]
-    if len(found) < 2 or not any(restriction.finite for restriction in found):
+    effects = [_MaskEffect.of(mask, scores, read_mask) for mask in masks if not _is_bias(mask)]
+    if len(effects) < 2 or not any(effect.finite for effect in effects):
         return False
-    windows = all(r.keeps_own_key for r in found)
-    as_structure = any(r.finite and r.told for r in found)
-    fills = sum(not r.told for r in found) > 1 and any(r.finite and not r.told and r.fills for r in found)
-    return fills or (as_structure and not windows)
+    all_see_themselves = all(effect.sees_own_key for effect in effects)
+    finite_structure = any(effect.finite and effect.is_structure for effect in effects)
+    tensors = [effect for effect in effects if not effect.is_structure]
+    finite_fill = len(tensors) > 1 and any(effect.finite and effect.replaces_scores for effect in tensors)
+    return finite_fill or (finite_structure and not all_see_themselves)
 
 
-class _Restriction(NamedTuple):
-    """What one of several masks does.
+class _MaskEffect(NamedTuple):
+    """What one of several masks does to the scores.
 
     Attributes:
         finite: masked scores are finite numbers, as far as is known.
-        told: it is told to the operator as structure, not as a tensor.
-        keeps_own_key: each query sees itself.
-        fills: it replaces scores instead of adding to them.
+        is_structure: the operator is told its structure (padding, a window), not the tensor.
+        sees_own_key: each query sees the key at its own position.
+        replaces_scores: it fills scores instead of adding to them.
     """
 
     finite: bool
-    told: bool
-    keeps_own_key: bool
-    fills: bool
+    is_structure: bool
+    sees_own_key: bool
+    replaces_scores: bool
 
     @classmethod
-    def by(cls, mask: Mask, scores: Scores, read_mask: ReadMask) -> "_Restriction":
+    def of(cls, mask: Mask, scores: Scores, read_mask: ReadMask) -> "_MaskEffect":
         fills = mask.fill is not None
         node = mask.visible if fills else mask.node
         reading = MaskReading(residual=mask.node) if node is None else read_mask(node, mask.floored and not fills)
-        keeps = reading.residual is None and not reading.key_paddings and scores.square
+        sees_own_key = reading.residual is None and not reading.key_paddings and scores.square
         level = mask.fill if fills else -inf if _is_boolean(mask.node) else level_of(mask.node)
         finite = level != -inf or mask.floored
-        return cls(finite, keeps if fills and finite else reading.residual is None, keeps, fills)
+        is_structure = sees_own_key if fills and finite else reading.residual is None
+        return cls(finite, is_structure, sees_own_key, fills)
 
 
 def _is_bias(mask: Mask) -> bool:

@@ -67,7 +67,7 @@ class Weight:
         return tuple(leaf for a in tree_leaves(self.arguments) if isinstance(a, Weight) for leaf in a.leaves)
 
     @property
-    def is_made(self) -> bool:
+    def is_materialised(self) -> bool:
         """Whether the graph computes it into memory of its own, where the nodes it is made of are only looked at."""
         storage = self.value.untyped_storage()._cdata
         return all(leaf.untyped_storage()._cdata != storage for leaf in map(tensor_of, self.leaves) if leaf is not None)

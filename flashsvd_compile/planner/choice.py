@@ -164,7 +164,7 @@ def plan_attention(shape: AttentionShape, options: Options) -> Plan:
     else:
         obstacles[Strategy.ABSORBED] = shape.rank_space
     if shape.shared:
-        again = time.attention_again(shape, device.as_written())
+        again = time.attention_shared_projections(shape, device.as_written())
         how = f"; {', '.join(shape.shared)} are computed again for what else reads them"
         offered = [replace(c, seconds=c.seconds + again, how=c.how + how) for c in offered]
     kept = time.attention_kept(shape, device.as_written())

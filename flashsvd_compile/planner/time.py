@@ -135,7 +135,7 @@ def attention_kept(shape: AttentionShape, device: Device) -> sympy.Expr:
     return _attention_projections(shape, device, _projection) + core + operations * device.launch_seconds
 
 
-def attention_again(shape: AttentionShape, device: Device) -> sympy.Expr:
+def attention_shared_projections(shape: AttentionShape, device: Device) -> sympy.Expr:
     """Projections that the graph computes besides the region."""
     rows = shape.rows_of
     return sympy.Add(*(_projection(shape, device, role, rows(role), shape.in_features) for role in shape.shared))
@@ -161,12 +161,16 @@ def _by_blocks(shape: AttentionShape, device: Device, workspace_bytes: sympy.Exp
     row = shape.itemsize * (shape.features["k"] + shape.features["v"])
     in_chunk = memory.attention_chunks(shape, device, workspace_bytes).bytes / row
     rows = memory.maximum(shape.kv_len, in_chunk)
-    two = memory.floor(memory.minimum(1, 2 * rows / (LARGE_SHARE * device.full_rows)))
+    two = _indicator(2 * rows / (LARGE_SHARE * device.full_rows))
     of_chip = LARGE_ROWS * memory.ceiling(in_chunk / LARGE_ROWS) / device.full_rows
     more_rounds = memory.ceiling(3 * of_chip) - memory.ceiling(2 * of_chip)
-    whole_items, enough = memory.floor(in_chunk / shape.kv_len), memory.floor(2 * 3 * of_chip)
-    three = memory.minimum(1, whole_items, enough) * (1 - memory.minimum(1, more_rounds))
+    three = _indicator(in_chunk / shape.kv_len, 2 * 3 * of_chip) * (1 - _indicator(more_rounds))
     return sympy.S.One - (1 - LARGE_BLOCKS) * memory.maximum(two, three)
+
+
+def _indicator(*ratios) -> sympy.Expr:
+    """1 where each of these numbers is at least 1, else 0; of a sympy relation no formula is made."""
+    return memory.floor(memory.minimum(1, *ratios))
 
 
 def attention_merged(
@@ -265,8 +269,8 @@ def _of_long_attention(shape: AttentionShape, device: Device) -> sympy.Expr:
     heads, processors = shape.batch * shape.num_heads, sympy.Integer(device.full_rows) / LARGE_ROWS
     rounds = memory.ceiling(heads * memory.ceiling(shape.q_len / TILE_ROWS) / processors)
     filled = heads * shape.q_len / (TILE_ROWS * processors * memory.maximum(1, rounds))
-    takes_it = memory.floor(memory.minimum(1, shape.kv_len / LONG_KEYS, filled / EVEN_SHARE))
-    return sympy.S.One - (1 - LONG_ATTENTION) * takes_it
+    applies = _indicator(shape.kv_len / LONG_KEYS, filled / EVEN_SHARE)
+    return sympy.S.One - (1 - LONG_ATTENTION) * applies
 
 
 def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, device: Device) -> sympy.Expr:
@@ -284,16 +288,16 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
     chunks, chunk = sympy.Max(1, memory.keys_and_values(shape) / workspace_bytes), 2 * device.launch_seconds
     cut = memory.attention_chunks(shape, device, workspace_bytes)
     if not low_rank and device.grows:
-        chunks, chunk = cut.number, chunk * _starved(shape, cut)
+        chunks, chunk = cut.number, chunk * _underfilling(shape, cut)
     elif low_rank and not memory.lifts_on_chip(shape, device):
         chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
     elif low_rank and device.specialised and not memory.is_short(shape):
-        chunks, chunk = cut.number, device.launch_seconds * (3 * _starved(shape, cut) - 1) / 2
+        chunks, chunk = cut.number, device.launch_seconds * (3 * _underfilling(shape, cut) - 1) / 2
     tails = CAUSAL_TAIL * shape.kv_len * (cut.number - 1) if shape.causal and device.grows else 0
     return chunk * chunks + tails + device.launch_seconds * once
 
 
-def _starved(shape: AttentionShape, cut: memory.Chunks) -> sympy.Expr:
+def _underfilling(shape: AttentionShape, cut: memory.Chunks) -> sympy.Expr:
     """How many such chunks fill the GPU that the whole of keys and values would fill; at least 1."""
     filling = memory.minimum(shape.itemsize * FULL_CHUNK, memory.keys_and_values(shape))
     return memory.maximum(1, filling / memory.maximum(1, cut.bytes))

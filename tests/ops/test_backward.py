@@ -126,7 +126,7 @@ def gradients(function: Callable[..., Tensor], arguments: tuple, seed: Tensor | 
 @pytest.fixture(autouse=True)
 def short_chunks(monkeypatch):
     """Let a chunk be as short as the workspace asks for."""
-    monkeypatch.setitem(backward.LEAST_ROWS, "cpu", 1)
+    monkeypatch.setitem(backward.LEAST_ROWS_OF_A_CHUNK, "cpu", 1)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -12,7 +12,7 @@ H200 = device_of("H200")
 LIMITS = {
     "columns of a float32 MLP": (memory.SINGLE_COLUMNS, GPU_COLUMNS),
     "keys of short attention": (memory.SHORT_KEYS, short_attention.MAX_KEYS),
-    "rows for which odd ranks are copied": (memory.LEAST_COPIED, aligned.LEAST_ROWS),
+    "rows for which odd ranks are copied": (memory.LEAST_COPIED, aligned.LEAST_ROWS_TO_COPY),
     "elements of a sector": (memory.ALIGNED, product.SECTOR),
     "elements that the library reads at once": (memory.STEP, aligned._STEP),
     "rank that is lifted by a kernel": (H200.max_projected_rank, lifting.MAX_PROJECTED_RANK),
