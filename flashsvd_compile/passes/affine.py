@@ -124,3 +124,16 @@ def _scaled(affine: object, factor: object, node: Node, steps: int) -> Affine | 
         return None
     bias = None if inner.bias is None else Weight.call("mul", inner.bias, scale)
     return inner._replace(weight=Weight.call("mul", inner.weight, column), bias=bias, nodes=(*inner.nodes, node))
+
+
+def read_scaling(node: Node) -> tuple[Node, float] | None:
+    """``x`` and the factor of ``x * number``, ``number * x`` or ``x / number``."""
+    call = read(node)
+    if call is None or call.op not in ("mul", "div"):
+        return None
+    pairs = [(call.input, call["other"])] + ([(call["other"], call.input)] if call.op == "mul" else [])
+    for tensor, factor in pairs:
+        number = number_of(factor)
+        if number is not None and tensor_of(tensor) is not None and (number or call.op == "mul"):
+            return tensor, number if call.op == "mul" else 1 / number
+    return None

@@ -36,7 +36,7 @@ from .concatenation import read_merges, read_out
 from .factored import Factored, Obstacle
 from .factors import read_pair
 from .heads import Member, read_member
-from .masking import Scores, mask_arguments
+from .masking import Scores, mask_arguments, why_tensors_stay
 from .masks import ReadMask
 from .norms import Norm, source_of_norm
 from .per_head import multiply_together
@@ -124,6 +124,7 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
         plan=partial(plan_attention, _shape(q, k, members, core, constants, space, shared)),
         output=output,
         absorb=partial(absorb, space) if isinstance(space, RankSpace) else None,
+        note=why_tensors_stay(core.masks, read_mask) if "mask" in constants else "",
         shared=frozenset(chain(*shared.values())),
     )
 

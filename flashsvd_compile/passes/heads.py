@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
+from .affine import read_scaling
 from .axes import Layout, extent, named, visible
 from .factored import Factored
 from .factors import read_projection
@@ -12,9 +13,7 @@ from .norms import Norm, read_norm
 from .per_head import read_per_head
 from .rope import Rope, read_rope
 from .scores import Operand
-from .values import number_of, tensor_of
 from .views import trace, with_rows
-from .vocabulary import read
 
 
 class Member(NamedTuple):
@@ -48,10 +47,10 @@ def read_member(operand: Operand, dtype: torch.dtype) -> Member | None:
     while norm is None:
         node, layout, passed = trace(node, layout)
         nodes = passed + nodes
-        factor = _constant_factor(node)
-        if factor is not None:
-            nodes, scale = (node, *nodes), scale * factor[1]
-            node = factor[0]
+        scaling = read_scaling(node)
+        if scaling is not None and scaling[1]:
+            nodes, scale = (node, *nodes), scale * scaling[1]
+            node = scaling[0]
         elif rope is None and (rope := read_rope(node, _heads_dim(layout), dtype)) is not None:
             nodes = rope.nodes + nodes
             node = rope.source
@@ -74,18 +73,6 @@ def _heads_dim(layout: Layout) -> int:
     """Where the heads are in a tensor of four dimensions whose second or third they are."""
     by_position = any(axis.name in ("query", "key") for dim in layout[1:2] for axis in visible(dim))
     return 2 if by_position else 1
-
-
-def _constant_factor(node: Node) -> tuple[Node, float] | None:
-    call = read(node)
-    if call is None or call.op not in ("mul", "div"):
-        return None
-    pairs = [(call.input, call["other"])] + ([(call["other"], call.input)] if call.op == "mul" else [])
-    for tensor, factor in pairs:
-        number = number_of(factor)
-        if number and isinstance(tensor, Node) and tensor_of(tensor) is not None:
-            return tensor, number if call.op == "mul" else 1 / number
-    return None
 
 
 _HEADS = ((), ("head",), ("head.outer",), ("head.outer", "head.inner"))

@@ -184,14 +184,27 @@ class _MaskEffect(NamedTuple):
 
     @classmethod
     def of(cls, mask: Mask, scores: Scores, read_mask: ReadMask) -> "_MaskEffect":
-        fills = mask.fill is not None
-        node = mask.visible if fills else mask.node
-        reading = MaskReading(residual=mask.node) if node is None else read_mask(node, mask.floored and not fills)
+        fills, reading = mask.fill is not None, _reading_of(mask, read_mask)
         sees_own_key = reading.residual is None and not reading.key_paddings and scores.square
         level = mask.fill if fills else -inf if _is_boolean(mask.node) else level_of(mask.node)
         finite = level != -inf or mask.floored
         is_structure = sees_own_key if fills and finite else reading.residual is None
         return cls(finite, is_structure, sees_own_key, fills)
+
+
+def _reading_of(mask: Mask, read_mask: ReadMask) -> MaskReading:
+    """What a mask says of which keys are visible."""
+    if mask.fill is None:
+        return read_mask(mask.node, mask.floored)
+    if mask.visible is None:
+        return MaskReading(residual=mask.node, reason="no rule explains where it fills scores")
+    return read_mask(mask.visible, False)
+
+
+def why_tensors_stay(masks: tuple[Mask, ...], read_mask: ReadMask) -> str:
+    """Why masks are not told to the operator as structure; empty where nothing is known of it."""
+    reasons = (_reading_of(mask, read_mask).reason for mask in masks if not _is_bias(mask))
+    return "; ".join(dict.fromkeys(f"its mask stays a tensor: {reason}" for reason in reasons if reason))
 
 
 def _is_bias(mask: Mask) -> bool:
@@ -248,7 +261,7 @@ def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, gra
 
 
 def _arguments(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
-    value, arguments = tensor_of(mask.node), _structure(read_mask(mask.node, mask.floored), scores.x)
+    value, arguments = tensor_of(mask.node), _structure(_reading_of(mask, read_mask), scores.x)
     if "mask" in arguments and mask.floored:
         return _floored(mask, scores)
     other_dtype = value is not None and value.dtype not in (torch.bool, scores.dtype)
@@ -291,13 +304,12 @@ def _raised(node: Node, graph: Graph) -> Node:
 
 
 def _arguments_of_fill(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
-    visible, fill = mask.visible, mask.fill
+    fill, reading = mask.fill, _reading_of(mask, read_mask)
     assert fill is not None
     if mask.floored or fill != -inf:
         fill = max(fill, torch.finfo(scores.dtype).min)  # of scores that are wider than queries and keys
-    reading = MaskReading(residual=mask.node) if visible is None else read_mask(visible, False)
     if fill == -inf:
-        return {"mask": _call("logical_not", mask.node)} if visible is None else _structure(reading, scores.x)
+        return {"mask": _call("logical_not", mask.node)} if mask.visible is None else _structure(reading, scores.x)
     if scores.square and reading.residual is None and not reading.key_paddings:  # every query sees at least itself
         return _structure(reading, scores.x)
     x = tensor_of(scores.x)

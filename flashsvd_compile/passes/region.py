@@ -55,6 +55,7 @@ class Region:
         output: the one of the nodes that is the result.
         absorb: makes the region that the strategy ``absorbed`` stands for, or ``None`` where it has no such form.
         shared: those of the nodes that something else may read, too: they stay, and the operator computes them again.
+        note: for the report, behind the plan's reason.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class Region:
     output: Node
     absorb: Callable[["Region"], "Region"] | None = None
     shared: frozenset[Node] = frozenset()
+    note: str = ""
 
     @property
     def weights(self) -> list[Weight]:
@@ -118,7 +120,7 @@ class Region:
             module=module_of(self.nodes, self.output),
             ranks=ranks,
             strategy=plan.strategy,
-            reason=plan.reason,
+            reason=f"{plan.reason}; {self.note}" if self.note else plan.reason,
             transient_before=plan.transient_before,
             transient_after=plan.transient_after,
         )

@@ -15,7 +15,7 @@ import torch
 from torch.fx import Node
 
 from ..report import RefusalReason
-from .affine import read_affine
+from .affine import read_affine, read_scaling
 from .axes import Axis, Layout, extent, named
 from .columns import example
 from .factored import Obstacle
@@ -238,9 +238,9 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
         biased = None if scaled else read_biased_product(node)
         if biased is not None:
             return _with_bias(node, *biased, masks, tuple(nodes), floored)
-        factor = None if call is None else _factor(call)
-        if factor is not None:
-            node, scale = factor[0], scale * factor[1]
+        scaling = read_scaling(node)
+        if scaling is not None:
+            node, scale = scaling[0], scale * scaling[1]
             continue
         if call is not None and call.op == "tanh" and not softcap and scale > 0:
             node, softcap = call.input, scale
@@ -269,19 +269,6 @@ def _with_bias(
     return _Scores(product, product.scale, 0.0, masks, nodes)
 
 
-def _factor(call: Call) -> tuple[Node, float] | None:
-    """``x * number``, ``number * x`` or ``x / number``."""
-    if call.op == "mul":
-        for tensor, number in ((call.input, call["other"]), (call["other"], call.input)):
-            value = number_of(number)
-            if value is not None and tensor_of(tensor) is not None:
-                return tensor, value
-    if call.op == "div" and tensor_of(call.input) is not None:
-        value = number_of(call["other"])
-        return None if not value else (call.input, 1 / value)
-    return None
-
-
 def _read_addition(node: Node) -> tuple[Node, Mask] | None:
     """``scores + mask``: the addend that leads to a product, and the other one, of the same dtype and no larger."""
     call, result = read(node), tensor_of(node)
@@ -303,8 +290,7 @@ def _leads_to_product(node: Node) -> bool:
     call = read(node)
     if call is not None and call.op == "tanh":
         return _leads_to_product(call.input)
-    factor = None if call is None else _factor(call)
-    before = factor or _read_addition(node) or read_fill(node)
+    before = read_scaling(node) or _read_addition(node) or read_fill(node)
     return before is not None and _leads_to_product(before[0])
 
 
