@@ -193,5 +193,5 @@ def test_nested_regions_that_gradients_are_wanted_of_are_left_alone():
     nested, plain, modules = nested_and_plain()
     x = torch.randn(5, FEATURES)
     torch.testing.assert_close(gradients(compiled(nested), modules, x), gradients(plain, modules, x))
-    assert [match.module for match in latest().matches] == ["0.layers"], "which Dynamo inlines"
+    assert {match.module for match in latest().matches} <= {"0.layers"}, "which Dynamo inlines since torch 2.13"
     assert {refusal.reason for refusal in latest().refusals} == {RefusalReason.TRANSFORMED}
