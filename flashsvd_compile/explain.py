@@ -3,11 +3,13 @@
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from inspect import getclosurevars, isroutine
 from typing import Any
 
 import torch
 from torch import nn
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from .options import Options
 from .passes import apply_rules
@@ -37,22 +39,26 @@ def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None 
         return original
 
     torch._dynamo.reset()
-    with _compiled_anew(model):
+    with _compiled_anew(model, args, kwargs):
         torch.compile(model, backend=trace_only)(*args, **kwargs)
     return report
 
 
 @contextmanager
-def _compiled_anew(model: Any) -> Iterator[None]:
-    """Set aside what ``module.compile()`` has put in place of the calls of a model and its parts."""
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    compiled = [module._compiled_call_impl for module in modules]
-    for module in modules:
+def _compiled_anew(model: Any, *inputs: Any) -> Iterator[None]:
+    """Set aside what ``module.compile()`` has put in place of the calls of a model and its parts: of what is a module,
+    what it is a method of, what it closes over and what it is given.
+    """
+    around = [getattr(model, "__self__", None), *getclosurevars(model).nonlocals.values()] if isroutine(model) else []
+    roots = [root for root in tree_leaves((model, around, inputs)) if isinstance(root, nn.Module)]
+    modules = {module for root in roots for module in root.modules()}
+    compiled = {module: call for module in modules if (call := module._compiled_call_impl) is not None}
+    for module in compiled:
         module._compiled_call_impl = None
     try:
         yield
     finally:
-        for module, call in zip(modules, compiled, strict=True):
+        for module, call in compiled.items():
             module._compiled_call_impl = call
 
 

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 from pathlib import Path
@@ -86,7 +87,8 @@ def _debug(value: Any) -> bool | Path:
     if isinstance(value, bool):
         return value
     if isinstance(value, (str, os.PathLike)) and str(value) and "\0" not in str(value):
-        return Path(value).expanduser()
+        with suppress(RuntimeError):  # a user who has no home
+            return Path(value).expanduser()
     raise InvalidOptionError("debug", value, "True, False or a directory")
 
 
@@ -109,7 +111,7 @@ def _disable(value: Any) -> frozenset[str]:
 
 
 def _mode(value: Any) -> str | None:
-    valid = dict.fromkeys(("default", *list_mode_options()))
+    valid = tuple(dict.fromkeys(("default", *list_mode_options())))
     if value is not None and value not in valid:
         raise InvalidOptionError("mode", value, ", ".join(map(repr, valid)))
     return None if value == "default" else value

@@ -336,6 +336,30 @@ def test_modules_have_their_names_however_they_are_called(block, call):
     assert [match.module for match in report.matches] == ["0.0", "0.1", "0.0", "0.1"]
 
 
+def test_names_of_modules_may_be_any():
+    layers = nn.ModuleDict({"layer-1": LowRank(FEATURES, FEATURES), "a b/c": LowRank(FEATURES, FEATURES)})
+
+    def function(x):
+        for layer in layers.values():
+            x = layer(x)
+        return x
+
+    with torch.no_grad():
+        report = explain(function, sample(), options={"strategy": "streamed"})
+    assert [match.module for match in report.matches] == ["layer-1", "a b/c"]
+
+
+def test_a_function_of_a_module_that_was_compiled_in_place_is_explained(block):
+    block.compile(backend="flashsvd", options={"inner": "eager"})
+    with torch.no_grad():
+        for function, inputs in (
+            (lambda x: block(x), (sample(),)),
+            (lambda model, x: model(x), (block, sample())),
+            (block.forward, (sample(),)),
+        ):
+            assert explain(function, *inputs).count("attention") == 2
+
+
 @pytest.mark.parametrize("whole", [False, True])
 def test_a_module_that_was_compiled_in_place_is_explained(block, whole):
     for module in [block] if whole else block:

@@ -82,8 +82,11 @@ def test_an_unknown_option_lists_the_known_ones():
         ({"autotune": 1}, "True or False"),
         ({"debug": ""}, "True, False or a directory"),
         ({"debug": "a\0b"}, "True, False or a directory"),
+        ({"debug": "~nobody-by-this-name/graphs"}, "True, False or a directory"),
+        ({"mode": ["default"]}, "'reduce-overhead'"),
         ("streamed", "a dictionary of options by name"),
-        (3, "a dictionary of options by name"),
+        ("", "a dictionary of options by name"),
+        (0, "a dictionary of options by name"),
     ],
 )
 def test_an_invalid_value_lists_the_valid_ones(options, valid):

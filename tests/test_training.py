@@ -5,10 +5,12 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._C import DispatchKey
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from flashsvd_compile import RefusalReason, RewriteReport, last_report
+from flashsvd_compile import RefusalReason, RewriteReport, last_report, rewrite
+from flashsvd_compile.ops import backward
 
 FEATURES, WIDTH, RANK = 32, 64, 6
 INNER = ["eager", "aot_eager", "inductor"]
@@ -186,6 +188,60 @@ def test_nested_regions():
     with torch.no_grad():
         torch.testing.assert_close(compiled(nested)(x), plain(x))
     assert latest().count("mlp") > 0
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_nested_regions_without_gradients(frozen):
+    nested, plain, modules = nested_and_plain()
+    x = torch.randn(5, FEATURES)
+    modules.requires_grad_(not frozen)
+
+    def function(x):
+        if frozen:
+            return nested(x)
+        with torch.no_grad():
+            return nested(x)
+
+    torch.testing.assert_close(compiled(function)(x), plain(x))
+    assert latest().count("mlp") > 0
+    assert latest().refusals == []
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_what_is_emitted_is_tracked(rows):
+    """By rules, packing and residual sums: later rules ask whether gradients are wanted of what they find."""
+    trained, p, q, frozen = mlp(), pair(), pair(), mlp().requires_grad_(False)
+    emitted = []
+
+    def is_tracked(node):
+        value = node.meta.get("example_value")
+        return any(each.requires_grad for each in (value if isinstance(value, tuple) else [value]) if each is not None)
+
+    def backend(graph_module, example_inputs):
+        rewrite(graph_module, options={"strategy": "streamed"})
+        for node in graph_module.graph.nodes:
+            if node.op in ("call_function", "call_method"):
+                emitted.append(node.name)
+                assert is_tracked(node) == any(map(is_tracked, node.all_input_nodes)), node.name
+        return graph_module.forward
+
+    def function(x):
+        return p(x).sin() * q(x).cos() + (trained(x) + frozen(x.sin()))
+
+    x = torch.randn(rows, FEATURES)
+    result = torch.compile(function, backend=backend)(x)
+    torch.testing.assert_close(result, function(x))
+    assert ("split" in emitted) == (rows == 1)
+    assert ("add" in emitted) == (rows == 1), "a residual joins an operator of more rows"
+
+
+def test_recomputing_leaves_autograd_out_again():
+    x, weight = torch.randn(4, 3), torch.randn(2, 3)
+    with torch._C._AutoDispatchBelowAutograd():
+        chunked = backward.Chunked(torch.ones(4, 2), (x, weight), frozenset({0}), 2)
+        found = backward.recompute(torch.nn.functional.linear, chunked, [True, True])
+        assert torch._C._dispatch_tls_is_dispatch_key_excluded(DispatchKey.AutogradFunctionality)
+    torch.testing.assert_close(found, [weight.sum(0).expand(4, 3), x.sum(0).expand(2, 3)])
 
 
 def test_nested_regions_that_gradients_are_wanted_of_are_left_alone():

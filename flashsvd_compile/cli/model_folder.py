@@ -48,9 +48,10 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
         import transformers
 
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    named = getattr(transformers, (config.architectures or ["AutoModel"])[0], transformers.AutoModel)
-    if not issubclass(named, (nn.Module, transformers.AutoModel)):
-        raise ValueError(f"its architecture {named.__name__!r} is no model")
+    name = (config.architectures or ["AutoModel"])[0]
+    named = getattr(transformers, name, transformers.AutoModel)
+    if not isinstance(named, type) or not (issubclass(named, nn.Module) or hasattr(named, "from_config")):
+        raise ValueError(f"its architecture {name!r} is no model")
     architecture: Any = named
     if with_weights:
         model, info = architecture.from_pretrained(folder, local_files_only=True, output_loading_info=True)

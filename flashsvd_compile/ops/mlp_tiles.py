@@ -59,7 +59,7 @@ class Tile(NamedTuple):
 
 
 MAX_RANGES = 16
-MORE_CHUNKS = 4
+MORE_CHUNKS = 3
 """Than needed, that are looked at for fewer rounds of the chip."""
 COPYING, SUMMING, LAUNCHING, IDLENESS = 6, 6, 6_000_000, 0.4
 """Fitted to 45 tiles of seven regions on an H100 and, with the splits, to 21 of three on an H200, to 3 % of these.
@@ -146,7 +146,8 @@ class Sizes(NamedTuple):
         fitting = (elements - copied) // self.width // BLOCK * BLOCK
         if fitting <= 0:
             return []
-        numbers = range(-(-rows // fitting), -(-rows // fitting) + MORE_CHUNKS)
+        needed = -(-rows // fitting)
+        numbers = range(needed, needed + MORE_CHUNKS + 1)
         chunks = {min(rows, -(-rows // (number * BLOCK)) * BLOCK) for number in numbers}
         tiles = [Tile(chunk, self.width, 0, copied, 0, activated=True, kept=True) for chunk in chunks]
         return [tile for tile in tiles if tile.rows * self.width >= (self.features + tile.rows) * self.rank]

@@ -14,11 +14,11 @@ from .values import EXAMPLE, requires_grad, value_of
 
 def emit(graph: Graph, target: str | Callable[..., Any], *arguments: Any) -> Node:
     """A method (by name) or function call at the graph's insertion point; tracked by autograd if an argument is."""
-    tracked = torch.is_grad_enabled() and any(requires_grad(a) for a in arguments if isinstance(a, Node))
     if isinstance(target, str):
-        method = graph.call_method(target, arguments)
-        return with_example(method, lambda x, *rest: getattr(x, target)(*rest), tracked)
-    return with_example(graph.call_function(target, arguments), target, tracked)
+        node, compute = graph.call_method(target, arguments), lambda x, *rest: getattr(x, target)(*rest)
+    else:
+        node, compute = graph.call_function(target, arguments), target
+    return with_example(node, compute, torch.is_grad_enabled() and any(map(requires_grad, node.all_input_nodes)))
 
 
 def with_example(node: Node, compute: Callable[..., Any], tracked: bool) -> Node:

@@ -78,14 +78,13 @@ def transformed_among(nodes: Iterable[Node]) -> Iterator[Node]:
     """The nodes whose operations are batched within the graph, or differentiated and perhaps differentiated again."""
     nodes, ends = list(nodes), list[str]()
     again = _differentiated_again(nodes)
-    yield from again
     for node in nodes:
         name = _name(node)
         if name in _TRANSFORMS:
             ends.append(_TRANSFORMS[name])
         elif ends and name == ends[-1]:
             ends.pop()
-        elif ends and node not in again:
+        elif ends or node in again:
             yield node
 
 

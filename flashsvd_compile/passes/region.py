@@ -184,6 +184,8 @@ _ROOT = re.compile(r"^[LG]\['\w+'\](\[\d+\])?")
 """What Dynamo calls the module that is compiled: ``L['self']``, ``L['args'][0]``, or a name in a function's scope."""
 
 
+_STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|([^.\[\]]+)")
+"""A key, a number or an attribute."""
 _BETWEEN = ("_modules", "__self__")
 """Attributes on the way that are no modules: the dictionary of children, and what a bound method belongs to."""
 
@@ -193,7 +195,8 @@ def _path_of(node: Node) -> list[str] | None:
     if not stack:
         return None
     path, _ = list(stack.values())[-1]
-    return [part for part in re.findall(r"\w+", _ROOT.sub("", path)) if part not in _BETWEEN]
+    steps = ("".join(step) for step in _STEP.findall(_ROOT.sub("", path)))
+    return [step for step in steps if step not in _BETWEEN]
 
 
 def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None) -> dict[str, Any]:

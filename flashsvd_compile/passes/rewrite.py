@@ -111,11 +111,11 @@ def _bodies(graph_module: GraphModule) -> dict[GraphModule, str | None]:
     bodies = {name: body for name, body in children if name in read and isinstance(body, GraphModule)}
     if not bodies:
         return {}
-    within = {}
+    within, order = {}, Order.of(graph_module.graph.nodes)
     for node in graph_module.graph.find_nodes(op="call_function", target=invoke_subgraph):
-        if torch.is_grad_enabled() and any(map(requires_grad, node.all_input_nodes)):
+        if order.gradients_at(node) and any(map(requires_grad, node.all_input_nodes)):
             within |= dict.fromkeys(_attributes_of(node), NESTED_REGION)
-    for node in Order.of(graph_module.graph.nodes).transformed:
+    for node in order.transformed:
         within |= dict.fromkeys(_attributes_of(node), TRANSFORM)
     return {body: within.get(name) for name, body in bodies.items()}
 

@@ -305,7 +305,9 @@ def _obstacle_to_fusing(shape: MlpShape, device: Device) -> str | None:
         return "the kernel computes in half precision"
     if "gate" in shape.ranks:
         return "the kernel takes no gate"
-    if not all(rank is not None and rank <= device.max_fused_rank for rank in shape.ranks.values()):
+    if None in shape.ranks.values():
+        return "the kernel takes no dense projection"
+    if max(map(shape.latent, shape.ranks)) > device.max_fused_rank:
         return f"the kernel takes ranks up to {device.max_fused_rank}"
     return None
 

@@ -108,11 +108,15 @@ class TestCompress:
         (tmp_path / "dense" / "config.json").write_text(json.dumps(config))
         run("compress", tmp_path / "dense", tmp_path / "small")
         assert model_folder.load(tmp_path / "small").dtype == torch.bfloat16
+        (tmp_path / "small" / "config.json").write_text(json.dumps(config | {"dtype": "float32"}))
+        assert model_folder.load(tmp_path / "small").dtype == torch.float32
 
     def test_a_missing_requirement_is_named(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
         for arguments in (["compress", folder, tmp_path / "small"], ["bench", "--layers", 1], ["explain", folder]):
-            assert "pip install 'flashsvd-compile[bench]' has it" in refused(*arguments)
+            message = refused(*arguments)
+            assert "pip install 'flashsvd-compile[bench]' has it" in message
+            assert "transformers cannot load" not in message
         assert "pip install 'flashsvd-compile[demo]' has it" in refused("demo")
 
     def test_no_model_folder(self, tmp_path: Path):
@@ -161,6 +165,7 @@ class TestCompress:
         ('{"model_type": "nothing_known"}', "`nothing_known`"),
         ('{"model_type": "bert", "hidden_size": "wide"}', "'hidden_size' expected int"),
         ('{"model_type": "bert", "architectures": ["BertConfig"]}', "'BertConfig' is no model"),
+        ('{"model_type": "bert", "architectures": ["pipeline"]}', "'pipeline' is no model"),
         ('{"model_type": "bert"}', "no file named model.safetensors"),
     ],
 )

@@ -70,11 +70,18 @@ def test_what_no_kernel_holds_on_chip_is_streamed(shape):
         (mlp(65536, 192, itemsize=4), "the kernel computes in half precision"),
         (mlp(65536, 192, gated=True), "the kernel takes no gate"),
         (mlp(65536, 192, device="cpu"), "only GPUs have a kernel for it"),
+        (replace(mlp(65536, 192), ranks={"hidden": None, "out": 192}), "the kernel takes no dense projection"),
     ],
 )
 def test_why_a_region_is_not_fused(shape, obstacle):
     plan = plan_mlp(shape, replace(AUTO, strategy="fused"))
     assert plan.reason.endswith(f"; fused is not offered here: {obstacle}")
+
+
+def test_a_strategy_that_counts_as_equal_is_said_to():
+    slower = plan_mlp(mlp(2048, 64, device="cpu", itemsize=4), AUTO)
+    assert slower.reason.endswith("predicted to take 1.05 of the time as written, which counts as equal (within 8%)")
+    assert "equal" not in plan_mlp(mlp(65536, 192), AUTO).reason
 
 
 @pytest.mark.parametrize("region", ["mlp", "attention"])
