@@ -222,6 +222,17 @@ def _merging(roles: Iterable[str]) -> str:
     return f"the factors of {', '.join(roles)} hold no fewer elements than their product"
 
 
+OBSTACLES: Mapping[Strategy, str] = MappingProxyType(
+    {
+        Strategy.FUSED: "only MLPs have a kernel for it",
+        Strategy.STREAMED: "there is nothing to compute",
+        Strategy.ABSORBED: "only attention has such a form",
+        Strategy.MERGED: "factors hold fewer elements than their product",
+    }
+)
+"""Why a strategy is not offered, where a plan knows no more."""
+
+
 def _choice(
     shape: RegionShape,
     offered: list[Candidate],
@@ -235,7 +246,7 @@ def _choice(
     Args:
         offered: everything but keeping the region.
         seconds, before: time and transient memory of the region as written.
-        obstacles: why a strategy is not among those offered.
+        obstacles: why a strategy is not among those offered, before :data:`OBSTACLES`.
     """
     kept = Candidate(Strategy.KEPT, Workspace(0), seconds, before, "the model's own operations stay")
     candidates = (*offered, kept)
@@ -252,8 +263,7 @@ def _choice(
             why = f"all intermediates fit in {room:.3g} MiB, where an operator would do the same"
         reason = f"{chosen.how}; {why}"
         if forced is not None:
-            obstacle = obstacles.get(forced)
-            reason += f"; {forced!s} is not offered here" + (f": {obstacle}" if obstacle else "")
+            reason += f"; {forced!s} is not offered here: {obstacles.get(forced) or OBSTACLES[forced]}"
     return Plan(chosen.strategy, chosen.workspace, reason, kept.transient, chosen.transient, candidates)
 
 

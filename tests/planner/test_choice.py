@@ -334,7 +334,21 @@ def test_factors_are_merged_where_the_rows_pay_for_it(rows, expected):
 def test_factors_smaller_than_their_product_are_not_merged():
     plan = plan_linear(linear(2**20, 192), Options(strategy="merged"))
     assert plan.strategy == Strategy.STREAMED
-    assert "merged is not offered here" in plan.reason
+    assert plan.reason.endswith("; merged is not offered here: factors hold fewer elements than their product")
+
+
+@pytest.mark.parametrize(
+    ("plan", "shape", "strategy", "obstacle"),
+    [
+        (plan_attention, attention(4, 512, 192), "fused", "only MLPs have a kernel for it"),
+        (plan_linear, linear(512, 192), "absorbed", "only attention has such a form"),
+        (plan_mlp, mlp(512, 192), "absorbed", "only attention has such a form"),
+        (plan_linear, linear(0, 192), "streamed", "there is nothing to compute"),
+    ],
+)
+def test_why_a_strategy_is_not_offered(plan, shape, strategy, obstacle):
+    reason = plan(shape, Options(strategy=strategy)).reason
+    assert reason.endswith(f"; {strategy} is not offered here: {obstacle}")
 
 
 def test_a_budget_excludes_what_is_larger():
