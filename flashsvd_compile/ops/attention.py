@@ -26,7 +26,7 @@ from .projection import Projection
 from .registry import register
 from .residual import joined, plus, plus_residual
 from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
-from .workspace import Workspace, affine_into, lift_heads, project_rows, rows_that_fit
+from .workspace import Workspace, affine_into, lift_heads, project_rows, rows_of, rows_that_fit
 
 ROLES = ("q", "k", "v", "out")
 SCHEMA = (
@@ -238,7 +238,7 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
         _attend(merged, queried, seen[0], seen[-1], attn.of_items(items), chunk, workspace, core)
         if attn.out is not None:
             workspace.reset(mark)
-            project_rows(_rows(result[items]), _rows(merged), attn.out, workspace)
+            project_rows(rows_of(result[items]), rows_of(merged), attn.out, workspace)
     return result
 
 
@@ -255,8 +255,8 @@ def _comes_together(x: Tensor, context: Tensor, attn: Attention) -> bool:
 
 def _all_latents(result: Tensor, x: Tensor, attn: Attention, elements: int) -> list[Tensor]:
     """Rank space of queries, keys and values, ``[batch, len, rank]`` each, side by side in the result's memory."""
-    columns = attention_folded.columns(_rows(result), [proj.rank(p) for p in (attn.q, attn.k, attn.v)])
-    attention_folded.into_rank_space(columns, _rows(x), _rows(x), attn, elements)
+    columns = attention_folded.columns(rows_of(result), [proj.rank(p) for p in (attn.q, attn.k, attn.v)])
+    attention_folded.into_rank_space(columns, rows_of(x), rows_of(x), attn, elements)
     return [column.unflatten(0, result.shape[:2]) for column in columns]
 
 
@@ -288,7 +288,7 @@ def _attend(
     queries = merged
     if not attn.queries_in_place:
         queries = workspace.aligned().take(*merged.shape[:2], attn.num_heads * attn.head_dim)
-    project_rows(_rows(queries), _rows(queried), attn.q, workspace)
+    project_rows(rows_of(queries), rows_of(queried), attn.q, workspace)
     queries = norm.apply_(queries.unflatten(-1, (attn.num_heads, attn.head_dim)), attn.q_norm, chunk.norm_scratch)
     outputs = merged.unflatten(-1, (attn.num_heads, attn.value_dim))
     latent_k = _latent(keyed, attn.k, workspace)
@@ -311,7 +311,7 @@ def _statistics_of_keys(latent: Tensor, attn: Attention, chunk: Chunking, worksp
     """Of a norm over all heads' keys, where these are lifted a few heads at a time: all heads of a few positions."""
     if attn.k_norm is None or not attn.k_norm.whole or chunk.kv_heads == attn.num_kv_heads:
         return None
-    mark, rows = workspace.mark(), _rows(latent)
+    mark, rows = workspace.mark(), rows_of(latent)
     width = attn.num_kv_heads * attn.head_dim
     step = rows_that_fit(min(workspace.left(), chunk.norm_scratch // norm.copies(latent.dtype)), width, len(rows))
     blocks = []
@@ -328,12 +328,8 @@ def _latent(source: Tensor, projection: Projection[Tensor], workspace: Workspace
     if projection.down is None:
         return source
     latent = workspace.take(source.shape[0], source.shape[1], proj.rank(projection))
-    affine_into(_rows(latent), _rows(source), projection.down, projection.down_bias)
+    affine_into(rows_of(latent), rows_of(source), projection.down, projection.down_bias)
     return latent
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 PER_ITEM = ("x", "context", "key_padding", "mask", "cos", "sin", "documents")

@@ -38,12 +38,11 @@ from .lifting import (
     map_of,
     rotate_,
     rotation_of,
-    rows_of,
 )
 from .projection import Projection
 from .residual import plus
 from .sdpa import attend_at_once, is_causal
-from .workspace import Workspace, affines_into, elements_per_row, project_rows, rows_that_fit
+from .workspace import Workspace, affines_into, elements_per_row, project_rows, rows_of, rows_that_fit
 
 
 def supported(x: Tensor, attn: Attention) -> bool:

@@ -16,7 +16,7 @@ from torch._C import DispatchKey
 
 from ..errors import TwiceDifferentiatedError
 from .registry import NAMESPACE, define
-from .workspace import rows_that_fit
+from .workspace import rows_of, rows_that_fit
 
 GRAPH_COPIES = 4
 """Tensors of an intermediate's size that autograd holds at once: the value, its successor and both gradients."""
@@ -43,7 +43,7 @@ class Chunked(NamedTuple):
 def by_rows(grad: Tensor, arguments: tuple, elements_per_row: int, workspace_bytes: int) -> Chunked:
     """The cut of a region whose only per-item tensor is ``x[..., features]``, the first argument."""
     x = arguments[0]
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     step = items_of_a_chunk(x, rows.shape[0], 1, elements_per_row, workspace_bytes)
     return Chunked(grad.reshape(-1, grad.shape[-1]), (rows, *arguments[1:]), frozenset({0}), step)
 

@@ -16,7 +16,7 @@ from ..kernels.product import multiply, rotates
 from . import projection as proj
 from .attention_region import Attention
 from .projection import Projection
-from .workspace import Workspace, affine_into, affines_into
+from .workspace import Workspace, affine_into, affines_into, rows_of
 
 MAX_PROJECTED_RANK = 256
 """Above it the library's two products are faster: 102 us against 174 at rank 304, 16384 rows of 768 (H100)."""
@@ -135,11 +135,6 @@ def rotate_(heads: Tensor, attn: Attention) -> Tensor:
     if attn.cos is None or attn.sin is None:
         return heads
     return rotary_kernel.rotate_(heads, attn.cos, attn.sin, attn.interleaved)
-
-
-def rows_of(x: Tensor) -> Tensor:
-    """``[batch * len, features]``."""
-    return x.reshape(-1, x.shape[-1])
 
 
 def _latents(rows: Tensor, attn: Attention, workspace: Workspace) -> list[Tensor]:

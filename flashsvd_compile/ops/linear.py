@@ -10,7 +10,7 @@ from .aligned import with_aligned_rank
 from .backward import Chunked, by_rows, differentiable
 from .projection import Projection
 from .registry import register
-from .workspace import Workspace, project_into, rows_that_fit, validate_execution
+from .workspace import Workspace, project_into, rows_of, rows_that_fit, validate_execution
 
 SCHEMA = f"(Tensor x, {proj.schema_of('w')}, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 
@@ -35,7 +35,7 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 
 def _cuda(x: Tensor, *arguments) -> Tensor:
     weight, strategy, workspace_bytes = _parse(x, arguments)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = rows_of(x)
     if few_rows.supported(rows, weight):
         out = _fake(x, *arguments)
         few_rows.project(rows, [weight], [out.view(len(rows), -1)])
@@ -46,7 +46,7 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
 
 def streamed(x: Tensor, weight: Projection[Tensor], workspace_bytes: int) -> Tensor:
     """Chunks of rows; the rank-space intermediate of one chunk lives in the workspace."""
-    rows_in = x.reshape(-1, x.shape[-1])
+    rows_in = rows_of(x)
     out = x.new_empty((*x.shape[:-1], proj.out_features(weight)))
     rows_out = out.view(-1, out.shape[-1])
     total = rows_in.shape[0]

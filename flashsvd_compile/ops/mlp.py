@@ -32,6 +32,7 @@ from .workspace import (
     activated_into,
     add_product,
     affine_into,
+    rows_of,
     rows_that_fit,
     validate_execution,
 )
@@ -88,7 +89,7 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 
 def _cuda(x: Tensor, *arguments) -> Tensor:
     mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
-    rows, residual = x.reshape(-1, x.shape[-1]), arguments[RESIDUAL - 1]
+    rows, residual = rows_of(x), arguments[RESIDUAL - 1]
     if few_rows.supported(rows, *mlp):
         added = None if residual is None else residual.reshape(len(rows), -1)
         return few_rows.mlp(rows, mlp, activation, x_norm, added).view(*x.shape[:-1], -1)
@@ -115,7 +116,7 @@ def _fused(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor
     Where rows are too few to fill the chip, the hidden layer is split among more programs: as far as rank space and the
     partial sums fit in what the result, which comes when they are gone, and the workspace take.
     """
-    rows_in = x.reshape(-1, x.shape[-1])
+    rows_in = rows_of(x)
     rows = rows_in.shape[0]
     mlp = Mlp(with_aligned_rank(mlp.hidden, rows), None, with_aligned_rank(mlp.out, rows))
     rank_out = proj.rank(mlp.out)
@@ -204,7 +205,7 @@ def streamed(
             that is stored after each tile is rounded each time.
         x_norm: taken of a tile's rows first.
     """
-    rows_in = x.reshape(-1, x.shape[-1])
+    rows_in = rows_of(x)
     out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
     rows_out = out.view(-1, out.shape[-1])
     total = rows_in.shape[0]

@@ -32,7 +32,7 @@ from .mlp_region import Mlp
 from .mlp_tiles import Sizes, Tile, even_ranges, ranges, tile_of, width_of
 from .norm import Norm
 from .projection import Projection
-from .workspace import affine_into, affine_plus, rows_that_fit
+from .workspace import affine_into, affine_plus, rows_of, rows_that_fit
 
 LEAST_ROWS_TO_STREAM = 128
 """With fewer rows copying factors costs more than multiplying them slowly."""
@@ -65,7 +65,7 @@ def streamed(
 
     A norm of ``x`` exists for as many rows at a time as the workspace, which is allocated after it, has room for.
     """
-    rows_in = x.reshape(-1, x.shape[-1])
+    rows_in = rows_of(x)
     result = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
     rows_out = result.view(-1, result.shape[-1])
     latents = [rows_out[:, columns] for columns in _columns_in_result(mlp)]

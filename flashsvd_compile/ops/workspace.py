@@ -187,6 +187,11 @@ def validate_execution(strategy: str, workspace_bytes: int) -> None:
     validate_workspace(workspace_bytes)
 
 
+def rows_of(x: Tensor) -> Tensor:
+    """``[rows, features]`` of a tensor of any leading dimensions: a view where its strides allow one."""
+    return x.reshape(-1, x.shape[-1])
+
+
 def validate_workspace(workspace_bytes: int) -> None:
     """Check an operator's bound of scratch memory.
 
