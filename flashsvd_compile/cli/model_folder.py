@@ -2,7 +2,6 @@
 
 import shutil
 from collections.abc import Iterable, Iterator
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from typer import BadParameter
 
 from ..compress import DEFAULT_SKIP, load_factored, save_factored
 from ..compress.dense_layer import dense_layers
+from ..compress.factorise import fits_any
 from ..errors import CheckpointError
 from .extras import extra
 
@@ -65,7 +65,7 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
 
 def _refuse_without(model: nn.Module, missing: Iterable[str]) -> None:
     """Refuse a model whose layers would be factored from random weights, which transformers gives them."""
-    factored = [name for name, _ in dense_layers(model) if not any(fnmatchcase(name, skip) for skip in DEFAULT_SKIP)]
+    factored = [name for name, _ in dense_layers(model) if not fits_any(name, DEFAULT_SKIP)]
     absent = sorted(set(missing) & {f"{name}.{each}" for name in factored for each in ("weight", "bias")})
     if absent:
         raise ValueError(f"the weights lack {', '.join(absent)}")

@@ -67,7 +67,7 @@ def compress(
     if not targets:
         raise CompressionError("targets has no pattern; '*' fits all layers")
     dense = dict(dense_layers(model))
-    layers = {name: layer for name, layer in dense.items() if not _fits_any(name, skip)}
+    layers = {name: layer for name, layer in dense.items() if not fits_any(name, skip)}
     if not layers:
         skipped = [f"skip leaves out {', '.join(dense)}"] if dense else []
         reasons = [*skipped, *not_replaceable(model)] or ["it has neither nn.Linear nor Conv1D of transformers"]
@@ -76,7 +76,7 @@ def compress(
     chosen = {
         name: rank
         for name, layer in layers.items()
-        if _fits_any(name, targets) and (rank := _rank(name, layer, keep_ratio, ranks)) is not None
+        if fits_any(name, targets) and (rank := _rank(name, layer, keep_ratio, ranks)) is not None
     }
     if not chosen:
         raise CompressionError("the model has no layer that low rank would make smaller")
@@ -154,5 +154,6 @@ def _check_patterns(patterns: Iterable[str], layers: Mapping[str, DenseLayer]) -
             raise CompressionError(f"pattern {pattern!r} fits none of the {len(layers)} layers that can be factored")
 
 
-def _fits_any(name: str, patterns: Iterable[str]) -> bool:
+def fits_any(name: str, patterns: Iterable[str]) -> bool:
+    """Whether a layer's name fits one of the shell patterns."""
     return any(fnmatchcase(name, pattern) for pattern in patterns)

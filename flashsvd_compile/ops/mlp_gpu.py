@@ -104,7 +104,10 @@ def _keeping_copies(
     """
     memory = out.new_empty(tile.rows * mlp.width)
     copies = out.new_empty(tile.copied).split([_copied(projection) for projection in mlp.into_hidden])
-    factors = [_aligned(projection.up, copy) for projection, copy in zip(mlp.into_hidden, copies, strict=True)]
+    factors = [
+        _padded(projection.up, mlp.width, latent.shape[1], copy)
+        for projection, latent, copy in zip(mlp.into_hidden, latents, copies, strict=True)
+    ]
     after = out[:, : padded(proj.rank(mlp.out))]
     assert mlp.out.down is not None
     for rows in even_ranges(len(out), tile.rows):
@@ -116,7 +119,7 @@ def _keeping_copies(
         multiply(last, activation, gate[0] if gate else None)
         multiply(Product(hidden, mlp.out.down, mlp.out.down_bias, after[rows]))
     copy, rest = memory.split([_copied(mlp.out), memory.numel() - _copied(mlp.out)])
-    factor = _aligned(mlp.out.up, copy)
+    factor = _padded(mlp.out.up, out.shape[1], after.shape[1], copy)
     for rows in ranges(len(out), rest.numel() // after.shape[1]):
         latent = padded_copy(after[rows], _view(rest, width_of(rows), after.shape[1]))
         affine_plus(out[rows], latent, factor, mlp.out.up_bias, None if residual is None else residual[rows])
@@ -126,11 +129,6 @@ def _copied(projection: Projection[Tensor]) -> int:
     """Elements of a copy of the projection's second factor, if it needs one."""
     rank = proj.rank(projection)
     return padded(rank) * proj.out_features(projection) if rank % SECTOR else 0
-
-
-def _aligned(factor: Tensor, memory: Tensor) -> Tensor:
-    """The factor, or its copy in memory that is for one."""
-    return padded_copy(factor, memory.view(len(factor), -1)) if memory.numel() else factor
 
 
 class _Chunks:
@@ -161,7 +159,7 @@ class _Chunks:
         total = _view(self._beside if beside else self._hidden, rows, self._rank)
         for features in ranges(self._mlp.width, self._columns):
             hidden = self._activated(latents, features)
-            factor = self._padded(down[:, features], self._rank, hidden.shape[1])
+            factor = _padded(down[:, features], self._rank, hidden.shape[1], self._factor)
             if not sums.numel():
                 return affine_into(total, hidden, factor, self._bias)
             _add_product(sums, hidden, factor, features.start == 0)
@@ -203,13 +201,14 @@ class _Chunks:
         """What is multiplied for some features, and their bias; a factor that is copied is there until the next."""
         bias = None if projection.up_bias is None else projection.up_bias[features]
         factor = projection.up[features]
-        return latent, self._padded(factor, factor.shape[0], latent.shape[1]), bias
+        return latent, _padded(factor, factor.shape[0], latent.shape[1], self._factor), bias
 
-    def _padded(self, factor: Tensor, rows: int, columns: int) -> Tensor:
-        """``[rows, columns]``: the factor itself, or a copy with zeros behind its rows or columns."""
-        if factor.shape == (rows, columns):
-            return factor
-        return padded_copy(factor, _view(self._factor, rows, columns))
+
+def _padded(factor: Tensor, rows: int, columns: int, memory: Tensor) -> Tensor:
+    """``[rows, columns]``: the factor itself, or a copy in ``memory`` with zeros behind its rows or columns."""
+    if factor.shape == (rows, columns):
+        return factor
+    return padded_copy(factor, _view(memory, rows, columns))
 
 
 def _view(memory: Tensor, rows: int, columns: int) -> Tensor:

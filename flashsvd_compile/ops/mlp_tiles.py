@@ -131,8 +131,8 @@ class Sizes(NamedTuple):
             summed=self.rank if several else 0,
             activated=activated,
         )
-        fitting = max(1, (elements - one.copied) // (one.elements - one.copied) // 128) * 128
-        even = -(-rows_that_fit(fitting, 1, rows) // 128) * 128
+        fitting = max(1, (elements - one.copied) // (one.elements - one.copied) // BLOCK) * BLOCK
+        even = -(-rows_that_fit(fitting, 1, rows) // BLOCK) * BLOCK
         return [one._replace(rows=chunk) for chunk in {min(rows, fitting), min(rows, even)}]
 
     def keeping_copies(self, rows: int, elements: int) -> list[Tile]:
@@ -156,15 +156,16 @@ class Sizes(NamedTuple):
         """Multiplications one after another, chunk by chunk and range by range, as the last may be short ones."""
         if tile.kept:
             chunks = map(width_of, even_ranges(rows, tile.rows))
-            products = [(chunk, *each) for chunk in chunks for each in self._of_chunk()]
+            products = [(chunk, *each) for chunk in chunks for each in self._products([self.width])]
             cost = sum(_product_cost(*each, processors) for each in (*products, (rows, self.features, self.rank)))
             return cost + (tile.copied + (self.features + rows) * self.rank) * COPYING
         chunks, rest = divmod(rows, tile.rows)
         return chunks * self._chunk(tile, tile.rows, processors) + self._chunk(tile, rest, processors)
 
-    def _of_chunk(self) -> list[tuple[int, int]]:
-        """Columns and depths of the products of a chunk with its whole hidden layer, up to the rank space behind it."""
-        return [*((self.width, rank) for rank in self.ranks), (self.rank, self.width)]
+    def _products(self, hidden: list[int]) -> list[tuple[int, int]]:
+        """Columns and depths of a chunk's products up to the rank space of ``out``, by ranges of the hidden layer."""
+        into = [(columns, rank) for columns in hidden for rank in self.ranks]
+        return into + [(self.rank, columns) for columns in hidden]
 
     def _chunk(self, tile: Tile, rows: int, processors: int) -> float:
         """Of so many rows of a tile."""
@@ -172,8 +173,7 @@ class Sizes(NamedTuple):
             return 0
         hidden = [width_of(features) for features in ranges(self.width, tile.columns)]
         lifted = [width_of(features) for features in ranges(self.features, self.lifted_at_once(tile.columns))]
-        products = [(columns, rank) for columns in hidden for rank in self.ranks]
-        products += [(self.rank, columns) for columns in hidden] + [(columns, self.rank) for columns in lifted]
+        products = self._products(hidden) + [(columns, self.rank) for columns in lifted]
         cost = sum(_product_cost(rows, columns, depth, processors) for columns, depth in products)
         cost += len(hidden) * rows * tile.summed * SUMMING
         return cost + len(hidden) * tile.copied * (1 + len(self.ranks)) * COPYING
@@ -182,8 +182,8 @@ class Sizes(NamedTuple):
         """Features of the result whose factor is copied at a time: evenly cut, no more than a range's columns."""
         if not self.odd:
             return self.features
-        ranges = -(-self.features // columns)
-        return min(columns, -(-self.features // (ranges * 128)) * 128)
+        parts = -(-self.features // columns)
+        return min(columns, -(-self.features // (parts * 128)) * 128)
 
 
 @lru_cache(maxsize=256)

@@ -182,8 +182,6 @@ def module_of(nodes: tuple[Node, ...], output: Node) -> str:
 
 _ROOT = re.compile(r"^[LG]\['\w+'\](\[\d+\])?")
 """What Dynamo calls the module that is compiled: ``L['self']``, ``L['args'][0]``, or a name in a function's scope."""
-
-
 _STEP = re.compile(r"\['([^']+)'\]|\[(\d+)\]|([^.\[\]]+)")
 """A key, a number or an attribute."""
 _BETWEEN = ("_modules", "__self__")

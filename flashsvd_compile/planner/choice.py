@@ -199,10 +199,10 @@ def _offer(
     how: str,
 ) -> list[Candidate]:
     """A candidate for each workspace, by what takes its bound in bytes."""
-    bounds = [workspace.bytes_for(shape.input_elements) for workspace in workspaces]
+    elements = shape.input_elements
     return [
-        Candidate(strategy, workspace, seconds(bound), transient(bound), how)
-        for workspace, bound in zip(workspaces, bounds, strict=True)
+        Candidate(strategy, workspace, seconds(bound := workspace.bytes_for(elements)), transient(bound), how)
+        for workspace in workspaces
     ]
 
 
