@@ -37,8 +37,30 @@ def register(
         cuda: implementation on CUDA and ROCm devices.
         neighbours: positions of two arguments of which it looks whether one lies behind the other in memory.
     """
-    kernels = {"CompositeExplicitAutograd": reference, "CPU": replayed(cpu), "CUDA": replayed(cuda, neighbours)}
+    kernels = {
+        "CompositeExplicitAutograd": reference,
+        "CPU": replayed(cpu),
+        "CUDA": _on_its_device(replayed(cuda, neighbours)),
+    }
     return define(name, schema, fake=fake, kernels=kernels)
+
+
+def _on_its_device(implementation: Callable) -> Callable:
+    """Launch where the tensors are.
+
+    The library's operations go there themselves. Triton launches on the current device, which is another one where a
+    model is spread over several and it is not Inductor that makes the call.
+    """
+
+    @wraps(implementation)
+    def call(*arguments):
+        device = arguments[0].device
+        if device.index == torch._C._cuda_getDevice():
+            return implementation(*arguments)
+        with torch.cuda.device(device):
+            return implementation(*arguments)
+
+    return call
 
 
 def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callable]) -> torch._ops.OpOverload:
