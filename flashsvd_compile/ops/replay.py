@@ -13,7 +13,7 @@ values) is never replayed; the operator runs as written each time.
 
 from collections.abc import Callable, Iterable, Sequence
 from contextvars import ContextVar
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from typing import Any, NamedTuple
 
@@ -62,7 +62,7 @@ def replayed(implementation: Implementation, neighbours: tuple[int, int] | None 
         recording = recordings.get(key)
         if recording is None:
             if len(recordings) >= MAX_RECORDINGS:
-                del recordings[next(iter(recordings))]
+                recordings.pop(next(iter(recordings)), None)
             recordings[key] = Recording()
             return implementation(*arguments)
         if not recording.possible:
@@ -71,8 +71,9 @@ def replayed(implementation: Implementation, neighbours: tuple[int, int] | None 
             try:
                 return recording.replay(arguments)
             except OtherLayoutError:
-                recording.result, recording.steps = None, []
-        return record(recording, implementation, arguments)
+                pass
+        result, recordings[key] = record(implementation, arguments)
+        return result
 
     return call
 
@@ -154,9 +155,9 @@ class Step(NamedTuple):
     finished: tuple[int, ...] = ()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Recording:
-    """What one call did.
+    """What one call did. Threads share it.
 
     Attributes:
         steps: in their order.
@@ -164,7 +165,7 @@ class Recording:
         possible: whether there can be one, as far as is known.
     """
 
-    steps: list[Step] = field(default_factory=list)
+    steps: Sequence[Step] = ()
     result: Reference | None = None
     possible: bool = True
 
@@ -216,8 +217,8 @@ def reads_values() -> None:
         recorder.possible = False
 
 
-def record(recording: Recording, implementation: Implementation, arguments: tuple) -> Tensor:
-    """Call the implementation and fill the recording where that is possible."""
+def record(implementation: Implementation, arguments: tuple) -> tuple[Tensor, Recording]:
+    """Call the implementation: its result, and the recording, where there can be one."""
     recorder = _Recorder(arguments)
     token = _recorder.set(recorder)
     try:
@@ -227,12 +228,9 @@ def record(recording: Recording, implementation: Implementation, arguments: tupl
         _recorder.reset(token)
     reference = recorder.reference(result) if recorder.possible else None
     if reference is None or reference.base < len(arguments):
-        recording.possible = False
-    else:
-        steps = [_together(step) if isinstance(step, list) else step for step in recorder.steps]
-        recording.steps = _without_leftovers(steps, reference.base, len(arguments))
-        recording.result = reference
-    return result
+        return result, Recording(possible=False)
+    steps = [_together(step) if isinstance(step, list) else step for step in recorder.steps]
+    return result, Recording(_without_leftovers(steps, reference.base, len(arguments)), reference)
 
 
 Launched = tuple[Launch, Sequence[Reference]]

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from inspect import getclosurevars
+from threading import Event, Thread
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels import launch as launching
@@ -260,15 +262,60 @@ def test_attention_is_recorded():
     assert len(recordings(call)) == 1
 
 
-def test_a_result_in_other_strides_is_recorded_anew():
-    def heads_first(x: Tensor) -> Tensor:
+def heads_first(x: Tensor) -> Tensor:
+    """Of a result whose strides are another implementation's under another ``sdpa_kernel``."""
+    with torch._C._AutoDispatchBelowAutograd():  # as an operator runs: a recording sees attention whole
         return scaled_dot_product_attention(x, x, x).transpose(1, 2) + 1
 
-    call, x = replayed(heads_first), torch.randn(2, 5, 3, 8).transpose(1, 2)
-    for backend in (SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH):
+
+HEADS = torch.randn(2, 5, 3, 8).transpose(1, 2)
+
+
+def test_a_result_in_other_strides_is_recorded_anew():
+    calls = []
+
+    def counted(x: Tensor) -> Tensor:
+        calls.append(x)
+        return heads_first(x)
+
+    call = replayed(counted)
+    for so_far, backend in enumerate((SDPBackend.MATH, SDPBackend.FLASH_ATTENTION, SDPBackend.MATH)):
         with sdpa_kernel(backend):
             for _ in range(4):
-                torch.testing.assert_close(call(x), heads_first(x))
+                torch.testing.assert_close(call(HEADS), heads_first(HEADS))
+        assert len(calls) == 2 + so_far
+
+
+def test_a_thread_replays_what_another_one_records_anew():
+    """``sdpa_kernel`` speaks for all threads: here it changes its mind while one of them is in the middle."""
+    stopped, go_on = Event(), Event()
+
+    class Stopping(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.add.Tensor:
+                stopped.set()
+                assert go_on.wait(60)
+            return func(*args, **kwargs or {})
+
+    def implementation(x: Tensor) -> Tensor:
+        if stopped.is_set():  # recorded anew: the other thread goes on meanwhile
+            go_on.set()
+            thread.join()
+        return heads_first(x)
+
+    def work() -> None:
+        with Stopping():
+            results.append(call(HEADS))
+
+    call, results = replayed(implementation), []
+    with sdpa_kernel(SDPBackend.MATH):
+        expected = [call(HEADS) for _ in range(3)][-1]
+        thread = Thread(target=work)
+        thread.start()
+        assert stopped.wait(60)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        results.append(call(HEADS))
+    torch.testing.assert_close(results, [expected, expected])
 
 
 @pytest.mark.parametrize("hidden", ["key_padding", "documents"])

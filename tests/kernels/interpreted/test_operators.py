@@ -19,7 +19,7 @@ from flashsvd_compile.ops.mlp import reference as mlp_reference
 from flashsvd_compile.ops.packed_linear import RESIDUAL as RESIDUAL_OF_PACKED
 from flashsvd_compile.ops.packed_linear import _cuda as packed_linear_on_gpu
 from flashsvd_compile.ops.packed_linear import reference as packed_linear_reference
-from flashsvd_compile.ops.replay import Recording, record
+from flashsvd_compile.ops.replay import record
 from flashsvd_compile.ops.workspace import Workspace
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
@@ -126,10 +126,10 @@ def test_attention_is_recorded(name):
     """And right for other tensors."""
     how = {"num_heads": 4, "head_dim": 16, "ranks": (12, 10, 9, 11), "workspace_bytes": 1 << 20}
     options = {"kv_len": None} | how | ATTENTIONS[name]
-    kv_len, recording = options.pop("kv_len"), Recording()
+    kv_len = options.pop("kv_len")
     first, second = (attention_arguments(2, 33, kv_len, 64, dtype=torch.float16, **options) for _ in range(2))
     with running_on(INTERPRETED["descriptors"]):
-        record(recording, attention_on_gpu, first)
+        _, recording = record(attention_on_gpu, first)
         assert recording.result is not None
         assert_within_error_rule(recording.replay(second), attention_reference, second, ulps=2)
 
