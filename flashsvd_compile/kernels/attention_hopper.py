@@ -11,16 +11,16 @@ the second half's values and the next block's scores multiplied in one go.
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-# Written for the Gluon of Triton 3.6.
 
 import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .activations import LOG2_E
 from .attention import SPECIALISED_ROWS
+from .dialect import async_load, wait_for_threads
 from .launch import launch, take_turn
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
@@ -121,7 +121,7 @@ def _hide(scores, block, hidden, PADDED: gl.constexpr):
 @gluon.jit
 def _release(empty, place):
     """Give a place of the ring back, once all four warps are through with what they read."""
-    gl.thread_barrier()
+    wait_for_threads()
     mbarrier.arrive(empty.index(place), count=1)
 
 
@@ -142,7 +142,7 @@ def _load(source, item, row, column, ring, full, empty, place, parity, PLACES: g
     mbarrier.wait(empty.index(place), parity ^ 1)
     mbarrier.expect(full.index(place), source.block_type.nbytes)
     block = ring.index(place).reshape(source.block_type.shape)
-    tma.async_copy_global_to_shared(source, [item, row, column], full.index(place), block)
+    async_load(source, [item, row, column], full.index(place), block)
     return next_place(place, parity, PLACES)
 
 
@@ -164,7 +164,7 @@ def _produce(q, k, v, queries_ring, keys_ring, turns, work, padding, GROUP: gl.c
         mbarrier.expect(q_full.index(q_place), WARPGROUPS * q.block_type.nbytes)
         for i in gl.static_range(WARPGROUPS):
             some = queries.index(WARPGROUPS * q_place + i).reshape(q.block_type.shape)
-            tma.async_copy_global_to_shared(q, [item, m + i * ROWS, head * DIM], q_full.index(q_place), some)
+            async_load(q, [item, m + i * ROWS, head * DIM], q_full.index(q_place), some)
         q_place, q_parity = next_place(q_place, q_parity, QUERY_PLACES)
         column = head // GROUP * DIM
         row = last * BLOCK

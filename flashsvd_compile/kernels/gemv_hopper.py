@@ -13,7 +13,6 @@ tensor descriptors want it, too, and what is beside the row is hidden.
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-# Written for the Gluon of Triton 3.6.
 
 from collections.abc import Sequence
 
@@ -22,9 +21,10 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
-from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from .activations import activate
+from .dialect import async_load, seen_as, wait_for_threads
 from .gemv import MAX_ON_HOPPER, MAX_PRODUCTS, beside, constants_of
 from .launch import launch, take_turn
 from .operands import Product, RmsNorm
@@ -111,7 +111,7 @@ def _stream(matrices, OF_X: gl.constexpr, ring, full, empty, work, rows, PRODUCT
                     if _may_be(i, part, GATED) and (GATED or which == i):
                         for t in gl.static_range(TILES):
                             here = [row, column + k + t * SIDE]
-                            tma.async_copy_global_to_shared(matrices[i], here, barrier, ring.index(place * TILES + t))
+                            async_load(matrices[i], here, barrier, ring.index(place * TILES + t))
                 place, parity = next_place(place, parity, PLACES)
 
 
@@ -137,7 +137,7 @@ def _normed(x, squares, norm_weight, k, depth, WEIGHTED: gl.constexpr):
         weight = gl.load(norm_weight + column, mask=column < depth, other=0.0).to(gl.float32)
         x.store((numbers * weight).to(x.dtype))
         fence_async_shared()  # what is loaded here next comes by the other proxy
-        gl.thread_barrier()
+        wait_for_threads()
     return squares
 
 
@@ -154,6 +154,9 @@ def _consume(biases, outs, norm_weight, norm_eps, residual, stride_residual, row
     of_x: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=sums_layout, k_width=2)
     out_layout: gl.constexpr = gl.SliceLayout(0, sums_layout)
     dtype: gl.constexpr = ring_x.dtype
+    weight_by_rows = seen_as(ring_weight, [PLACES, TILES, FEATURES, SIDE], BY_ROWS)
+    x_by_rows = seen_as(ring_x, [PLACES, TILES, ROWS, SIDE], BY_ROWS)
+    x_by_columns = seen_as(ring_x, [PLACES, TILES, SIDE, ROWS], BY_COLUMNS)
     b = gl.arange(0, ROWS, gl.SliceLayout(0, out_layout))[None, :]
     take_turn()
     place = 0
@@ -175,13 +178,11 @@ def _consume(biases, outs, norm_weight, norm_eps, residual, stride_residual, row
             squares = gl.zeros([TILES, ROWS], gl.float32, gl.SliceLayout(2, BY_THREAD))
             for k in range(0, end, STEP):
                 mbarrier.wait(full_weight.index(place), parity)
-                tile = ring_weight.index(place * TILES)._reinterpret(dtype, [TILES, FEATURES, SIDE], BY_ROWS)
-                weight = tile.load(of_weight)
+                weight = weight_by_rows.index(place).load(of_weight)
                 mbarrier.wait(full_x.index(place), parity)
                 if NORM is not None:
-                    tile = ring_x.index(place * TILES)._reinterpret(dtype, [TILES, ROWS, SIDE], BY_ROWS)
-                    squares = _normed(tile, squares, norm_weight, k, depth, NORM == "weighted")
-                x = ring_x.index(place * TILES)._reinterpret(dtype, [TILES, SIDE, ROWS], BY_COLUMNS).load(of_x)
+                    squares = _normed(x_by_rows.index(place), squares, norm_weight, k, depth, NORM == "weighted")
+                x = x_by_columns.index(place).load(of_x)
                 if PERIOD > 1:  # noqa: SIM102 - known when compiled
                     if (k < lead) | (k + STEP > end):
                         column = _columns(k, 2, of_weight)
@@ -189,7 +190,7 @@ def _consume(biases, outs, norm_weight, norm_eps, residual, stride_residual, row
                         column = _columns(k, 1, of_x)
                         x = gl.where((column >= lead) & (column < end), x, gl.zeros_like(x))
                 sums = mma_v2(weight, x, sums)
-                gl.thread_barrier()  # all four warps have read the place
+                wait_for_threads()  # all four warps have read the place
                 mbarrier.arrive(empty_weight.index(place), count=1)
                 mbarrier.arrive(empty_x.index(place), count=1)
                 place, parity = next_place(place, parity, PLACES)

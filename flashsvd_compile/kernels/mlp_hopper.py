@@ -8,7 +8,6 @@ them, and nothing makes them go in step: while one activates its hidden tile, th
 
 # ruff: noqa: RUF005 - Gluon has no starred expressions
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-# Written for the Gluon of Triton 3.6.
 
 import triton
 from torch import Tensor
@@ -16,13 +15,13 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_init,
     warpgroup_mma_wait,
 )
 
 from .activations import activate
+from .dialect import async_load, wait_for_threads
 from .launch import launch
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 
@@ -39,7 +38,7 @@ def _produce(latent, up, down, tiles, ring, full, empty, ready, n, f_first, f_st
     group: gl.constexpr = max(IN, OUT)
     mbarrier.expect(ready, 2 * IN * TILE_BYTES)
     for i in gl.static_range(2 * IN):
-        tma.async_copy_global_to_shared(latent, [n + i // IN * SIDE, i % IN * SIDE], ready, tiles.index(i))
+        async_load(latent, [n + i // IN * SIDE, i % IN * SIDE], ready, tiles.index(i))
     place = 0
     parity = 0
     f = f_first
@@ -47,12 +46,12 @@ def _produce(latent, up, down, tiles, ring, full, empty, ready, n, f_first, f_st
         mbarrier.wait(empty.index(place), parity ^ 1)
         mbarrier.expect(full.index(place), IN * TILE_BYTES)
         for i in gl.static_range(IN):
-            tma.async_copy_global_to_shared(up, [f, i * SIDE], full.index(place), ring.index(place * group + i))
+            async_load(up, [f, i * SIDE], full.index(place), ring.index(place * group + i))
         place, parity = next_place(place, parity, PLACES)
         mbarrier.wait(empty.index(place), parity ^ 1)
         mbarrier.expect(full.index(place), OUT * TILE_BYTES)
         for i in gl.static_range(OUT):
-            tma.async_copy_global_to_shared(down, [i * SIDE, f], full.index(place), ring.index(place * group + i))
+            async_load(down, [i * SIDE, f], full.index(place), ring.index(place * group + i))
         place, parity = next_place(place, parity, PLACES)
         f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)
 
@@ -75,7 +74,7 @@ def _consume(INDEX: gl.constexpr, out, bias, tiles, ring, full, empty, ready, n,
     f = f_first
     for _ in range(steps):
         if HAS_BIAS:
-            addend = gl.load(bias + f + columns, mask=f + columns < width, other=0.0)
+            addend = gl.load(bias + (f + columns), mask=f + columns < width, other=0.0)
         hidden = warpgroup_mma_init(gl.zeros([SIDE, SIDE], gl.float32, layout=layout))
         mbarrier.wait(full.index(place), parity)
         zero = f >> 30  # unknown to the compiler, which else keeps the addresses of all latent tiles in registers
@@ -83,7 +82,7 @@ def _consume(INDEX: gl.constexpr, out, bias, tiles, ring, full, empty, ready, n,
             up_tile = ring.index(place * group + i).permute((1, 0))
             hidden = warpgroup_mma(tiles.index(INDEX * IN + i + zero), up_tile, hidden, use_acc=i > 0, is_async=True)
         lifted = warpgroup_mma_wait(0, deps=(hidden,))
-        gl.thread_barrier()  # all four warps are through with what they read
+        wait_for_threads()  # all four warps are through with what they read
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = next_place(place, parity, PLACES)
         if HAS_BIAS:
@@ -96,7 +95,7 @@ def _consume(INDEX: gl.constexpr, out, bias, tiles, ring, full, empty, ready, n,
             products = products + (warpgroup_mma(active, down_tile, sums[i], is_async=True),)
         waited = warpgroup_mma_wait(0, deps=(active,) + products)
         sums = waited[1:]
-        gl.thread_barrier()
+        wait_for_threads()
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = next_place(place, parity, PLACES)
         f = gl.where(f + SIDE < f_stop, f + SIDE, f_start)

@@ -11,7 +11,6 @@ activation and what is beside are applied to the float32 sums, which are rounded
 """
 
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-# Written for the Gluon of Triton 3.6.
 
 import triton
 from torch import Tensor
@@ -27,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .activations import activate
+from .dialect import async_load, async_store, wait_for_threads
 from .launch import launch
 from .operands import Product, Rotation
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
@@ -70,8 +70,8 @@ def _produce(products, memory, tiles, PLACES: gl.constexpr):
                 barrier = full.index(place)
                 mbarrier.expect(barrier, 2 * x.block_type.nbytes + weight.block_type.nbytes)
                 for i in gl.static_range(2):
-                    tma.async_copy_global_to_shared(x, [row + i * SIDE, d], barrier, ring_x.index(2 * place + i))
-                tma.async_copy_global_to_shared(weight, [column, d], barrier, ring_weight.index(place))
+                    async_load(x, [row + i * SIDE, d], barrier, ring_x.index(2 * place + i))
+                async_load(weight, [column, d], barrier, ring_weight.index(place))
                 place, parity = next_place(place, parity, PLACES)
 
 
@@ -96,7 +96,7 @@ def _go_on(INDEX: gl.constexpr, sums, steps, memory, place, parity, PLACES: gl.c
         weight_tile = ring_weight.index(after).permute((1, 0))
         sums = warpgroup_mma(ring_x.index(2 * after + INDEX), weight_tile, sums, is_async=True)
         sums = warpgroup_mma_init(warpgroup_mma_wait(1, deps=(sums,)))
-        gl.thread_barrier()  # all four warps are through with what they read in the step before
+        wait_for_threads()  # all four warps are through with what they read in the step before
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = after, after_parity
     return sums, place, parity
@@ -107,7 +107,7 @@ def _end(sums, memory, place, parity, PLACES: gl.constexpr):
     """Wait for the last step of a product."""
     empty = memory[5]
     sums = warpgroup_mma_wait(0, deps=(sums,))
-    gl.thread_barrier()
+    wait_for_threads()
     mbarrier.arrive(empty.index(place), count=1)
     place, parity = next_place(place, parity, PLACES)
     return sums, place, parity
@@ -140,11 +140,11 @@ def _ask(piece, others, staging, arrived, row, column, BESIDE: gl.constexpr):
         position = (first_position + row) % positions
         half = piece % (PIECES // 2) * SIDE
         if piece < PIECES // 2:
-            tma.async_copy_global_to_shared(cos, [position, half], arrived, staging)
+            async_load(cos, [position, half], arrived, staging)
         else:
-            tma.async_copy_global_to_shared(sin, [position, half], arrived, staging)
+            async_load(sin, [position, half], arrived, staging)
     else:
-        tma.async_copy_global_to_shared(others[0], [row, column + piece * SIDE], arrived, staging)
+        async_load(others[0], [row, column + piece * SIDE], arrived, staging)
 
 
 @gluon.jit
@@ -177,9 +177,9 @@ def _rotated(x1, x2, stagings, FIRST: gl.constexpr):
 @gluon.jit
 def _wait_until_left():
     """Wait until the tile before has left the shared memory; called with products under way."""
-    gl.thread_barrier()  # or the assembler moves the wait before the products
+    wait_for_threads()  # or the assembler moves the wait before the products
     tma.store_wait(0)
-    gl.thread_barrier()
+    wait_for_threads()
 
 
 @gluon.jit
@@ -195,7 +195,7 @@ def _gate(INDEX: gl.constexpr, bias, gate, memory, place, parity, column, column
     sums, place, parity = _end(sums, memory, place, parity, PLACES)
     if HAS_BIAS:
         addends.store(addend)
-        gl.thread_barrier()
+        wait_for_threads()
     pieces = _quarters(sums)
     for i in gl.static_range(PIECES):
         piece = _plus_bias(pieces[i], i, addends, HAS_BIAS)
@@ -246,7 +246,7 @@ def _consume(INDEX: gl.constexpr, bias, gate_bias, others, out, products, memory
 
         if HAS_BIAS:
             addend_memory.store(addend)
-            gl.thread_barrier()
+            wait_for_threads()
         if ARRIVES:
             mbarrier.wait(arrived.index(INDEX), beside_parity)
             beside_parity ^= 1
@@ -262,7 +262,7 @@ def _consume(INDEX: gl.constexpr, bias, gate_bias, others, out, products, memory
             if column + 2 * SIDE < columns:
                 x3, x4 = _rotated(x3, x4, stagings, INDEX * STAGED)
             pieces = x1, x2, x3, x4
-            gl.thread_barrier()  # all four warps have read the tables
+            wait_for_threads()  # all four warps have read the tables
         for i in gl.static_range(PIECES):
             # Without a branch the assembler activates all pieces before it stores one, and has no registers for that.
             if column + i * SIDE < columns:
@@ -278,11 +278,11 @@ def _consume(INDEX: gl.constexpr, bias, gate_bias, others, out, products, memory
                     result += staging.load(narrow).to(gl.float32)
                 elif i >= STAGED:
                     tma.store_wait(STAGED - 1)
-                    gl.thread_barrier()
+                    wait_for_threads()
                 staging.store(result.to(out.dtype))
                 fence_async_shared()
-                gl.thread_barrier()
-                tma.async_copy_shared_to_global(out, [row, column + i * SIDE], staging)
+                wait_for_threads()
+                async_store(out, [row, column + i * SIDE], staging)
     tma.store_wait(0)
 
 

@@ -13,7 +13,6 @@ wide as can be, and where there are rows enough a warpgroup takes 128 of them, w
 
 # ruff: noqa: RUF005 - Gluon has no starred expressions
 # pyright: reportAssignmentType=false, reportAttributeAccessIssue=false
-# Written for the Gluon of Triton 3.6.
 
 import triton
 from torch import Tensor
@@ -27,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from .dialect import async_load, async_store, seen_as, wait_for_threads
 from .launch import launch, take_turn
 from .projection import Map
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
@@ -35,12 +35,9 @@ from .tiles import pieces
 
 _SIDE = 64
 """Rows and columns of a tile of ``x`` or of a result: 128 bytes a row, which is what the memory's swizzle spans."""
-_UNIT = 16
-"""The ring's unit is 16 rows of 64 numbers, the size of the smallest tile; larger ones are several of them."""
 _WIDE = {1: 192, 2: 144, 3: 0}
 """Columns of rank space up to which the registers of a warpgroup hold it for 128 rows, by the number of maps."""
 SIDE = gl.constexpr(_SIDE)
-UNIT = gl.constexpr(_UNIT)
 
 
 @gluon.jit
@@ -60,10 +57,19 @@ def _tile(index, widths, ROWS: gl.constexpr, MAPS: gl.constexpr):
 
 
 @gluon.jit
-def _view(ring, unit, ROWS: gl.constexpr, COLUMNS: gl.constexpr):
-    """A tile that begins at a unit of the ring."""
-    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, COLUMNS], ring.dtype)
-    return ring.index(unit)._reinterpret(ring.dtype, [ROWS, COLUMNS], layout)
+def _places(dtype: gl.constexpr, WIDTH: gl.constexpr, PLACES: gl.constexpr):
+    """The ring of a piece of rank space: in each place ``WIDTH`` rows of ``down`` and 64 columns."""
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([WIDTH, SIDE], dtype)
+    return gl.allocate_shared_memory(dtype, [PLACES, WIDTH, SIDE], layout)
+
+
+@gluon.jit
+def _of_up(ring):
+    """The same places for 64 rows of ``up``."""
+    PLACES: gl.constexpr = ring.shape[0]
+    WIDTH: gl.constexpr = ring.shape[1]
+    layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([SIDE, WIDTH], ring.dtype)
+    return seen_as(ring, [PLACES, SIDE, WIDTH], layout)
 
 
 @gluon.jit
@@ -71,22 +77,20 @@ def _load(matrices, p: gl.constexpr, which, row, column, barrier, tile, MAPS: gl
     """Load a tile of the ``p``-th piece of a map's matrix."""
     for i in gl.static_range(MAPS):
         if which == i:
-            tma.async_copy_global_to_shared(matrices[i][p], [row, column], barrier, tile)
+            async_load(matrices[i][p], [row, column], barrier, tile)
 
 
 @gluon.jit
-def _produce(x, downs, ups, ring, full, empty, first, programs, tiles, depth, widths, R0: gl.constexpr,
+def _produce(x, downs, ups, ring_x, rings, full, empty, first, programs, tiles, depth, widths, R0: gl.constexpr,
              R1: gl.constexpr, R2: gl.constexpr, HEIGHT: gl.constexpr, MAPS: gl.constexpr,
              PLACES: gl.constexpr):  # fmt: skip
     """Load all tiles of this program.
 
     Programs start at different columns: in step they would all wait for the same lines of the cache.
     """
-    cut: gl.constexpr = (R0, R1, R2)
     starts: gl.constexpr = (0, R0, R0 + R1)
     count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
-    behind_x: gl.constexpr = 2 * HEIGHT * SIDE // UNIT
-    units: gl.constexpr = behind_x + (R0 + R1 + R2) // UNIT
+    width_of_all: gl.constexpr = R0 + R1 + R2
     place = 0
     parity = 0
     steps = gl.cdiv(depth, SIDE)
@@ -96,13 +100,11 @@ def _produce(x, downs, ups, ring, full, empty, first, programs, tiles, depth, wi
         for _ in range(steps):
             mbarrier.wait(empty.index(place), parity ^ 1)
             barrier = full.index(place)
-            mbarrier.expect(barrier, units * UNIT * SIDE * 2)
+            mbarrier.expect(barrier, (2 * HEIGHT * SIDE + width_of_all) * SIDE * 2)
             for i in gl.static_range(2 * HEIGHT):
-                tile = _view(ring, place * units + i * (SIDE // UNIT), SIDE, SIDE)
-                tma.async_copy_global_to_shared(x, [n + i * SIDE, d], barrier, tile)
+                async_load(x, [n + i * SIDE, d], barrier, ring_x.index(place * 2 * HEIGHT + i))
             for p in gl.static_range(count):
-                tile = _view(ring, place * units + behind_x + starts[p] // UNIT, cut[p], SIDE)
-                _load(downs, p, which, starts[p], d, barrier, tile, MAPS)
+                _load(downs, p, which, starts[p], d, barrier, rings[p].index(place), MAPS)
             place, parity = next_place(place, parity, PLACES)
             d = gl.where(d + SIDE < depth, d + SIDE, 0)
         columns = gl.cdiv(width, SIDE)
@@ -110,10 +112,9 @@ def _produce(x, downs, ups, ring, full, empty, first, programs, tiles, depth, wi
         for _ in range(columns):
             mbarrier.wait(empty.index(place), parity ^ 1)
             barrier = full.index(place)
-            mbarrier.expect(barrier, (R0 + R1 + R2) * SIDE * 2)
+            mbarrier.expect(barrier, width_of_all * SIDE * 2)
             for p in gl.static_range(count):
-                tile = _view(ring, place * units + behind_x + starts[p] // UNIT, SIDE, cut[p])
-                _load(ups, p, which, f, starts[p], barrier, tile, MAPS)
+                _load(ups, p, which, f, starts[p], barrier, _of_up(rings[p]).index(place), MAPS)
             place, parity = next_place(place, parity, PLACES)
             f = gl.where(f + SIDE < width, f + SIDE, 0)
 
@@ -130,44 +131,39 @@ def _initial(bias, length, START: gl.constexpr, WIDTH: gl.constexpr, HAS_BIAS: g
 
 
 @gluon.jit
-def _rows_of_x(ring, unit, HEIGHT: gl.constexpr, IN_REGISTERS: gl.constexpr):
-    """This warpgroup's tiles of ``x``, as the first operand of a product."""
+def _rows_of_x(ring_x, place, INDEX: gl.constexpr, HEIGHT: gl.constexpr, IN_REGISTERS: gl.constexpr):
+    """The ``INDEX``-th warpgroup's tiles of ``x``, as the first operand of a product."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
     operand: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=layout, k_width=2)
     tiles = ()
     for h in gl.static_range(HEIGHT):
-        tile = _view(ring, unit + h * (SIDE // UNIT), SIDE, SIDE)
+        tile = ring_x.index((place * 2 + INDEX) * HEIGHT + h)
         tiles = tiles + ((tile.load(operand) if IN_REGISTERS else tile),)
     return tiles
 
 
 @gluon.jit
-def _to_rank_space(tiles, ring, unit, sums, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr,
-                   HEIGHT: gl.constexpr):  # fmt: skip
+def _to_rank_space(tiles, rings, place, sums, HEIGHT: gl.constexpr):
     """Begin to add the products of tiles of ``x`` with the step's columns of ``down``."""
-    cut: gl.constexpr = (R0, R1, R2)
-    starts: gl.constexpr = (0, R0, R0 + R1)
-    count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
+    count: gl.constexpr = len(rings)
     products = ()
     for h in gl.static_range(HEIGHT):
         for p in gl.static_range(count):
-            down = _view(ring, unit + starts[p] // UNIT, cut[p], SIDE).permute((1, 0))
+            down = rings[p].index(place).permute((1, 0))
             products = products + (warpgroup_mma(tiles[h], down, sums[h * count + p], is_async=True),)
     return products
 
 
 @gluon.jit
-def _out_of_rank_space(latents, h: gl.constexpr, ring, unit, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr):
+def _out_of_rank_space(latents, h: gl.constexpr, rings, place):
     """Begin to multiply 64 rows of rank space with the step's rows of ``up``."""
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], warps_per_cta=[4, 1], instr_shape=[16, SIDE, 16])
-    cut: gl.constexpr = (R0, R1, R2)
-    starts: gl.constexpr = (0, R0, R0 + R1)
-    count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
+    count: gl.constexpr = len(rings)
     zeros = gl.zeros([SIDE, SIDE], gl.float32, layout=layout)
-    up = _view(ring, unit, SIDE, R0).permute((1, 0))
+    up = _of_up(rings[0]).index(place).permute((1, 0))
     result = warpgroup_mma(latents[h * count], up, zeros, use_acc=False, is_async=True)
     for p in gl.static_range(1, count):
-        up = _view(ring, unit + starts[p] // UNIT, SIDE, cut[p]).permute((1, 0))
+        up = _of_up(rings[p]).index(place).permute((1, 0))
         result = warpgroup_mma(latents[h * count + p], up, result, is_async=True)
     return result
 
@@ -195,18 +191,18 @@ def _rounded(result, addend, dtype: gl.constexpr, HAS_BIAS: gl.constexpr):
 def _store(result, outs, which, row, column, staging, MAPS: gl.constexpr):
     """Write a tile of a result, once the one before has left the staging memory; what is outside is clipped."""
     tma.store_wait(0)
-    gl.thread_barrier()
+    wait_for_threads()
     staging.store(result)
     fence_async_shared()
-    gl.thread_barrier()
+    wait_for_threads()
     for i in gl.static_range(MAPS):
         if which == i:
-            tma.async_copy_shared_to_global(outs[i], [row, column], staging)
+            async_store(outs[i], [row, column], staging)
 
 
 @gluon.jit
-def _consume(INDEX: gl.constexpr, down_biases, up_biases, outs, ring, full, empty, stagings, first, programs, tiles,
-             depth, biased_ranks, biased_widths, widths, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr,
+def _consume(INDEX: gl.constexpr, down_biases, up_biases, outs, ring_x, rings, full, empty, stagings, first, programs,
+             tiles, depth, biased_ranks, biased_widths, widths, R0: gl.constexpr, R1: gl.constexpr, R2: gl.constexpr,
              HEIGHT: gl.constexpr, MAPS: gl.constexpr, HAS_DOWN_BIAS: gl.constexpr, HAS_UP_BIAS: gl.constexpr,
              AHEAD: gl.constexpr, PLACES: gl.constexpr):  # fmt: skip
     """Project the ``INDEX``-th half of the rows of all tiles of this program.
@@ -220,9 +216,7 @@ def _consume(INDEX: gl.constexpr, down_biases, up_biases, outs, ring, full, empt
     cut: gl.constexpr = (R0, R1, R2)
     starts: gl.constexpr = (0, R0, R0 + R1)
     count: gl.constexpr = 1 + (R1 > 0) + (R2 > 0)
-    behind_x: gl.constexpr = 2 * HEIGHT * SIDE // UNIT
-    own_x: gl.constexpr = INDEX * HEIGHT * SIDE // UNIT
-    units: gl.constexpr = behind_x + (R0 + R1 + R2) // UNIT
+    dtype: gl.constexpr = ring_x.dtype
     staging = stagings.index(INDEX)
     steps = gl.cdiv(depth, SIDE)
     place = 0
@@ -238,25 +232,25 @@ def _consume(INDEX: gl.constexpr, down_biases, up_biases, outs, ring, full, empt
                 sums = sums + (_initial(down_bias, biased_rank, starts[p], cut[p], HAS_DOWN_BIAS),)
 
         mbarrier.wait(full.index(place), parity)
-        rows = _rows_of_x(ring, place * units + own_x, HEIGHT, in_registers)
+        rows = _rows_of_x(ring_x, place, INDEX, HEIGHT, in_registers)
         for _ in range(steps - 1):
-            products = _to_rank_space(rows, ring, place * units + behind_x, sums, R0, R1, R2, HEIGHT)
+            products = _to_rank_space(rows, rings, place, sums, HEIGHT)
             after, after_parity = next_place(place, parity, PLACES)
             mbarrier.wait(full.index(after), after_parity)
-            rows_after = _rows_of_x(ring, after * units + own_x, HEIGHT, in_registers)
+            rows_after = _rows_of_x(ring_x, after, INDEX, HEIGHT, in_registers)
             if in_registers:
                 sums = warpgroup_mma_wait(0, deps=products + rows)[: HEIGHT * count]
             else:
                 sums = warpgroup_mma_wait(0, deps=products)
-            gl.thread_barrier()  # all four warps are through with what they read
+            wait_for_threads()  # all four warps are through with what they read
             mbarrier.arrive(empty.index(place), count=1)
             place, parity, rows = after, after_parity, rows_after
-        products = _to_rank_space(rows, ring, place * units + behind_x, sums, R0, R1, R2, HEIGHT)
+        products = _to_rank_space(rows, rings, place, sums, HEIGHT)
         if in_registers:
             sums = warpgroup_mma_wait(0, deps=products + rows)[: HEIGHT * count]
         else:
             sums = warpgroup_mma_wait(0, deps=products)
-        gl.thread_barrier()
+        wait_for_threads()
         mbarrier.arrive(empty.index(place), count=1)
         place, parity = next_place(place, parity, PLACES)
 
@@ -265,39 +259,39 @@ def _consume(INDEX: gl.constexpr, down_biases, up_biases, outs, ring, full, empt
                 take_turn()
         latents = ()
         for i in gl.static_range(HEIGHT * count):
-            latents = latents + (gl.convert_layout(sums[i].to(ring.dtype), operand),)
+            latents = latents + (gl.convert_layout(sums[i].to(dtype), operand),)
         up_bias = _of(which, up_biases, MAPS)
         biased_width = _of(which, biased_widths, MAPS)
         steps_out = gl.cdiv(width, SIDE)
         f = index % steps_out * SIDE
         mbarrier.wait(full.index(place), parity)
-        product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
+        product = _out_of_rank_space(latents, 0, rings, place)
         for _ in range(steps_out - 1):
             addend = _bias_of(up_bias, f, biased_width, HAS_UP_BIAS)
             for h in gl.static_range(HEIGHT):
-                result = _rounded(warpgroup_mma_wait(0, deps=(product,)), addend, ring.dtype, HAS_UP_BIAS)
+                result = _rounded(warpgroup_mma_wait(0, deps=(product,)), addend, dtype, HAS_UP_BIAS)
                 # The next product begins before this one's result is stored.
                 if h + 1 < HEIGHT:
-                    product = _out_of_rank_space(latents, h + 1, ring, place * units + behind_x, R0, R1, R2)
+                    product = _out_of_rank_space(latents, h + 1, rings, place)
                 else:
-                    gl.thread_barrier()
+                    wait_for_threads()
                     mbarrier.arrive(empty.index(place), count=1)
                     place, parity = next_place(place, parity, PLACES)
                     mbarrier.wait(full.index(place), parity)
-                    product = _out_of_rank_space(latents, 0, ring, place * units + behind_x, R0, R1, R2)
+                    product = _out_of_rank_space(latents, 0, rings, place)
                 _store(result, outs, which, n + h * SIDE, f, staging, MAPS)
             f = gl.where(f + SIDE < width, f + SIDE, 0)
         addend = _bias_of(up_bias, f, biased_width, HAS_UP_BIAS)
         for h in gl.static_range(HEIGHT):
             if h + 1 < HEIGHT:
-                result = _rounded(warpgroup_mma_wait(0, deps=(product,)), addend, ring.dtype, HAS_UP_BIAS)
-                product = _out_of_rank_space(latents, h + 1, ring, place * units + behind_x, R0, R1, R2)
+                result = _rounded(warpgroup_mma_wait(0, deps=(product,)), addend, dtype, HAS_UP_BIAS)
+                product = _out_of_rank_space(latents, h + 1, rings, place)
             else:
                 last = warpgroup_mma_wait(0, deps=(product,) + latents)[0]
-                gl.thread_barrier()
+                wait_for_threads()
                 mbarrier.arrive(empty.index(place), count=1)
                 place, parity = next_place(place, parity, PLACES)
-                result = _rounded(last, addend, ring.dtype, HAS_UP_BIAS)
+                result = _rounded(last, addend, dtype, HAS_UP_BIAS)
             _store(result, outs, which, n + h * SIDE, f, staging, MAPS)
     tma.store_wait(0)
 
@@ -318,9 +312,12 @@ def projection_hopper_kernel(
     A tile is ``128 * HEIGHT`` rows of a map's result. Biases end at ``biased_rank`` and
     ``biased_width``, which are 0 where only other maps have one.
     """
-    units: gl.constexpr = PLACES * (2 * HEIGHT * SIDE + R0 + R1 + R2) // UNIT
-    unit_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([UNIT, SIDE], x.dtype)
-    ring = gl.allocate_shared_memory(x.dtype, [units, UNIT, SIDE], unit_layout)
+    ring_x = gl.allocate_shared_memory(x.dtype, [PLACES * 2 * HEIGHT, SIDE, SIDE], x.layout)
+    rings = (_places(x.dtype, R0, PLACES),)
+    if R1 > 0:
+        rings = rings + (_places(x.dtype, R1, PLACES),)
+    if R2 > 0:
+        rings = rings + (_places(x.dtype, R2, PLACES),)
     stagings = gl.allocate_shared_memory(out_a.dtype, [2, SIDE, SIDE], out_a.layout)
     full, empty = barriers(PLACES, 1), barriers(PLACES, 2)
     first = gl.program_id(0)
@@ -334,14 +331,14 @@ def projection_hopper_kernel(
     widths = width_a, width_b, width_c
     gl.warp_specialize(
         [
-            (_consume, (0, down_biases, up_biases, outs, ring, full, empty, stagings, first, programs, tiles, depth,
-                        biased_ranks, biased_widths, widths, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS,
-                        AHEAD, PLACES)),
-            (_consume, (1, down_biases, up_biases, outs, ring, full, empty, stagings, first, programs, tiles, depth,
-                        biased_ranks, biased_widths, widths, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS, HAS_UP_BIAS,
-                        AHEAD, PLACES)),
-            (_produce, (x, downs, ups, ring, full, empty, first, programs, tiles, depth, widths, R0, R1, R2, HEIGHT,
-                        MAPS, PLACES)),
+            (_consume, (0, down_biases, up_biases, outs, ring_x, rings, full, empty, stagings, first, programs, tiles,
+                        depth, biased_ranks, biased_widths, widths, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS,
+                        HAS_UP_BIAS, AHEAD, PLACES)),
+            (_consume, (1, down_biases, up_biases, outs, ring_x, rings, full, empty, stagings, first, programs, tiles,
+                        depth, biased_ranks, biased_widths, widths, R0, R1, R2, HEIGHT, MAPS, HAS_DOWN_BIAS,
+                        HAS_UP_BIAS, AHEAD, PLACES)),
+            (_produce, (x, downs, ups, ring_x, rings, full, empty, first, programs, tiles, depth, widths, R0, R1, R2,
+                        HEIGHT, MAPS, PLACES)),
         ],
         [4, 1],
         [240, 24],

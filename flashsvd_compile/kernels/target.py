@@ -48,12 +48,20 @@ _SMALLEST = Target("unknown", 48 * _KIB, 32, False, False)
 
 
 def speaks_gluon(target: Target) -> bool:
-    """Whether kernels in Gluon run: on Hopper, under the Triton whose experimental language they are written in.
+    """Whether kernels in Gluon run: on Hopper, under the versions of Triton that they were run with.
 
     Their modules are imported only where they run, as that language is an experiment. A Hopper chip without its tanh
     is one that the interpreter plays, which has no Gluon.
     """
-    return target.name == "sm_90" and target.hardware_tanh and triton.__version__.split(".")[:2] == ["3", "6"]
+    return target.name == "sm_90" and target.hardware_tanh and _version() in WITH_GLUON
+
+
+WITH_GLUON = ((3, 6), (3, 7), (3, 8), (3, 9))
+"""Versions of Triton whose Gluon the kernels are written in, see :mod:`.dialect`."""
+
+
+def _version() -> tuple[int, ...]:
+    return tuple(map(int, triton.__version__.split(".")[:2]))
 
 
 @cache

@@ -178,10 +178,10 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     for window in WINDOWS:
         yield f"attention {window} padded", lambda window=window: attend(64, window, padded=True)
     yield "attention 128 causal", lambda: attend(128, "causal")
-    for padded in (False, True):  # on sm_90 in Gluon, under Triton 3.6: as many keys as make its tiles come out even
+    for padded in (False, True):  # on sm_90 in Gluon: as many keys as make its tiles come out even
         name = f"attention 64 of many keys{', padded' if padded else ''}"
         yield name, lambda padded=padded: attend(64, padded=padded, length=3072)
-    for window in ("plain", "causal"):  # on sm_90 in Gluon, under Triton 3.6
+    for window in ("plain", "causal"):  # on sm_90 in Gluon
         yield f"attention 128 {window} of many keys", lambda window=window: attend(128, window, length=4096)
         name = f"attention 128 {window} of many keys, padded"
         yield name, lambda window=window: attend(128, window, padded=True, length=4096)
@@ -194,7 +194,7 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
     for depth in (1024, 1493, 4096):
         yield f"gemv of a normalised row of {depth}", lambda depth=depth: multiply_beside(True, False, depth)
         yield f"gemv of {depth} beside a residual", lambda depth=depth: multiply_beside(False, True, depth)
-    for rows in (8, 16):  # on sm_90 in Gluon, under Triton 3.6
+    for rows in (8, 16):  # on sm_90 in Gluon
         yield f"gemv of {rows} normalised rows", lambda rows=rows: multiply_beside(True, True, 4096, rows)
     yield "gemv of a normalised row float32", lambda: multiply_beside(True, False, 1493, dtype=SINGLE)
     yield "gemv float32", lambda: multiply_few(1, 1493, dtype=SINGLE)
@@ -206,7 +206,7 @@ def configurations() -> Iterator[tuple[str, Callable[[], None]]]:
         "partial sums",
         lambda: drop(partial_sums.add_up(latent(3 * 4096, 304).unflatten(0, (3, 4096)), torch.empty(304))),
     )
-    for form in ("alone", "gate", "product", "residual", "rotation"):  # on sm_90 in Gluon, under Triton 3.6
+    for form in ("alone", "gate", "product", "residual", "rotation"):  # on sm_90 in Gluon
         yield f"product {form}", lambda form=form: multiply(form)
     for form in ("alone", "gate", "residual"):
         for depth in (304, 305):
