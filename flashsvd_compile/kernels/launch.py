@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import lru_cache, partial
-from inspect import getclosurevars
+from inspect import getclosurevars, signature
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +22,7 @@ from torch import Tensor
 from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .target import target_of
+from .target import knows_triton, target_of
 
 Listener = Callable[["Launch", list[Tensor]], None]
 """Called with a launch and its tensors, each once."""
@@ -112,7 +112,7 @@ class Launch:
             # What a compiled kernel takes: all of the kernel's parameters in their order, no compiler's options.
             rest = kernel.arg_names[len(arguments) :]
             arguments = (*arguments, *(constants[name] for name in rest))
-            by_interface = _beneath_descriptors if _is_known(triton.__version__) else _as_published
+            by_interface = _beneath_descriptors if knows_triton() and torch.version.hip is None else _as_published
             self.prepare = by_interface(compiled, (*grid, 1), _without_tensors(arguments))
         else:
             template, start = _without_tensors(arguments), partial(kernel[grid], **constants)
@@ -224,27 +224,27 @@ def _as_published(compiled: Any, grid: tuple[int, int, int], template: list) -> 
     return lambda stream, *operands: Call(start, tuple(_filled(template, operands)))
 
 
-def _is_known(version: str) -> bool:
-    """Whether :func:`_beneath_descriptors` knows this Triton."""
-    return version.split(".")[:2] == ["3", "6"] and torch.version.hip is None
-
-
 def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: list) -> Callable[..., Call]:
-    """By the C function of Triton 3.6 underneath (24 us become 8), with descriptors that are encoded once an address.
+    """By Triton's C function underneath (24 us become 8), with descriptors that are encoded once an address.
 
-    ``CudaLauncher.launch`` is that function, or a closure that encodes descriptors before it calls it.
+    ``CudaLauncher.launch`` is that function, or a closure that encodes descriptors before it calls it. In 3.6 each
+    kernel has one of its own; since 3.7 one serves all and is told what a kernel takes, whose arguments come as a list.
     """
     launcher = compiled.run
     encode, metadata, raw = None, (), launcher.launch
     if any(map(_is_descriptor, template)):
-        from triton.backends.nvidia.driver import make_tensordesc_arg as encode
-
         closure = getclosurevars(launcher.launch).nonlocals
-        metadata, raw = closure["tensordesc_meta"], closure["launcher"]
-    if launcher.global_scratch_size or launcher.profile_scratch_size:
+        encode, metadata, raw = _encoder(), closure["tensordesc_meta"], closure["launcher"]
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
         return _as_published(compiled, grid, template)
     no_scratch, no_hooks = (None, None), (None, None, None)
-    options = (launcher.launch_cooperative_grid, launcher.launch_pdl, *no_scratch, compiled.packed_metadata, *no_hooks)
+    options: tuple = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    one_for_all = hasattr(launcher, "kernel_signature")
+    if one_for_all:
+        taken = launcher.arg_annotations, launcher.kernel_signature
+        options += (compiled.packed_metadata, *no_hooks, *no_scratch, *taken)
+    else:
+        options += (*no_scratch, compiled.packed_metadata, *no_hooks)
     of_descriptor = iter(metadata)
     alike: dict[str, Callable[[int], list]] = {}
     pieces, constants = [], []
@@ -261,16 +261,26 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
             constants.append(argument)
 
     def prepare(stream: int, *operands: int) -> Call:
-        flat = [*grid, stream, compiled.function, *options]
+        flat = []
         for before, place, encoded in pieces:
             flat += before
             if encoded is None:
                 flat.append(operands[place])
             else:
                 flat += encoded(operands[place])
-        return Call(raw, (*flat, *constants))
+        flat += constants
+        return Call(raw, (*grid, stream, compiled.function, *options, *((flat,) if one_for_all else flat)))
 
     return prepare
+
+
+def _encoder() -> Callable[[Any, Any], list]:
+    """Triton's function that makes of a descriptor what a kernel takes; 3.8 and later give it what it does not read."""
+    from triton.backends.nvidia import driver
+
+    encode: Any = driver.make_tensordesc_arg
+    unread = (None,) * (len(signature(encode).parameters) - 2)
+    return lambda descriptor, metadata: encode(descriptor, metadata, *unread)
 
 
 def _encoded(encode: Any, descriptor: Any, metadata: Any) -> Callable[[int], list]:

@@ -47,21 +47,22 @@ KNOWN = {
 _SMALLEST = Target("unknown", 48 * _KIB, 32, False, False)
 
 
+TRITONS = ((3, 6), (3, 7), (3, 8), (3, 9))
+"""Versions of Triton that kernels in Gluon, an experiment of it, and launches beneath its interface were run with."""
+
+
+def knows_triton() -> bool:
+    """Whether the Triton at hand is one of :data:`TRITONS`."""
+    return tuple(map(int, triton.__version__.split(".")[:2])) in TRITONS
+
+
 def speaks_gluon(target: Target) -> bool:
-    """Whether kernels in Gluon run: on Hopper, under the versions of Triton that they were run with.
+    """Whether kernels in Gluon run: on Hopper, under a Triton that is known.
 
-    Their modules are imported only where they run, as that language is an experiment. A Hopper chip without its tanh
-    is one that the interpreter plays, which has no Gluon.
+    Their modules are imported only where they run. A Hopper chip without its tanh is one that the interpreter plays,
+    which has no Gluon.
     """
-    return target.name == "sm_90" and target.hardware_tanh and _version() in WITH_GLUON
-
-
-WITH_GLUON = ((3, 6), (3, 7), (3, 8), (3, 9))
-"""Versions of Triton whose Gluon the kernels are written in, see :mod:`.dialect`."""
-
-
-def _version() -> tuple[int, ...]:
-    return tuple(map(int, triton.__version__.split(".")[:2]))
+    return target.name == "sm_90" and target.hardware_tanh and knows_triton()
 
 
 @cache

@@ -38,15 +38,21 @@ class Kernel:
         return lambda *arguments, **constants: self.calls.append(Call(grid, arguments, constants))
 
 
-def compiled_by_triton(launcher: Callable, tensordesc_meta: list) -> Any:
-    """What Triton 3.6 makes of a kernel with descriptors, as far as a launch beneath its interface looks at it."""
+def compiled_by_triton(launcher: Callable, tensordesc_meta: list, one_for_all: bool) -> Any:
+    """What Triton makes of a kernel with descriptors, as far as a launch beneath its interface looks at it.
+
+    Args:
+        one_for_all: as since 3.7.
+    """
 
     def launch(*given):
         return launcher(*given, tensordesc_meta)
 
     run = SimpleNamespace(launch=launch, global_scratch_size=0, profile_scratch_size=0)
     run.launch_cooperative_grid = run.launch_pdl = False
-    return SimpleNamespace(run=run, function=1, packed_metadata=())
+    if one_for_all:
+        run.arg_annotations, run.kernel_signature = "annotations", b"signature"
+    return SimpleNamespace(run=run, function=1, packed_metadata=(4, 1, 0))
 
 
 def test_a_launch_is_made_again_for_other_tensors_each_given_once():
@@ -78,24 +84,34 @@ def test_a_launch_overlaps_where_it_may_and_the_chip_can():
     assert options == [{}, {}, {"launch_pdl": True}, {}, {"launch_pdl": True}, {}, {}, {}]
 
 
-def test_arguments_are_put_together_anew_and_descriptors_encoded_once_an_address(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize("one_for_all", [False, True], ids=["3.6", "3.7"])
+@pytest.mark.parametrize("unread", [False, True], ids=["3.7", "3.8"])
+def test_arguments_are_put_together_anew_and_descriptors_encoded_once_an_address(monkeypatch, one_for_all, unread):
     encoded, started = [], []
 
     def encode(descriptor: Any, metadata: str) -> list:
         encoded.append((descriptor.base.data_ptr(), metadata))
         return [f"{metadata} at {descriptor.base.data_ptr()}", *descriptor.block_shape]
 
-    monkeypatch.setattr(nvidia, "make_tensordesc_arg", encode, raising=False)
+    def encode_unread(descriptor: Any, metadata: str, _: Any) -> list:
+        return encode(descriptor, metadata)
+
+    monkeypatch.setattr(nvidia, "make_tensordesc_arg", encode_unread if unread else encode, raising=False)
     x, y = torch.zeros(4, 4), torch.ones(4)
     arguments = (Descriptor(x, [2, 2]), 7, y, Descriptor(x, [4, 4]), x, None)
-    compiled = compiled_by_triton(lambda *given: started.append(given), ["first", "second"])
+    compiled = compiled_by_triton(lambda *given: started.append(given), ["first", "second"], one_for_all)
     start = _beneath_descriptors(compiled, (2, 1, 1), _without_tensors((*arguments, 2)))
 
-    def flat(x: int, y: int) -> tuple:
-        return (f"first at {x}", 2, 2, 7, y, f"second at {x}", 4, 4, x, None, 2)
+    def expected(stream: int, x: int, y: int) -> tuple:
+        flat = (f"first at {x}", 2, 2, 7, y, f"second at {x}", 4, 4, x, None, 2)
+        nothing, metadata = (None,) * 3, (4, 1, 0)
+        before = (2, 1, 1, stream, 1, False, False)
+        if one_for_all:
+            return (*before, metadata, *nothing, None, None, "annotations", b"signature", list(flat))
+        return (*before, None, None, metadata, *nothing, *flat)
 
     for stream, addresses in ((0, (16, 32)), (5, (16, 48)), (5, (64, 48))):
         function, given = start(stream, *addresses)
         function(*given)
-        assert started[-1][:4] == (2, 1, 1, stream) and started[-1][-11:] == flat(*addresses)
+        assert started[-1] == expected(stream, *addresses)
     assert encoded == [(16, "first"), (16, "second"), (64, "first"), (64, "second")]
