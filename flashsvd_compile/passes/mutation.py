@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.nn import functional
 
 from .values import value_of
 
@@ -14,6 +15,11 @@ _IN_PLACE_OPERATORS = {
     getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "ifloordiv")
 } | {operator.setitem}
 _IN_PLACE_METHODS = {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
+_STATISTICS = ("running_mean", "running_var")
+"""What batch and instance norms update in training, whatever their schemas say, and their positions by function."""
+_NORMS = {functional.batch_norm: 1, functional.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
+_EMBEDDINGS = (functional.embedding, functional.embedding_bag)
+"""Their weight, the second argument, is overwritten where a fourth, ``max_norm``, bounds its rows."""
 _KNOWN_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
 
 
@@ -44,7 +50,8 @@ def _by_schema(node: Node, overloads: list[torch._ops.OpOverload]) -> list[Node]
     mutated = []
     for overload in overloads:
         for position, argument in enumerate(overload._schema.arguments):
-            if argument.alias_info is not None and argument.alias_info.is_write:
+            is_write = argument.alias_info is not None and argument.alias_info.is_write
+            if is_write or argument.name in _STATISTICS:
                 mutated += _nodes([*node.args[position : position + 1], node.kwargs.get(argument.name)])
     return mutated
 
@@ -69,11 +76,18 @@ def _by_function(node: Node) -> list[Node]:
     known = module.split(".")[0] in _KNOWN_LIBRARIES
     if not known and isinstance(value_of(node), torch.Tensor | tuple | list):
         return node.all_input_nodes
+    if function in _NORMS:
+        first = _NORMS[function]
+        return _nodes([*node.args[first : first + 2], *map(node.kwargs.get, _STATISTICS)])
+    if function in _EMBEDDINGS:
+        bounded = node.kwargs.get("max_norm", *node.args[3:4]) is not None
+        return _nodes([*node.args[1:2], node.kwargs.get("weight")]) if bounded else []
+    first = node.args[:1] or tuple(node.kwargs.values())  # which keyword is the first argument nothing says
     if function in _IN_PLACE_OPERATORS:
-        return _nodes(node.args[:1])
+        return _nodes(first)
     if _says_in_place(name) and function is not getattr(operator, name, None):  # operator.and_ is no write
-        return _nodes(node.args[:1])
-    return _nodes(node.args[:1] if _asks_for_in_place(node) else [node.kwargs.get("out")])
+        return _nodes(first)
+    return _nodes(first if _asks_for_in_place(node) else [node.kwargs.get("out")])
 
 
 def _asks_for_in_place(node: Node) -> bool:

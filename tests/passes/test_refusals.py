@@ -385,6 +385,8 @@ def untouched(x):
         lambda x: torch.ops.aten.mul_.Tensor(x, 2.0),
         lambda x: torch.ops.aten.mul_(x, 2.0),
         lambda x: call(untouched, x),
+        lambda x: functional.relu(input=x, inplace=True),
+        lambda x: torch.clamp_(input=x, min=0.5),
     ],
 )
 def test_writes_in_every_spelling_and_functions_that_may_do_anything(write):
@@ -396,6 +398,45 @@ def test_writes_in_every_spelling_and_functions_that_may_do_anything(write):
     result = rewritten(function, X, DOWN, UP)
     assert result.report.matches == []
     assert result.reasons == [RefusalReason.MUTATED]
+    result.assert_same_result()
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda x: functional.embedding(torch.tensor([0, 1]), x[0], max_norm=0.1),
+        lambda x: functional.embedding_bag(torch.tensor([[0, 1]]), x[1], None, 0.1),
+        lambda x: functional.batch_norm(torch.ones(4, 5), x[0, :, 0], x[0, :, 1] + 1, training=True),
+        lambda x: functional.instance_norm(torch.ones(2, 5, 3), running_mean=x[0, :, 0], running_var=torch.ones(5)),
+        lambda x: torch.ops.aten.batch_norm(
+            torch.ones(4, 5), None, None, x[0, :, 0], x[0, :, 1], True, 0.5, 0.1, False
+        ),
+    ],
+)
+def test_writes_by_functions_that_do_not_look_like_it(write):
+    """Norms bounded in an embedding's weight, running statistics; here in a view of what the region reads."""
+
+    def function(x, down, up):
+        h = linear(x, down)
+        write(x)
+        return linear(h, up)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.ALIASED]
+    result.assert_same_result()
+
+
+def test_lookups_of_tied_embeddings_are_no_writes():
+    """Without a bound of their norms."""
+
+    def function(x, down, up):
+        h = linear(x, down)
+        tokens = functional.embedding(torch.tensor([0, 1]), up)
+        return linear(h, up) + tokens.sum()
+
+    result = rewritten(function, X, DOWN, UP)
+    assert (result.count("linear"), result.reasons) == (1, [])
     result.assert_same_result()
 
 
