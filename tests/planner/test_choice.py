@@ -66,7 +66,8 @@ def test_what_no_kernel_holds_on_chip_is_streamed(shape):
 @pytest.mark.parametrize(
     ("shape", "obstacle"),
     [
-        (mlp(65536, 512), "the kernel takes ranks up to 384"),
+        (mlp(65536, 512, device="H200"), "the kernel takes ranks up to 384"),
+        (mlp(65536, 304), "the kernel takes ranks up to 256"),
         (mlp(65536, 192, itemsize=4), "the kernel computes in half precision"),
         (mlp(65536, 192, gated=True), "the kernel takes no gate"),
         (mlp(65536, 192, device="cpu"), "only GPUs have a kernel for it"),
@@ -122,7 +123,7 @@ def test_few_rows_split_the_hidden_layer_as_far_as_memory_allows():
     """At rank 304 rank space and three partial sums are as large as the result and three fifths of the input; of 512
     rows four fit in the workspace that there always is.
     """
-    shapes = {rows: mlp(rows, 304) for rows in (512, 4096, 8192, 16384)}
+    shapes = {rows: mlp(rows, 304, device="H200") for rows in (512, 4096, 8192, 16384)}
     bounds = {
         rows: plan_mlp(shape, AUTO).workspace.bytes_for(sympy.Integer(rows * 768)) for rows, shape in shapes.items()
     }
@@ -352,8 +353,8 @@ def test_why_a_strategy_is_not_offered(plan, shape, strategy, obstacle):
 
 
 def test_a_budget_excludes_what_is_larger():
-    assert plan_mlp(mlp(65536, 384), Options(memory_budget=2**20)).strategy == Strategy.STREAMED
-    assert plan_mlp(mlp(65536, 384), Options(memory_budget=2**28)).strategy == Strategy.FUSED
+    assert plan_mlp(mlp(65536, 384, device="H200"), Options(memory_budget=2**20)).strategy == Strategy.STREAMED
+    assert plan_mlp(mlp(65536, 384, device="H200"), Options(memory_budget=2**28)).strategy == Strategy.FUSED
 
 
 def plan_kept(rows: int) -> Candidate:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from flashsvd_compile.kernels import attention, gemv, product, short_attention, tiles
+from flashsvd_compile.kernels import attention, gemv, mlp, product, short_attention, tiles
+from flashsvd_compile.kernels.target import KNOWN
 from flashsvd_compile.ops import aligned, lifting
 from flashsvd_compile.ops.mlp import GPU_COLUMNS
 from flashsvd_compile.planner import memory, shapes, time
@@ -16,7 +17,6 @@ LIMITS = {
     "elements of a sector": (memory.ALIGNED, product.SECTOR),
     "elements that the library reads at once": (memory.STEP, aligned._STEP),
     "rank that is lifted by a kernel": (H200.max_projected_rank, lifting.MAX_PROJECTED_RANK),
-    "rank that is fused": (H200.max_fused_rank, tiles.MAX_RANK),
     "rows of decoding": (shapes.FEW_ROWS, gemv.MAX_ROWS),
     "queries of three warpgroups": (time.TILE_ROWS, attention.SPECIALISED_ROWS[64]),
     "keys from which on they attend": (time.LONG_KEYS, attention.SPECIALISED_KEYS),
@@ -28,3 +28,20 @@ LIMITS = {
 def test_a_plan_and_what_it_plans_agree(what):
     planned, actual = LIMITS[what]
     assert planned == actual
+
+
+@pytest.mark.parametrize(
+    ("name", "chip"),
+    [
+        ("NVIDIA A100-SXM4-80GB", "sm_80"),
+        ("NVIDIA GeForce RTX 4090", "sm_89"),
+        ("NVIDIA H100 80GB HBM3", "sm_90"),
+        ("NVIDIA H200", "sm_90"),
+        ("NVIDIA B200", "sm_100"),
+        ("NVIDIA GeForce RTX 5090", "sm_120"),
+        ("AMD Instinct MI300X", "gfx942"),
+    ],
+)
+def test_a_plan_fuses_ranks_that_the_chip_has_a_kernel_for(name, chip):
+    fused = [rank for rank in range(1, tiles.MAX_RANK + 1) if mlp.tiles_of(KNOWN[chip], rank, rank, itemsize=2)]
+    assert device_of(name).max_fused_rank == max(fused)
