@@ -14,6 +14,7 @@ from torch import nn
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
@@ -380,6 +381,8 @@ def test_what_cannot_be_rewritten_is_named(block):
         rewrite(block)
     with pytest.raises(GraphError, match="the graph of x carries no example values"):
         rewrite(torch.fx.symbolic_trace(LowRank(FEATURES, WIDTH)))
+    with pytest.raises(GraphError, match=r"the graph of arg0_1 carries example values of \d+ fake modes"):
+        rewrite(make_fx(LowRank(FEATURES, WIDTH))(sample()))
 
 
 def test_the_backend_leaves_a_graph_without_example_values_alone():

@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from torch._higher_order_ops.invoke_subgraph import invoke_subgraph
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from ..errors import FlashSVDError, GraphError
 from ..options import INPUT_NORM, PACKING, RESIDUAL, Options, Strategy
@@ -66,13 +68,19 @@ def rewrite(
 
     Raises:
         UnknownOptionError, InvalidOptionError: bad options.
-        GraphError: no graph, or one whose inputs carry no example values.
+        GraphError: no graph, or one whose inputs carry no example values, or not of one fake mode, as by ``make_fx`` of
+            plain tensors.
     """
     if not isinstance(graph_module, GraphModule):
         raise GraphError(f"a {type(graph_module).__name__}", "is no graph")
     inputs = graph_module.graph.find_nodes(op="placeholder")
+    name = f"the graph of {', '.join(node.name for node in inputs)}"
     if inputs and all(value_of(node) is None for node in inputs):
-        raise GraphError(f"the graph of {', '.join(node.name for node in inputs)}", "carries no example values")
+        raise GraphError(name, "carries no example values")
+    values = tree_leaves([value_of(node) for node in graph_module.graph.nodes])
+    modes = {id(value.fake_mode) for value in values if isinstance(value, FakeTensor)}
+    if len(modes) > 1:
+        raise GraphError(name, f"carries example values of {len(modes)} fake modes")
     return apply_rules(graph_module, Options.parse(options))
 
 
