@@ -8,7 +8,6 @@ added to in the region's dtype, float32 at least.
 """
 
 from collections.abc import Iterable
-from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
@@ -92,7 +91,7 @@ def _heads_that_fit(attn: Attention, length: int, elements: int) -> int:
 
 def columns(rows: Tensor, widths: list[int]) -> list[Tensor]:
     """Columns of a matrix side by side."""
-    return [rows[:, start:stop] for start, stop in pairwise(accumulate(widths, initial=0))]
+    return list(rows[:, : sum(widths)].split(widths, dim=1))
 
 
 def into_rank_space(latents: list[Tensor], x: Tensor, context: Tensor, attn: Attention, elements: int) -> None:

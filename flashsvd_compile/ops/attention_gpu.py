@@ -57,15 +57,17 @@ def attends(x: Tensor, attn: Attention) -> bool:
     return plain and attention_kernel.supported(attn.head_dim, attn.value_dim, x.dtype, x.device)
 
 
-def kernel_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> None:
+def kernel_core(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor | None = None) -> None:
     """A :data:`~.sdpa.Core` by our own kernel, for regions that :func:`attends` accepts."""
+    if bounds is None and attn.key_padding is not None:
+        bounds = attention_kernel.key_bounds(attn.key_padding)
     attention_kernel.attention(
         q,
         k,
         v,
         out,
         key_padding=attn.key_padding,
-        bounds=None if attn.key_padding is None else attention_kernel.key_bounds(attn.key_padding),
+        bounds=bounds,
         scale=attn.scale,
         window_left=attn.window_left,
         window_right=attn.window_right,
@@ -276,17 +278,7 @@ def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor
         else:  # the library does not say what a query gives that sees no key
             torch.where(attn.key_padding.any(1)[:, None, None, None], outputs, outputs.new_zeros(()), out=heads)
         return
-    attention_kernel.attention(
-        heads,
-        k,
-        v,
-        heads,
-        key_padding=attn.key_padding,
-        bounds=bounds,
-        scale=attn.scale,
-        window_left=attn.window_left,
-        window_right=attn.window_right,
-    )
+    kernel_core(heads, heads, k, v, attn, bounds)
 
 
 _SINGLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -10,7 +10,7 @@ from .aligned import with_aligned_rank
 from .backward import Chunked, by_rows, differentiable
 from .projection import Projection
 from .registry import register
-from .workspace import Workspace, project_into, rows_of, rows_that_fit, validate_execution
+from .workspace import Workspace, project_rows, rows_of, rows_that_fit, validate_execution
 
 SCHEMA = f"(Tensor x, {proj.schema_of('w')}, str strategy='streamed', SymInt workspace_bytes=16777216) -> Tensor"
 
@@ -46,18 +46,9 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
 
 def streamed(x: Tensor, weight: Projection[Tensor], workspace_bytes: int) -> Tensor:
     """Chunks of rows; the rank-space intermediate of one chunk lives in the workspace."""
-    rows_in = rows_of(x)
-    out = x.new_empty((*x.shape[:-1], proj.out_features(weight)))
-    rows_out = out.view(-1, out.shape[-1])
-    total = rows_in.shape[0]
-    if total == 0:
-        return out
-    chunk = rows_that_fit(workspace_bytes, proj.rank(weight) * x.element_size(), total)
-    workspace = Workspace(proj.rank(weight) * chunk, like=x)
-    for start in range(0, total, chunk):
-        rows = slice(start, min(start + chunk, total))
-        workspace.reset()
-        project_into(rows_out[rows], rows_in[rows], weight, workspace)
+    rows, out = rows_of(x), x.new_empty((*x.shape[:-1], proj.out_features(weight)))
+    chunk = rows_that_fit(workspace_bytes, proj.rank(weight) * x.element_size(), len(rows))
+    project_rows(out.view(-1, out.shape[-1]), rows, weight, Workspace(proj.rank(weight) * chunk, like=x))
     return out
 
 

@@ -3,8 +3,6 @@
 A norm may be taken of the rows first, and a residual is added to the result.
 """
 
-from itertools import accumulate, pairwise
-
 import torch
 from torch import Tensor
 
@@ -72,8 +70,7 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
 
 def _columns(out: Tensor, members: list[Projection[Tensor]]) -> list[Tensor]:
     """``[rows, out_features]`` of each member in the result."""
-    ends = accumulate(map(proj.out_features, members), initial=0)
-    return [out.view(-1, out.shape[-1])[:, start:end] for start, end in pairwise(ends)]
+    return list(out.view(-1, out.shape[-1]).split(list(map(proj.out_features, members)), dim=1))
 
 
 def _streamed(x: Tensor, members: list[Projection[Tensor]], outs: list[Tensor], workspace_bytes: int) -> None:

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import torch
 from torch.fx import Node
 
+from .equation import Equation, read_equation
 from .values import number_of, shape_of, tensor_of
 from .vocabulary import read
 from .weights import Weight, is_weight
@@ -51,7 +52,7 @@ def read_affine(node: Node, diagonal: bool = False, steps: int = 0) -> Affine | 
             return _affine(call["mat1"], Weight.of(call["mat2"]).transposed, call.input, node)
         return None
     if call.op == "einsum":
-        return _einsum(call["equation"], call["operands"], node)
+        return _einsum(read_equation(call), node)
     if call.op == "add" and number_of(call.get("alpha", 1)) == 1:
         return _biased(call.input, call["other"], node, steps) or _biased(call["other"], call.input, node, steps)
     if diagonal and call.op == "mul":
@@ -73,24 +74,17 @@ def _affine(source: object, weight: Weight, bias: Node | None, node: Node) -> Af
     return Affine(source, weight, None if bias is None else Weight.of(bias), (node,))
 
 
-def _einsum(equation: object, operands: tuple, node: Node) -> Affine | None:
+def _einsum(equation: Equation | None, node: Node) -> Affine | None:
     """``'bld,dr->blr'`` and the like: one weight, the last axis of the source contracted."""
-    if not isinstance(equation, str) or len(operands) != 2:
+    if equation is None or not is_weight(equation.operands[1], 2) or len(equation.left) < 2:
         return None
-    inputs, _, output = equation.replace(" ", "").partition("->")
-    source, _, weight = inputs.partition(",")
-    if not is_weight(operands[1], 2) or len(source) < 2 or len(set(source)) != len(source) or len(weight) != 2:
-        return None
+    source, weight, result, operands = equation
     contracted, rows = source[-1], source[:-1]
     kept = weight.replace(contracted, "")
-    if len(kept) != 1 or kept in source or output != rows + kept:
+    if len(kept) != 1 or kept in source or result != rows + kept:
         return None
     value = Weight.of(operands[1])
-    value = value.transposed if weight[0] == contracted else value
-    sizes = shape_of(operands[0])
-    if sizes is None or sizes[-1] != value.shape[1]:
-        return None  # one of them is 1, and repeated
-    return _affine(operands[0], value, None, node)
+    return _affine(operands[0], value.transposed if weight[0] == contracted else value, None, node)
 
 
 def _biased(affine: object, bias: object, node: Node, steps: int) -> Affine | None:

@@ -19,7 +19,7 @@ the first two, ``absorbed.py`` has another form.
 """
 
 from functools import partial
-from itertools import chain
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from ..planner import AttentionShape, RankSpace, plan_attention
 from ..report import RefusalReason
 from .absorbed import absorb, rank_space
 from .affine import Affine, read_affine
+from .ancestors import ancestors
 from .axes import extent, named
 from .concatenation import read_merges, read_out
 from .factored import Factored, Obstacle
@@ -60,17 +61,9 @@ def read_attention(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
 
 def _near_low_rank(node: Node) -> bool:
     """Whether the first projections met on the way back from ``node`` include a pair of factors."""
-    seen, waiting = {node}, [node]
-    while waiting and len(seen) < _NEIGHBOURHOOD:
-        current = waiting.pop()
-        affine = read_affine(current)
-        if affine is not None:
-            if read_pair(current) is not None or _is_normed_pair(affine):
-                return True
-            continue
-        waiting += [above for above in current.all_input_nodes if above not in seen]
-        seen.update(waiting)
-    return False
+    near = islice(ancestors([node], through=lambda above: read_affine(above) is None), _NEIGHBOURHOOD)
+    projections = ((above, affine) for above in near if (affine := read_affine(above)) is not None)
+    return any(read_pair(above) is not None or _is_normed_pair(affine) for above, affine in projections)
 
 
 def _is_normed_pair(outer: Affine) -> bool:

@@ -19,7 +19,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from .axes import Dim, Layout, Window
+from .axes import Dim, Window
 from .index_rules import RULES
 from .index_values import FALSE, TRUE, Choice, Entry, Position, Value, at, axis
 from .mutation import mutated_arguments
@@ -67,11 +67,10 @@ class IndexAlgebra:
 
     def _seen_through_view(self, node: Node) -> Value | None:
         view, rank = read_view(node), len(shape_of(node) or ())
-        layout: Layout | None = layout_of([axis(dim).name for dim in reversed(range(rank))], node)
-        if view is None:
+        own = layout_of([axis(dim).name for dim in reversed(range(rank))], node)
+        if view is None or own is None:
             return None
-        for step in reversed(view.steps):
-            layout = None if layout is None else step.back(layout)
+        layout = view.back(own)
         positions = [_position(dim) for dim in layout or ()]
         known = [position for position in positions if position is not None]
         if layout is None or len(known) < len(positions):

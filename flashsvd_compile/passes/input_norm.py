@@ -34,8 +34,8 @@ from .norms import Norm, read_norm
 from .order import Order
 from .region import Deferred, chip_of, in_schema_order, is_on_gpu, rows_of
 from .residual import OPERATORS, has_kernel_for_few_rows, interrupted, taking_more
-from .values import shape_of, tensor_of, value_of
-from .views import layout_of
+from .values import tensor_of, value_of
+from .views import layout_of_rows
 
 KIND, WEIGHT, BIAS, EPS, _ = argument_names("x")
 OF_STREAM = Fraction(15, 16)
@@ -107,8 +107,7 @@ def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options:
 
 def _norm_of(node: Node) -> Norm | None:
     """The norm over the last dimension whose result is ``node``."""
-    shape, value = shape_of(node) or (), tensor_of(node)
-    layout = layout_of((*(f"row {dim}" for dim in range(len(shape) - 1)), "feature"), node)
+    layout, value = layout_of_rows(node), tensor_of(node)
     return read_norm(node, layout, layout[-1], value.dtype) if layout and value is not None else None
 
 

@@ -25,7 +25,7 @@ from .factored import Factored, Obstacle
 from .factors import read_projection
 from .region import Region, present, rows_of, sizes_of
 from .values import shape_of
-from .views import layout_of, peel_rows, trace, with_rows
+from .views import layout_of_rows, peel_rows, trace, with_rows
 
 
 def read_mlp(node: Node) -> Region | Obstacle | None:
@@ -80,8 +80,7 @@ def _projections_into(activation: Activation, rows: tuple[Size, ...]) -> tuple[F
 
 def _projection_behind(node: Node, rows: tuple[Size, ...]) -> Factored | None:
     """The projection that ``node`` is a view or a range of features of, its input with leading dimensions ``rows``."""
-    shape = shape_of(node)
-    layout = None if shape is None else layout_of((*(f"row {dim}" for dim in range(len(shape) - 1)), "feature"), node)
+    layout = layout_of_rows(node)
     if layout is None:
         return None
     tensor, (*leading, features), views = trace(node, layout)

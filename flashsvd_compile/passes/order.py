@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import Node
 
+from .ancestors import ancestors
 from .mutation import mutated_arguments
 
 _GRADIENTS = "_set_grad_enabled"
@@ -90,10 +91,5 @@ def transformed_among(nodes: Iterable[Node]) -> Iterator[Node]:
 
 def _differentiated_again(nodes: Iterable[Node]) -> set[Node]:
     """What gradients are taken of within the graph that have gradients themselves (``create_graph``)."""
-    waiting = [n for n in nodes if n.target is torch.autograd.grad and n.kwargs.get("create_graph")]
-    found: set[Node] = set()
-    while waiting:
-        above = [n for n in waiting.pop().all_input_nodes if n not in found and n.all_input_nodes]
-        found.update(above)
-        waiting += above
-    return found
+    taken = [n for n in nodes if n.target is torch.autograd.grad and n.kwargs.get("create_graph")]
+    return {node for node in ancestors(taken) if node.all_input_nodes}

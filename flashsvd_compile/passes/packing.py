@@ -25,6 +25,7 @@ from torch.fx import Graph, Node
 from .. import ops
 from ..ops.packed_linear import ROLES
 from ..ops.projection import argument_names
+from .ancestors import ancestors
 from .emit import emit, with_example
 from .order import Order
 from .region import has_few_rows
@@ -99,24 +100,11 @@ def features_of(member: Node) -> sympy.Expr:
 
 def _is_computed_from(member: Node, group: list[Node]) -> bool:
     """Whether a projection's factors depend on another projection of its group."""
-    waiting, seen = list(member.all_input_nodes), set()
-    while waiting:
-        node = waiting.pop()
-        if node in group:
-            return True
-        if node not in seen and group[0] < node:
-            seen.add(node)
-            waiting += node.all_input_nodes
-    return False
+    return any(node in group for node in ancestors([member], through=lambda node: group[0] < node))
 
 
 def _hoist(weight: Node, before: Node) -> None:
     """Move what computes a factor in front of a node, which it does not depend on."""
-    waiting, moving = [weight], set()
-    while waiting:
-        node = waiting.pop()
-        if not node < before and node not in moving:
-            moving.add(node)
-            waiting += node.all_input_nodes
-    for node in sorted(moving):
+    behind = (weight, *ancestors([weight], through=lambda node: before < node))
+    for node in sorted(node for node in behind if before < node):
         before.prepend(node)

@@ -16,6 +16,7 @@ import torch
 from torch.fx import Node
 
 from ..ops.projection import Projection
+from .equation import Equation, read_equation
 from .factored import Factored, HeadFactors
 from .values import shape_of, tensor_of
 from .views import Regroup, read_view
@@ -129,7 +130,7 @@ def _stage(node: Node) -> _Stage | None:
     if call is None:
         return None
     if call.op == "einsum":
-        return _einsum(call["equation"], call["operands"], node)
+        return _einsum(read_equation(call), node)
     if call.op == "matmul" and is_weight(call["other"], 3):
         return _matmul(call.input, call["other"], node)
     if call.op == "add":
@@ -137,24 +138,20 @@ def _stage(node: Node) -> _Stage | None:
     return None
 
 
-def _einsum(equation: object, operands: tuple, node: Node) -> _Stage | None:
+def _einsum(equation: Equation | None, node: Node) -> _Stage | None:
     """``'bmd,hdr->bhmr'`` and the like, renamed to rows b and m, heads h, contracted c and kept d."""
-    if not isinstance(equation, str) or len(operands) != 2 or not is_weight(operands[1], 3):
+    if equation is None or not is_weight(equation.operands[1], 3):
         return None
-    inputs, _, result = equation.replace(" ", "").partition("->")
-    source, _, weight = inputs.partition(",")
+    source, weight, result, operands = equation
     heads = [x for x in weight if x in result and (x in source or weight.index(x) == 0)]
     contracted = [x for x in weight if x in source and x not in result]
     kept = [x for x in weight if x in result and x not in source and x not in heads]
     rows = [x for x in result if x in source and x not in weight]
-    if [len(x) for x in (heads, contracted, kept, rows)] != [1, 1, 1, 2] or len(set(source)) != len(source):
+    if [len(x) for x in (heads, contracted, kept, rows)] != [1, 1, 1, 2]:
         return None
     names = {heads[0]: "h", contracted[0]: "c", kept[0]: "d", rows[0]: "b", rows[1]: "m"}
     if set(source) | set(weight) != set(names) or set(result) != {heads[0], kept[0], *rows}:
         return None
-    sizes = dict(zip(source, shape_of(operands[0]) or (), strict=False))
-    if any(sizes.get(x, size) != size for x, size in zip(weight, shape_of(operands[1]) or (), strict=False)):
-        return None  # one of them is 1, and repeated
     order = tuple(weight.index(x) for x in (heads[0], contracted[0], kept[0]))
     value = Weight.of(operands[1])
     value = value if order == (0, 1, 2) else Weight.call("permute", value, order)

@@ -4,6 +4,7 @@ from typing import NamedTuple
 
 from torch.fx import Node
 
+from .equation import Equation, read_equation
 from .values import number_of, shape_of
 from .vocabulary import read
 
@@ -62,7 +63,7 @@ def read_product(node: object) -> Product | None:
         scale = number_of(call.get("alpha", 1))
         return None if scale is None else _of_matrices(call["batch1"], call["batch2"], scale)
     if call.op == "einsum":
-        return _of_einsum(call["equation"], call["operands"])
+        return _of_einsum(read_equation(call))
     return None
 
 
@@ -84,17 +85,10 @@ def _of_matrices(left: Node, right: Node, scale: float) -> Product | None:
     return None if letters is None else Product(left, right, *letters, scale)
 
 
-def _of_einsum(equation: object, operands: tuple) -> Product | None:
-    if not isinstance(equation, str) or len(operands) != 2 or "." in equation:
+def _of_einsum(equation: Equation | None) -> Product | None:
+    if equation is None:
         return None
-    inputs, arrow, result = equation.replace(" ", "").partition("->")
-    left, _, right = inputs.partition(",")
-    if not arrow or any(len(set(letters)) != len(letters) for letters in (left, right, result)):
-        return None
-    shapes = shape_of(operands[0]) or (), shape_of(operands[1]) or ()
-    of_left, of_right = dict(zip(left, shapes[0], strict=False)), dict(zip(right, shapes[1], strict=False))
-    if any(size != of_right.get(letter, size) for letter, size in of_left.items()):
-        return None  # one of them is 1, and repeated
+    left, right, result, operands = equation
     product = Product(*operands, left, right, result)
     sizes = (len(product.shared) in (1, 2), *(len(x) == 1 for x in (product.summed, product.of_left, product.of_right)))
     whole = set(result) == set(product.shared + product.of_left + product.of_right)

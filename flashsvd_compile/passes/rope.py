@@ -215,9 +215,7 @@ def _without_heads(leaf: Node, names: list[str]) -> Node | None:
     """
     layout, node = layout_of(names, leaf), leaf
     while layout is not None and (view := read_view(node)) is not None:
-        for step in reversed(view.steps):
-            layout = None if layout is None else step.back(layout)
-        node = view.source
+        node, layout = view.source, view.back(layout)
         if layout is None or any(len(dim) > 1 or not all(isinstance(axis, Axis) for axis in dim) for dim in layout):
             return None  # a part of a larger table is used as it is
         order = ["".join(axis.name for axis in dim if isinstance(axis, Axis)) for dim in layout]

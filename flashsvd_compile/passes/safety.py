@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from ..report import RefusalReason
 from .affine import read_affine
+from .ancestors import ancestors
 from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
@@ -109,13 +110,12 @@ def autocast_of_weights(region: Region, order: Order) -> Obstacle | None:
 
 def _computed_weights(region: Region) -> set[Node]:
     """What the graph computes the region's weights by, however little of it the operator still needs."""
-    found: set[Node] = set()
     outside = {*region.nodes, *region.inputs.values()}
-    new = {read for node in region.nodes for read in node.all_input_nodes} - outside
-    while new:
-        found |= {node for node in new if is_weight(node) and node.op not in ("placeholder", "get_attr")}
-        new = {above for node in new & found for above in node.all_input_nodes} - outside - found
-    return found
+
+    def is_computed(node: Node) -> bool:
+        return node not in outside and node.op not in ("placeholder", "get_attr") and is_weight(node)
+
+    return set(filter(is_computed, ancestors(region.nodes, through=is_computed)))
 
 
 def mutation(region: Region, order: Order) -> Obstacle | None:

@@ -8,6 +8,7 @@ Serves ``scaled_dot_product_attention`` and its spelled-out form, by matrix prod
 A soft cap, ``cap * tanh(scores / cap)``, may stand between the scale and the mask.
 """
 
+from itertools import islice
 from math import sqrt
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from torch.fx import Node
 
 from ..report import RefusalReason
 from .affine import read_affine, read_scaling
+from .ancestors import ancestors
 from .axes import Axis, Layout, extent, named
 from .columns import example
 from .factored import Obstacle
@@ -139,15 +141,11 @@ _STEPS_FROM_SCORES = 12
 def _is_made_of_scores(weights: Node) -> bool:
     """Whether a softmax or a product of two activations is a few steps above, all of the shape of the weights."""
     shape = shape_of(weights)
-    seen, waiting = {weights}, [weights]
-    while waiting and len(seen) < _STEPS_FROM_SCORES:
-        node = waiting.pop()
-        if is_call(node, "softmax") or (read_product(node) is not None and read_affine(node) is None):
-            return True
-        above = [n for n in node.all_input_nodes if n not in seen and shape_of(n) == shape]
-        waiting += above
-        seen.update(above)
-    return False
+    alike = (n for n in ancestors([weights], through=lambda n: shape_of(n) == shape) if shape_of(n) == shape)
+    return any(
+        is_call(node, "softmax") or (read_product(node) is not None and read_affine(node) is None)
+        for node in (weights, *islice(alike, _STEPS_FROM_SCORES))
+    )
 
 
 def _multiplied_in(product: Node, queries: Node) -> torch.dtype:

@@ -99,6 +99,13 @@ class View(NamedTuple):
     steps: tuple[Step, ...]
     nodes: tuple[Node, ...]
 
+    def back(self, layout: Layout) -> Layout | None:
+        """Layout of ``source``, given that of the view; ``None`` when a step cannot be undone."""
+        before: Layout | None = layout
+        for step in reversed(self.steps):
+            before = None if before is None else step.back(before)
+        return before
+
 
 class Trace(NamedTuple):
     """Where a chain of views began: the source, its layout, and the nodes passed."""
@@ -116,13 +123,17 @@ def layout_of(names: Sequence[str], node: Node) -> Layout | None:
     return tuple(() if size == 1 else (Axis(name, size),) for name, size in zip(names, shape, strict=True))
 
 
+def layout_of_rows(node: Node) -> Layout | None:
+    """An axis ``feature`` for the last dimension, one of its own for each before it."""
+    rank = len(shape_of(node) or ())
+    return layout_of((*(f"row {dim}" for dim in range(rank - 1)), "feature"), node) if rank else None
+
+
 def trace(node: Node, layout: Layout) -> Trace:
     """Follow ``node`` backwards through views as far as its layout can be kept track of."""
     nodes: tuple[Node, ...] = ()
     while (view := read_view(node)) is not None:
-        before: Layout | None = layout
-        for step in reversed(view.steps):
-            before = None if before is None else step.back(before)
+        before = view.back(layout)
         if before is None:
             break
         node, layout, nodes = view.source, before, nodes + view.nodes
