@@ -23,6 +23,7 @@ from .attention_region import Attention, full_mask, parse, rotate, rotate_
 from .backward import Chunked, differentiable, items_of_a_chunk
 from .norm import Statistics
 from .projection import Projection
+from .ranges import ranges, width_of
 from .registry import register
 from .residual import joined, plus, plus_residual
 from .sdpa import Core, cpu_core, is_causal, passing_elements, sdpa_core
@@ -224,8 +225,7 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
             chunk, latents = with_queries, _all_latents(result, x, attn, elements)
             attn = attn._replace(q=_above(attn.q), k=_above(attn.k), v=_above(attn.v))
     workspace = Workspace(chunk.elements, like=x, aligned=4)
-    for first in range(0, batch, chunk.items):
-        items = slice(first, min(first + chunk.items, batch))
+    for items in ranges(batch, chunk.items):
         workspace.reset()
         if latents:
             queried, *seen = _copied([latent[items] for latent in latents], workspace)
@@ -295,13 +295,13 @@ def _attend(
     latent_v = _latent(valued, attn.v, workspace)
     mark = workspace.mark()
     known = _statistics_of_keys(latent_k, attn, chunk, workspace)
-    for first in range(0, attn.num_kv_heads, chunk.kv_heads):
+    for of_keys in ranges(attn.num_kv_heads, chunk.kv_heads):
         workspace.reset(mark)
-        count = min(chunk.kv_heads, attn.num_kv_heads - first)
-        heads = slice(first * attn.group, (first + count) * attn.group)
+        first, count = of_keys.start, width_of(of_keys)
+        heads = slice(of_keys.start * attn.group, of_keys.stop * attn.group)
         q = rotate_(queries[:, :, heads], attn)
         k = lift_heads(latent_k, attn.k, first, count, attn.head_dim, workspace)
-        k_norm = None if attn.k_norm is None else attn.k_norm.of_heads(slice(first, first + count))
+        k_norm = None if attn.k_norm is None else attn.k_norm.of_heads(of_keys)
         k = rotate_(norm.apply_(k, k_norm, chunk.norm_scratch, known), attn)
         v = lift_heads(latent_v, attn.v, first, count, attn.value_dim, workspace)
         core(outputs[:, :, heads], q, k, v, attn.of_heads(heads))

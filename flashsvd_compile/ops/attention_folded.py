@@ -16,6 +16,7 @@ from . import norm
 from . import projection as proj
 from .attention_region import Attention, rotate_
 from .projection import Projection
+from .ranges import ranges
 from .sdpa import Core, passing_elements
 from .workspace import Workspace, add_product, affine_into, lift_heads, rows_that_fit
 
@@ -53,13 +54,12 @@ def _one_item(out: Tensor, x: Tensor, context: Tensor, attn: Attention, elements
     into_rank_space(latents, x, context, attn, elements)
     kv_heads = _heads_that_fit(attn, len(x), elements)
     workspace = Workspace(needed(attn, len(x), elements), like=x, aligned=3)
-    for first in range(0, attn.num_kv_heads, kv_heads):
+    for of_keys in ranges(attn.num_kv_heads, kv_heads):
         workspace.reset()
-        of_keys = slice(first, min(first + kv_heads, attn.num_kv_heads))
         heads = _attend(latents, attn, of_keys, workspace, core)
         width = attn.group * attn.value_dim
         down = attn.out.down[:, of_keys.start * width : of_keys.stop * width]
-        if first == 0:
+        if of_keys.start == 0:
             affine_into(sums, heads, down, attn.out.down_bias)
         else:
             add_product(sums, heads, down)
@@ -97,8 +97,7 @@ def columns(rows: Tensor, widths: list[int]) -> list[Tensor]:
 def into_rank_space(latents: list[Tensor], x: Tensor, context: Tensor, attn: Attention, elements: int) -> None:
     """Fill ``latents[rows, rank]`` of queries, keys and values; a norm exists for some rows at a time."""
     step = rows_that_fit(elements, 0 if attn.x_norm is None else x.shape[1], len(x))
-    for start in range(0, len(x), step):
-        rows = slice(start, min(start + step, len(x)))
+    for rows in ranges(len(x), step):
         queried = norm.of_rows(x[rows], attn.x_norm)
         seen = context[rows] if attn.x_norm is None else queried
         for latent, source, projection in zip(latents, (queried, seen, seen), (attn.q, attn.k, attn.v), strict=True):

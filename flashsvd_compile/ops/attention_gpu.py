@@ -40,6 +40,7 @@ from .lifting import (
     rotation_of,
 )
 from .projection import Projection
+from .ranges import ranges, width_of
 from .residual import plus
 from .sdpa import attend_at_once, is_causal
 from .workspace import Workspace, affines_into, elements_per_row, project_rows, rows_of, rows_that_fit
@@ -208,8 +209,7 @@ def _parts(
     attn: Attention, batch: int, count: int, bounds: Tensor | None = None
 ) -> Iterator[tuple[slice, Attention, Tensor | None]]:
     """``count`` batch items at a time, with the region and the bounds of visible keys restricted to them."""
-    for first in range(0, batch, count):
-        items = slice(first, min(first + count, batch))
+    for items in ranges(batch, count):
         yield items, attn.of_items(items), None if bounds is None else bounds[items]
 
 
@@ -246,8 +246,7 @@ def _queries_and_rank_space(heads: Tensor, x: Tensor, attn: Attention, elements:
         else:
             multiply(lifting, rotation=rotation._replace(first=some.start))
 
-    for start in range(0, len(rows), step):
-        some = slice(start, min(start + step, len(rows)))
+    for some in ranges(len(rows), step):
         project(some, norm.of_rows(rows[some], attn.x_norm))
     if rotation is None:
         rotate_(heads, attn)
@@ -259,11 +258,10 @@ def _attend_by_groups(
 ) -> None:
     """Attention of ``heads[items, q_len, heads, head_dim]``, ``chunk.kv_heads`` key heads at a time, in place."""
     mark = workspace.mark()
-    for first_head in range(0, attn.num_kv_heads, chunk.kv_heads):
+    for of_keys in ranges(attn.num_kv_heads, chunk.kv_heads):
         workspace.reset(mark)
-        count = min(chunk.kv_heads, attn.num_kv_heads - first_head)
-        k, v = lift(first_head, count)
-        group = heads[:, :, first_head * attn.group : (first_head + count) * attn.group]
+        k, v = lift(of_keys.start, width_of(of_keys))
+        group = heads[:, :, of_keys.start * attn.group : of_keys.stop * attn.group]
         _attend(group, k, v, attn, bounds)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._C import DispatchKey
 
 from ..errors import TwiceDifferentiatedError
+from .ranges import ranges
 from .registry import NAMESPACE, define
 from .workspace import rows_of, rows_that_fit
 
@@ -84,8 +85,7 @@ def recompute(reference: Callable[..., Tensor], chunked: Chunked, needs: list[bo
     grad, arguments, per_item, step = chunked
     needed = [position for position, need in enumerate(needs) if need]
     totals = {position: _total(arguments[position], position in per_item) for position in needed}
-    for start in range(0, grad.shape[0], step):
-        items = slice(start, min(start + step, grad.shape[0]))
+    for items in ranges(grad.shape[0], step):
         part = [argument[items] if i in per_item else argument for i, argument in enumerate(arguments)]
         for position in needed:
             part[position] = part[position].detach().requires_grad_()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .attention_region import Attention, full_mask, in_window
+from .ranges import ranges
 
 SCORES = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Scores of a block: on a CPU what stays in cache, on a GPU what fills it. One query of one group of heads at least."""
@@ -46,8 +47,7 @@ def attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys: 
     for batch in _batches(out, q, k, v, attn):
         groups, group, q_len, _ = batch.q.shape
         step = max(1, _scores_of_a_block(q) // max(1, groups * group * (keys.stop - keys.start)))
-        for start in range(0, q_len, step):
-            queries = slice(start, min(start + step, q_len))
+        for queries in ranges(q_len, step):
             block = in_window(attn, queries, keys)
             mask = full_mask(batch.attn, queries, block, q)
             _attend(batch.out[:, :, queries], batch.q[:, :, queries], batch.k[:, block], batch.v[:, block], attn, mask)
@@ -75,13 +75,12 @@ def _batches(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> I
     count = 1
     if items == 1:
         count = max(1, _scores_of_a_block(q) // (LEAST_QUERIES * attn.group * max(1, kv_len)))
-    for first in range(0, kv_heads, count):
-        of_keys = slice(first, min(first + count, kv_heads))
+    for of_keys in ranges(kv_heads, count):
         heads = slice(of_keys.start * attn.group, of_keys.stop * attn.group)
         outputs, queries = out[:, :, heads].transpose(1, 2), q[:, :, heads].transpose(1, 2)
         part = attn.of_heads(heads)
         if items > 1:
-            yield _Batch(outputs, queries, k[:, :, first], v[:, :, first], part)
+            yield _Batch(outputs, queries, k[:, :, of_keys.start], v[:, :, of_keys.start], part)
             continue
         if part.mask is not None and part.mask.shape[1] > 1:
             part = part._replace(mask=part.mask[0].unflatten(0, (-1, attn.group)))

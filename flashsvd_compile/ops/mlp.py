@@ -25,6 +25,7 @@ from .backward import Chunked, by_rows, differentiable
 from .mlp_region import Mlp
 from .norm import Norm
 from .projection import Projection
+from .ranges import ranges
 from .registry import register
 from .residual import joined, plus, plus_residual, validate_residual
 from .workspace import (
@@ -214,8 +215,7 @@ def streamed(
     normalised = 0 if x_norm is None else x.shape[-1]
     tile = tiling(mlp, total, workspace_bytes // x.element_size(), columns or mlp.width, normalised)
     workspace = Workspace(tile.elements, like=x)
-    for start in range(0, total, tile.rows):
-        rows = slice(start, min(start + tile.rows, total))
+    for rows in ranges(total, tile.rows):
         workspace.reset()
         _stream_rows(rows_out[rows], norm.of_rows(rows_in[rows], x_norm), mlp, activation, tile.columns, workspace)
     return out
@@ -229,15 +229,14 @@ def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int
     if mlp.out.down is not None:
         into, bias, total = mlp.out.down, mlp.out.down_bias, _take(x.shape[0], proj.rank(mlp.out), memories)
     mark = workspace.mark()
-    for first in range(0, mlp.width, columns):
+    for features in ranges(mlp.width, columns):
         workspace.reset(mark)
-        features = slice(first, min(first + columns, mlp.width))
         if mlp.gate is None:
             hidden = _lift(hidden_latent, mlp.hidden, features, workspace, activation)
         else:
             hidden = _lift(hidden_latent, mlp.hidden, features, workspace)
             hidden = gate_(activation, _lift(gate_latent, mlp.gate, features, workspace), hidden)
-        if first == 0:
+        if features.start == 0:
             affine_into(total, hidden, into[:, features], bias)
         else:
             add_product(total, hidden, into[:, features])

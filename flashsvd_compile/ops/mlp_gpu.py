@@ -29,9 +29,10 @@ from . import projection as proj
 from .activation import activate_, gate_
 from .aligned import padded, padded_bias
 from .mlp_region import Mlp
-from .mlp_tiles import Sizes, Tile, even_ranges, ranges, tile_of, width_of
+from .mlp_tiles import Sizes, Tile, even_ranges, tile_of
 from .norm import Norm
 from .projection import Projection
+from .ranges import ranges, width_of
 from .workspace import affine_into, affine_plus, rows_of, rows_that_fit
 
 LEAST_ROWS_TO_STREAM = 128

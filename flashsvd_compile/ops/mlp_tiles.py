@@ -9,15 +9,11 @@ from ..kernels.target import Target
 from . import projection as proj
 from .aligned import padded
 from .mlp_region import Mlp
+from .ranges import ranges, width_of
 from .workspace import rows_that_fit
 
 BLOCK = 128
 """Rows of the library's tiles, and of ours."""
-
-
-def ranges(width: int, columns: int) -> list[slice]:
-    """So many at a time; the last may be fewer."""
-    return [slice(first, min(first + columns, width)) for first in range(0, width, columns)]
 
 
 def even_ranges(rows: int, most: int) -> list[slice]:
@@ -25,11 +21,6 @@ def even_ranges(rows: int, most: int) -> list[slice]:
     blocks, number = -(-rows // BLOCK), -(-rows // most)
     bounds = [min(rows, blocks * i // number * BLOCK) for i in range(number + 1)]
     return [slice(first, stop) for first, stop in pairwise(bounds)]
-
-
-def width_of(some: slice) -> int:
-    """How many."""
-    return some.stop - some.start
 
 
 class Tile(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import layer_norm, rms_norm
 
 from ..errors import DtypeError, InvalidOptionError, ShapeError
+from .ranges import ranges
 from .workspace import rows_that_fit
 
 NONE, RMS, LAYER = KINDS = ("none", "rms", "layer")
@@ -164,8 +165,7 @@ def apply_(heads: Tensor, norm: Norm | None, scratch: int, known: Statistics | N
         return heads
     rows = heads.view(-1, *heads.shape[2:])
     step = positions_that_fit(scratch, rows)
-    for start in range(0, len(rows), step):
-        block = slice(start, min(start + step, len(rows)))
+    for block in ranges(len(rows), step):
         rows[block] = apply(rows[block], norm, None if known is None else known.of_rows(block))
     return heads
 

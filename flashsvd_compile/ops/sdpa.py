@@ -13,6 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from . import capped
 from .attention_region import UNLIMITED, Attention, full_mask, in_window
+from .ranges import ranges
 from .replay import reads_values
 from .workspace import rows_that_fit
 
@@ -60,13 +61,13 @@ def document_ranges(documents: Tensor | None, batch: int, length: int) -> Iterat
         yield slice(0, batch), None
         return
     first = 0
-    for ranges, run in groupby(map(_ranges, documents)):
+    for positions, run in groupby(map(_positions, documents)):
         items = slice(first, first + len(list(run)))
         first = items.stop
-        yield items, ranges
+        yield items, positions
 
 
-def _ranges(documents: Tensor) -> list[slice] | None:
+def _positions(documents: Tensor) -> list[slice] | None:
     """The positions of each document of one item."""
     reads_values()
     values, lengths = documents.unique_consecutive(return_counts=True)
@@ -133,8 +134,7 @@ def _attend(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention, keys:
         step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[1])))
     if attn.documents is not None:  # a mask of its own for each item
         step = min(step, max(1, SCORES_PER_BLOCK // max(1, k.shape[0] * k.shape[1])))
-    for start in range(0, q.shape[1], step):
-        queries = slice(start, min(start + step, q.shape[1]))
+    for queries in ranges(q.shape[1], step):
         block = in_window(attn, queries, keys)
         mask = full_mask(attn, queries, block, q)
         _by_heads(out[:, queries], q[:, queries], k[:, block], v[:, block], attn, mask)
@@ -159,9 +159,8 @@ def _by_heads(
     group = heads // k.shape[2]
     step = rows_that_fit(PASSING, items * queries * value_dim, heads)
     step = step // group * group if step > group else max(n for n in range(1, step + 1) if group % n == 0)
-    for first in range(0, heads, step):
-        some = slice(first, min(first + step, heads))
-        of_keys = slice(first // group, (some.stop - 1) // group + 1)
+    for some in ranges(heads, step):
+        of_keys = slice(some.start // group, (some.stop - 1) // group + 1)
         part = mask
         if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
             part = mask[:, some]

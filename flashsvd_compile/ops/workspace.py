@@ -11,6 +11,7 @@ from ..kernels.product import multiplies_faster, multiplies_pair_faster, multipl
 from ..options import Strategy
 from .activation import activate_
 from .projection import Projection, rank
+from .ranges import ranges
 from .residual import plus
 
 ALIGNMENT = 16
@@ -158,9 +159,8 @@ def project_rows(
     """
     mark, copied = workspace.mark(), _is_copied(out, x, projection)
     step = rows_that_fit(workspace.left(), elements_per_row(out, x, projection), out.shape[0])
-    for start in range(0, out.shape[0], step):
+    for rows in ranges(out.shape[0], step):
         workspace.reset(mark)
-        rows = slice(start, min(start + step, out.shape[0]))
         source = workspace.take(*x[rows].shape).copy_(x[rows]) if copied else x[rows]
         project_into(out[rows], source, projection, workspace, None if residual is None else residual[rows])
     workspace.reset(mark)

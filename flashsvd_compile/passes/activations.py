@@ -19,7 +19,7 @@ from torch.fx import Node
 from torch.fx.node import map_arg
 
 from ..ops.activation import ACTIVATIONS
-from .values import number_of, shape_of, tensor_of
+from .values import example, number_of, shape_of, tensor_of
 from .vocabulary import CASTS, Call, read
 
 ELEMENTWISE = {
@@ -171,9 +171,7 @@ def evaluate(chain: Elementwise, samples: dict[Node, Tensor], differentiably: bo
 
 def _default_eps(call: Call) -> float:
     """What ``rms_norm`` adds if it is not told: it depends on a dtype that is not the samples'."""
-    value = tensor_of(call.input)
-    assert value is not None
-    return torch.finfo(torch.promote_types(value.dtype, torch.float32)).eps
+    return torch.finfo(torch.promote_types(example(call.input).dtype, torch.float32)).eps
 
 
 class _NoNumberError(Exception):

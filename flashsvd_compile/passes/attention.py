@@ -28,13 +28,12 @@ from torch.fx import Node
 from .. import ops
 from ..ops.norm import argument_names
 from ..planner import AttentionShape, RankSpace, plan_attention
-from ..report import RefusalReason
 from .absorbed import absorb, rank_space
 from .affine import Affine, read_affine
 from .ancestors import ancestors
 from .axes import extent, named
 from .concatenation import read_merges, read_out
-from .factored import Factored, Obstacle
+from .factored import Factored, Obstacle, unsupported
 from .factors import read_pair
 from .heads import Member, read_member
 from .masking import Scores, mask_arguments, why_tensors_stay
@@ -44,7 +43,7 @@ from .per_head import multiply_together
 from .region import Deferred, Region, present, sizes_of
 from .rope import Table
 from .scores import Core, read_core
-from .values import shape_of, tensor_of
+from .values import example, example_shape, shape_of
 from .vocabulary import read
 from .weights import Weight
 
@@ -86,10 +85,10 @@ def _read_region(node: Node, read_mask: ReadMask) -> Region | Obstacle | None:
     q, k, v = found = [read_member(operand, core.dtype) for operand in (core.q, core.k, core.v)]
     if q is None or k is None or v is None:
         missing = " and ".join(name for name, member in zip("qkv", found, strict=True) if member is None)
-        return _unsupported(f"{missing} of {node.name!r} cannot be followed to a projection of [batch, len, features]")
+        return unsupported(f"{missing} of {node.name!r} cannot be followed to a projection of [batch, len, features]")
     merges = read_merges(core)
     if not merges:
-        return _unsupported(f"the heads of {node.name!r} are not concatenated to [batch, len, features]")
+        return unsupported(f"the heads of {node.name!r} are not concatenated to [batch, len, features]")
     out, output, out_nodes = read_out(core, merges)
     of_queries, of_keys, of_values = multiply_together([q.factored, k.factored, v.factored])
     members = present(q=of_queries, k=of_keys, v=of_values, out=out)
@@ -136,17 +135,17 @@ def _shared(q: Member, k: Member, v: Member, nodes: tuple[Node, ...]) -> dict[st
 def _mismatch(core: Core, q: Member, k: Member, v: Member) -> Obstacle | None:
     node = core.result.node
     if k.factored.source is not v.factored.source:
-        return _unsupported(f"keys and values of {node.name!r} are projections of different tensors")
+        return unsupported(f"keys and values of {node.name!r} are projections of different tensors")
     if extent(named(core.q.layout, "head")) != q.heads:
-        return _unsupported(f"several heads of queries of {node.name!r} are one head of their projection")
+        return unsupported(f"several heads of queries of {node.name!r} are one head of their projection")
     if k.heads != v.heads or q.heads % k.heads:
-        return _unsupported(f"{node.name!r} has {q.heads} query, {k.heads} key and {v.heads} value heads")
+        return unsupported(f"{node.name!r} has {q.heads} query, {k.heads} key and {v.heads} value heads")
     if (shape_of(q.factored.source) or ())[:1] != (shape_of(k.factored.source) or ())[:1]:
-        return _unsupported(f"queries and keys of {node.name!r} are of different batches")
+        return unsupported(f"queries and keys of {node.name!r} are of different batches")
     if v.rope is not None or v.norm is not None or v.scale != 1.0:
-        return _unsupported(f"the values of {node.name!r} are scaled, normed or rotated")
+        return unsupported(f"the values of {node.name!r} are scaled, normed or rotated")
     if _rotation(q) != _rotation(k):
-        return _unsupported(f"queries and keys of {node.name!r} are rotated differently")
+        return unsupported(f"queries and keys of {node.name!r} are rotated differently")
     return None
 
 
@@ -180,9 +179,7 @@ def _norm(role: str, norm: Norm | None) -> dict[str, Any]:
 
 
 def _scores(core: Core, q: Member) -> Scores:
-    queries, x = tensor_of(core.q.node), tensor_of(q.factored.source)
-    assert queries is not None
-    assert x is not None
+    queries, x = example(core.q.node), example(q.factored.source)
     square = extent(named(core.q.layout, "query")) == extent(named(core.k.layout, "key"))
     wide = (x.dtype, q.factored.projection.up.value.dtype, queries.dtype)
     autocast = torch.float32 in wide and core.dtype != torch.float32
@@ -203,9 +200,7 @@ def _shape(
     space: RankSpace | str,
     shared: dict[str, list[Node]],
 ) -> AttentionShape:
-    queries, keys = shape_of(q.factored.source), shape_of(k.factored.source)
-    assert queries is not None
-    assert keys is not None
+    queries, keys = example_shape(q.factored.source), example_shape(k.factored.source)
     return AttentionShape(
         **sizes_of(q.factored.source, members, k.factored.source),
         batch=queries[0],
@@ -225,7 +220,3 @@ def _matrices(members: dict[str, Factored]) -> list[Weight]:
     """Both factors of each projection, or its one matrix."""
     factors = [(member.projection.down, member.projection.up) for member in members.values()]
     return [weight for weight in chain(*factors) if weight is not None]
-
-
-def _unsupported(sentence: str) -> Obstacle:
-    return Obstacle(RefusalReason.UNSUPPORTED_ATTENTION, sentence)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.fx import Node
 
-from .values import shape_of, size_of, tensor_of, value_of
+from .values import example, shape_of, size_of, tensor_of, value_of
 from .vocabulary import CASTS, Call, read
 
 LEADING = 3
@@ -106,13 +106,6 @@ class Columns:
 def _is_range(term: Term) -> bool:
     columns, sign = term.columns[0], term.sign
     return columns.ndim == 1 and bool((sign == 1).all()) and bool((np.diff(columns) == 1).all())
-
-
-def example(node: Node) -> torch.Tensor:
-    """The example tensor of a node that is known to have one."""
-    value = tensor_of(node)
-    assert value is not None
-    return value
 
 
 def _features(node: Node) -> int:

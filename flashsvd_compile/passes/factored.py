@@ -51,3 +51,8 @@ class Obstacle(NamedTuple):
 
     reason: RefusalReason
     sentence: str
+
+
+def unsupported(sentence: str) -> Obstacle:
+    """Of an attention, whose projections may still be rewritten."""
+    return Obstacle(RefusalReason.UNSUPPORTED_ATTENTION, sentence)

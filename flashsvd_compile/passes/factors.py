@@ -13,7 +13,7 @@ from ..report import RefusalReason
 from .affine import Affine, read_affine
 from .factored import Factored, Obstacle
 from .grouped import read_groups
-from .values import shape_of
+from .values import example_shape
 from .views import peel_rows, with_rows
 from .vocabulary import read
 from .weights import Weight, is_transposition, is_weight
@@ -48,9 +48,7 @@ def read_pair(node: Node) -> Factored | Obstacle | None:
     obstacle = _obstacle(inner, outer, nodes)
     if obstacle is not None:
         return obstacle
-    result = shape_of(outer.nodes[-1])
-    assert result is not None
-    source = with_rows(inner.source, result[:-1])
+    source = with_rows(inner.source, example_shape(outer.nodes[-1])[:-1])
     if source is None:
         return None
     peeled, peeled_nodes = source

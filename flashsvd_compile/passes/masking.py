@@ -21,7 +21,7 @@ from .emit import emit
 from .factored import Obstacle
 from .masks import MaskReading, ReadMask, level_of
 from .region import Deferred
-from .values import number_of, shape_of, tensor_of
+from .values import example, number_of, shape_of, tensor_of
 from .vocabulary import read
 
 _CERTAINLY_ZERO = -1e9
@@ -298,9 +298,7 @@ def _floored(mask: Mask, scores: Scores) -> dict[str, Any] | Obstacle:
 
 
 def _raised(node: Node, graph: Graph) -> Node:
-    value = tensor_of(node)
-    assert value is not None
-    return emit(graph, "clamp_min", node, torch.finfo(value.dtype).min)
+    return emit(graph, "clamp_min", node, torch.finfo(example(node).dtype).min)
 
 
 def _arguments_of_fill(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:

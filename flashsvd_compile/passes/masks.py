@@ -22,7 +22,7 @@ from ..ops.attention_region import UNLIMITED
 from .emit import emit
 from .index_algebra import IndexAlgebra
 from .index_values import AtLeastZero, Choice, Entry, InOrder, Predicate, SameEntry, Value, axis, minimum
-from .values import number_of, shape_of, tensor_of
+from .values import example, number_of, shape_of, tensor_of
 from .vocabulary import Call, read
 
 KEY, QUERY, BATCH = axis(0), axis(1), axis(3)
@@ -51,9 +51,7 @@ class KeyVector:
             vector = emit(graph, "__getitem__", vector, self.index)
         if self.negated:
             vector = emit(graph, "logical_not", vector)
-        value = tensor_of(vector)
-        assert value is not None
-        if value.dim() == 2:
+        if example(vector).dim() == 2:
             return vector
         return emit(graph, "expand", vector, _batch_size(graph, query), -1)
 
@@ -280,7 +278,5 @@ def _every_query_sees_a_key(reading: MaskReading, sizes: dict[sympy.Symbol, symp
 
 
 def _batch_size(graph: Graph, query: Node) -> int | Node:
-    value = tensor_of(query)
-    assert value is not None
-    size = value.shape[0]
+    size = example(query).shape[0]
     return size if isinstance(size, int) else emit(graph, "size", query, 0)

@@ -22,15 +22,14 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.fx import Graph, Node
 
-from ..ops import norm as operator
+from ..ops import norm as norm_ops
 from .activations import CONVERSIONS, ELEMENTWISE, Elementwise, climb, evaluate
 from .affine import read_affine
 from .axes import Axis, Dim, Layout, extent
-from .columns import example
 from .emit import emit
 from .per_head import read_per_head
 from .region import Deferred
-from .values import shape_of, tensor_of
+from .values import example, shape_of, tensor_of
 from .vocabulary import Call, read
 
 _REDUCTIONS = {"mean", "sum", "var", "unsqueeze"}
@@ -225,13 +224,13 @@ def _identify(chain: _Chain, frame: _Frame, dtype: torch.dtype) -> Norm | None:
     roles: list[Node | None] = [*chain.others, *[None] * (2 - len(chain.others))]
     wholes = (False, True) if frame.heads > 1 else (False,)
     for (weight, bias), whole, centred in product(dict.fromkeys(permutations(roles)), wholes, (False, True)):
-        eps = _matches(chain, frame, weight, bias, operator.Norm(centred, None, None, 0.0, whole))
+        eps = _matches(chain, frame, weight, bias, norm_ops.Norm(centred, None, None, 0.0, whole))
         if eps is None:
             continue
         by_head = any(len(shape or ()) == 2 for shape in shapes.values())
         return Norm(
             source=chain.source,
-            kind=operator.LAYER if centred else operator.RMS,
+            kind=norm_ops.LAYER if centred else norm_ops.RMS,
             weight=None if weight is None else _as(weight, shapes[weight] or ()),
             bias=None if bias is None else _as(bias, shapes[bias] or ()),
             eps=eps,
@@ -242,7 +241,7 @@ def _identify(chain: _Chain, frame: _Frame, dtype: torch.dtype) -> Norm | None:
     return None
 
 
-def _matches(chain: _Chain, frame: _Frame, weight: Node | None, bias: Node | None, norm: operator.Norm) -> float | None:
+def _matches(chain: _Chain, frame: _Frame, weight: Node | None, bias: Node | None, norm: norm_ops.Norm) -> float | None:
     """The eps with which the chain is ``norm`` of its source, times ``weight``, plus ``bias``."""
 
     def run(x: Tensor, values: dict[Node, Tensor]) -> Tensor | None:
@@ -268,7 +267,7 @@ def _matches(chain: _Chain, frame: _Frame, weight: Node | None, bias: Node | Non
             x, values = random(frame.sizes) * scale, {node: random(_shape(node)) * gain for node, _ in given}
             x[..., -1] *= spike
             norm = norm._replace(weight=of_heads(weight, values), bias=of_heads(bias, values), eps=eps)
-            expected, found = operator.apply(frame.by_heads(x), norm), run(x, values)
+            expected, found = norm_ops.apply(frame.by_heads(x), norm), run(x, values)
             if found is None or not _agree(found, expected):
                 return None
     return eps
@@ -281,7 +280,7 @@ def _agree(found: Tensor, expected: Tensor) -> bool:
     return torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True)
 
 
-def _solve_eps(x: Tensor, result: Tensor | None, norm: operator.Norm) -> float | None:
+def _solve_eps(x: Tensor, result: Tensor | None, norm: norm_ops.Norm) -> float | None:
     """``1 / scale ** 2 - mean of squares`` for the first row, where the result is ``scale * (x - mean)``."""
     if result is None:
         return None

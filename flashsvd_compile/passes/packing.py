@@ -29,7 +29,7 @@ from .ancestors import ancestors
 from .emit import emit, with_example
 from .order import Order
 from .region import has_few_rows
-from .values import requires_grad, shape_of
+from .values import example_shape, requires_grad
 
 
 def pack_projections(graph: Graph) -> None:
@@ -93,9 +93,7 @@ def packed_arguments(members: list[Node]) -> dict[str, Any]:
 
 def features_of(member: Node) -> sympy.Expr:
     """Size of a projection's last dimension."""
-    shape = shape_of(member)
-    assert shape is not None
-    return shape[-1]
+    return example_shape(member)[-1]
 
 
 def _is_computed_from(member: Node, group: list[Node]) -> bool:

@@ -20,7 +20,7 @@ from ..planner import Plan, Workspace, is_bound_by_launches
 from ..report import FULL_RANK, Match
 from .emit import emit, with_example
 from .factored import Factored
-from .values import hints_of, requires_grad, shape_of, tensor_of, value_of
+from .values import example, example_shape, hints_of, requires_grad, shape_of, tensor_of, value_of
 from .weights import Weight
 
 WIDER = ("cos", "sin", *norm.argument_names("q"), *norm.argument_names("k"))
@@ -200,9 +200,7 @@ def _path_of(node: Node) -> list[str] | None:
 def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None) -> dict[str, Any]:
     """The part of a planner's shape that all regions share; ``context`` is an input beside ``x``."""
     projections = {role: member.projection for role, member in members.items()}
-    tensor, shape = tensor_of(x), shape_of(x)
-    assert tensor is not None
-    assert shape is not None
+    tensor, shape = example(x), example_shape(x)
     inputs = (x, context or x)
     read = [*inputs, *(leaf for weight in weights_of(members) for leaf in weight.leaves)]
     return {
@@ -218,9 +216,7 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
 
 def rows_of(node: Node) -> sympy.Expr:
     """Number of rows of a tensor: the product of its leading dimensions."""
-    shape = shape_of(node)
-    assert shape is not None
-    return sympy.Mul(*shape[:-1])
+    return sympy.Mul(*example_shape(node)[:-1])
 
 
 def has_few_rows(node: Node) -> bool:

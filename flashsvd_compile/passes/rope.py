@@ -19,9 +19,9 @@ import torch
 from torch.fx import Graph, Node
 
 from .axes import Axis
-from .columns import LEADING, Columns, Terms, example
+from .columns import LEADING, Columns, Terms
 from .emit import emit
-from .values import shape_of, tensor_of
+from .values import example, shape_of, tensor_of
 from .views import layout_of, read_view
 from .vocabulary import is_call
 

@@ -19,7 +19,7 @@ from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
 from .region import Region
-from .values import requires_grad, size_of, storage_of, tensor_of
+from .values import example, requires_grad, size_of, storage_of, tensor_of
 from .vocabulary import live_dropout
 from .weights import is_weight
 
@@ -243,8 +243,7 @@ def dtype(region: Region) -> Obstacle | None:
     Autocast leaves no trace in the graph except that a projection's result is narrower than what goes into it; the
     operator's inputs are then cast as autocast does (see :meth:`Region.emit`).
     """
-    result = tensor_of(region.output)
-    assert result is not None
+    result = example(region.output)
     if result.dtype not in DTYPES:
         return Obstacle(RefusalReason.UNSUPPORTED_DTYPE, f"{result.dtype} is left to the inner backend")
     for name, tensor in _tensors(region):

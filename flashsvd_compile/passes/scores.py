@@ -19,11 +19,10 @@ from ..report import RefusalReason
 from .affine import read_affine, read_scaling
 from .ancestors import ancestors
 from .axes import Axis, Layout, extent, named
-from .columns import example
-from .factored import Obstacle
+from .factored import Obstacle, unsupported
 from .masking import Mask, read_fill, read_floor
 from .products import Product, read_biased_product, read_product
-from .values import number_of, shape_of, tensor_of
+from .values import example, number_of, shape_of, tensor_of
 from .views import Regroup, layout_of, read_view, trace
 from .vocabulary import CASTS, Call, is_call, read
 
@@ -64,7 +63,7 @@ class Core(NamedTuple):
 def read_core(node: Node) -> Core | Obstacle | None:
     """The attention core whose concatenation of heads is still to come, or why it cannot be read."""
     if node.target is torch.ops.higher_order.flex_attention:
-        return _unsupported(f"the masks and scores of {node.name!r} are programs, which flex_attention compiles itself")
+        return unsupported(f"the masks and scores of {node.name!r} are programs, which flex_attention compiles itself")
     call = read(node)
     if call is None:
         return None
@@ -80,15 +79,15 @@ def _sdpa(call: Call, node: Node) -> Core | Obstacle:
     v = _operand(call["value"], ("batch", "head", "key", "value"))
     result = _operand(node, ("batch", "head", "query", "value"))
     if q is None or k is None or v is None or result is None:
-        return _unsupported(f"q, k, v of {node.name!r} are not [batch, heads, len, dim]")
+        return unsupported(f"q, k, v of {node.name!r} are not [batch, heads, len, dim]")
     if number_of(call.get("dropout_p", 0.0)) != 0.0:
         return Obstacle(RefusalReason.LIVE_DROPOUT, f"the dropout of {node.name!r} is not off")
     causal, scale = call.get("is_causal", False), call.get("scale")
     if not isinstance(causal, bool):
-        return _unsupported(f"whether {node.name!r} is causal is decided at run time")
+        return unsupported(f"whether {node.name!r} is causal is decided at run time")
     factor = default_scale(q.node) if scale is None else number_of(scale)
     if factor is None:
-        return _unsupported(f"the scale of {node.name!r} is no constant")
+        return unsupported(f"the scale of {node.name!r} is no constant")
     mask = call.get("attn_mask")
     masks = () if mask is None else (Mask(mask),)
     return Core(q, k, v, masks, causal, factor, 0.0, example(node).dtype, result, (node,))
@@ -112,23 +111,23 @@ def _spelled_out(product: Product, node: Node) -> Core | Obstacle | None:
     if softmax is None or softmax.op != "softmax" or not isinstance(softmax.input, Node):
         part = read_view(probabilities)
         if part is not None and is_call(part.source, "softmax"):
-            return _unsupported(f"{probabilities.name!r} is part of a softmax, over keys and something else (a sink)")
+            return unsupported(f"{probabilities.name!r} is part of a softmax, over keys and something else (a sink)")
         if read_affine(node) is None and _is_made_of_scores(product.left):
-            return _unsupported(f"{node.name!r} weights values by more than a softmax, or by something else")
+            return unsupported(f"{node.name!r} weights values by more than a softmax, or by something else")
         return None
     shape = shape_of(softmax.input)
     if shape is None or softmax.get("dim") not in (-1, len(shape) - 1):
-        return _unsupported(f"{probabilities.name!r} is not over the keys")
+        return unsupported(f"{probabilities.name!r} is not over the keys")
     scores = _read_scores(softmax.input)
     if isinstance(scores, Obstacle):
         return scores
     operands = _operands(scores.product, product, node)
     if operands is None:
-        return _unsupported(f"the axes of {node.name!r} are not batch, heads, queries and keys")
+        return unsupported(f"the axes of {node.name!r} are not batch, heads, queries and keys")
     q, k, v, result = operands
     items = extent(named(q.layout, "batch")), extent(named(q.layout, "head"))
     if not all(mask.fits(*items) for mask in scores.masks):
-        return _unsupported(f"a mask of {probabilities.name!r} is not of batch, heads, queries and keys")
+        return unsupported(f"a mask of {probabilities.name!r} is not of batch, heads, queries and keys")
     dtype = _multiplied_in(scores.nodes[0], q.node)
     nodes = (*scores.nodes, probabilities, *after, node)
     return Core(q, k, v, scores.masks, False, scores.scale, scores.softcap, dtype, result, nodes)
@@ -249,7 +248,7 @@ def _read_scores(node: Node) -> _Scores | Obstacle:
             continue
         masked = None if scaled else _read_addition(node) or read_fill(node)
         if masked is None:
-            return _unsupported(f"scores pass through {node.name!r}, which is not understood")
+            return unsupported(f"scores pass through {node.name!r}, which is not understood")
         node, mask = masked
         leading = (shape_of(node) or ())[:-2]
         masks = (*masks, mask._replace(floored=floored, leading=leading))
@@ -262,7 +261,7 @@ def _with_bias(
     heads = next((axis.size for axis in _items(product) if axis.name == "head"), None)
     before, after = tensor_of(bias), tensor_of(node)
     if heads is None or not heads.is_Integer or before is None or after is None or before.dtype != after.dtype:
-        return _unsupported(f"the heads that {bias.name!r} is added to are not known")
+        return unsupported(f"the heads that {bias.name!r} is added to are not known")
     masks = (*masks, Mask(bias, floored=floored, heads=int(heads)))
     return _Scores(product, product.scale, 0.0, masks, nodes)
 
@@ -314,7 +313,3 @@ def _before(node: Node) -> Node | None:
     before, after = tensor_of(call.input), tensor_of(node)
     floating = before is not None and after is not None and before.is_floating_point() and after.is_floating_point()
     return call.input if call.op in _CONVERSIONS and floating else None
-
-
-def _unsupported(sentence: str) -> Obstacle:
-    return Obstacle(RefusalReason.UNSUPPORTED_ATTENTION, sentence)

@@ -24,6 +24,13 @@ def tensor_of(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
+def example(node: Node) -> torch.Tensor:
+    """The example tensor of a node that is known to have one."""
+    value = tensor_of(node)
+    assert value is not None
+    return value
+
+
 def requires_grad(node: Node) -> bool:
     """Whether gradients of a tensor are wanted."""
     tensor = tensor_of(node)
@@ -34,6 +41,11 @@ def shape_of(node: object) -> tuple[sympy.Expr, ...] | None:
     """Shape of a node's tensor as sympy expressions, in the graph's own symbols."""
     tensor = tensor_of(node)
     return None if tensor is None else tuple(map(size_of, tensor.shape))
+
+
+def example_shape(node: Node) -> tuple[sympy.Expr, ...]:
+    """As :func:`shape_of`, of a node that is known to have a tensor."""
+    return tuple(map(size_of, example(node).shape))
 
 
 STORAGE = "storage"

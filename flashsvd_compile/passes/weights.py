@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .axes import Dim, Window
 from .emit import emit
-from .values import tensor_of
+from .values import example, tensor_of
 from .vocabulary import read
 
 
@@ -43,9 +43,7 @@ class Weight:
             inner = read(call.input)
             assert inner is not None
             return cls.of(inner.input)
-        value = tensor_of(node)
-        assert value is not None
-        return cls(node, (), value)
+        return cls(node, (), example(node))
 
     @classmethod
     def call(cls, target: str | Callable, *arguments: Any) -> "Weight":

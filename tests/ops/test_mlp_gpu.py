@@ -13,6 +13,7 @@ from flashsvd_compile.ops import mlp_gpu, mlp_tiles, workspace
 from flashsvd_compile.ops.activation import activation_of
 from flashsvd_compile.ops.mlp_region import Mlp
 from flashsvd_compile.ops.projection import group
+from flashsvd_compile.ops.ranges import ranges
 
 from .accuracy import assert_within_error_rule
 from .regions import mlp_arguments
@@ -187,7 +188,7 @@ def test_chunks_leave_few_processors_idle(rank, rows, mebibytes, best, monkeypat
     tile = mlp_tiles.tile_of(mlp_of(arguments), rows, mebibytes * 2**19, KNOWN["sm_90"])
     assert (tile.rows, tile.columns) == best
     cut = [min(tile.columns, 11008 - first) for first in range(0, 11008, tile.columns)]
-    of_rows = mlp_tiles.even_ranges if tile.kept else mlp_tiles.ranges
+    of_rows = mlp_tiles.even_ranges if tile.kept else ranges
     chunks = [mlp_tiles.width_of(some) for some in of_rows(rows, tile.rows)]
     needed = sum(rounds(chunk, columns) for chunk in chunks for columns in cut)
     least = -(-rows // 128) * -(-11008 // 256) / 132
