@@ -1,4 +1,4 @@
-"""Records of measurements: one JSON file a benchmark, from which the README's tables and plots are made."""
+"""Records of measurements: one JSON file a benchmark, from which tables and plots are made."""
 
 import json
 from collections.abc import Mapping, Sequence

@@ -17,7 +17,7 @@ TITLES = {
     "sweep_attention_lengths": "Lengths, attention",
     "cpu_sweep": "Ranks and lengths on a CPU",
 }
-"""Records of sweeps that the README shows, in order."""
+"""Records of sweeps that are shown, in order."""
 SHOWN = ("dense eager", "dense inductor", "factored eager", "factored inductor", "flashsvd")
 
 
@@ -48,7 +48,7 @@ def points_of(rows: Iterable[Row]) -> list[Point]:
 
 
 def section(name: str, found: Mapping[str, Any]) -> str:
-    """A sweep as Markdown: where it comes from, how many points ours wins, its worst point, the plot."""
+    """A sweep as Markdown in ``docs``: where it comes from, how many points ours wins, its worst point, the plot."""
     rows = [Row(**row) for row in found["rows"]]
     compare(rows)
     ratios = {row.case: row.vs_best_baseline for row in rows if row.headline and row.vs_best_baseline is not None}
@@ -62,7 +62,7 @@ def section(name: str, found: Mapping[str, Any]) -> str:
             f"{found['commit']}. Ours against the fastest of all baselines: as fast or faster at {ahead} of "
             f"{len(ratios)} points, at worst {ratios[worst]:.2f} of its time ({worst}).",
             "",
-            f"![{TITLES[name]}](docs/plots/{name}.svg)",
+            f"![{TITLES[name]}](plots/{name}.svg)",
             "",
         ]
     )

@@ -1,12 +1,12 @@
-"""Write the README's tables and the plots from the records: ``python -m benchmarks.tables``.
+"""Write tables and plots from the records: ``python -m benchmarks.tables``.
 
-The tables stand in ``README.md`` between ``<!-- records -->`` and ``<!-- /records -->``, each with its plot in
-``docs/plots``.
+They stand between ``<!-- records -->`` and ``<!-- /records -->``: the summary and two plots in ``README.md``, a table
+and a plot for each record in ``docs/results.md``. The plots are in ``docs/plots``.
 """
 
 import re
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +22,7 @@ from .session import number
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+RESULTS_PAGE = ROOT / "docs" / "results.md"
 PLOTS = ROOT / "docs" / "plots"
 MARKED = re.compile(r"(?<=<!-- records -->\n).*?(?=<!-- /records -->)", re.DOTALL)
 TITLES = {
@@ -42,7 +43,8 @@ TITLES = {
     "decode": "Decoding, one token at a time",
     "cpu": "BERT-base on a CPU",
 }
-"""Records that the README shows, in order."""
+"""Records that are shown, in order."""
+PLOTS_IN_README = ("bert", "llama")
 MEASURES = {"units": "units", "transient_mib": "MiB beside the output"}
 COLUMNS = (
     "case",
@@ -59,7 +61,7 @@ COLUMNS = (
 
 
 class Case:
-    """The rows of one case, by what the README compares."""
+    """The rows of one case, by what the tables compare."""
 
     def __init__(self, name: str, rows: Iterable[Row]):
         self.name = name
@@ -134,7 +136,7 @@ def _span(ratios: Iterable[float | None]) -> str:
 
 
 def section(name: str, found: Mapping[str, Any]) -> str:
-    """A record as Markdown: where it comes from, a line for each case, the plot."""
+    """A record as Markdown in ``docs``: where it comes from, a line for each case, the plot."""
     first = Row(**found["rows"][0])
     return "\n".join(
         [
@@ -146,7 +148,7 @@ def section(name: str, found: Mapping[str, Any]) -> str:
             f"|{' --- |' * len(COLUMNS)}",
             *(case.line() for case in cases_of(found)),
             "",
-            f"![{TITLES[name]}](docs/plots/{name}.svg)",
+            f"![{TITLES[name]}](plots/{name}.svg)",
             "",
         ]
     )
@@ -181,15 +183,30 @@ def _home(name: str) -> ModuleType:
     return sweep_plots if name in sweep_plots.TITLES else sys.modules[__name__]
 
 
-def filled(text: str, records: Mapping[str, Mapping[str, Any]]) -> str:
-    """The README's text with its tables made anew."""
-    sections = "".join(_home(name).section(name, found) for name, found in records.items())
-    return MARKED.sub(lambda _: f"{summary(records)}{sections}\n", text)
+def sections(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """Every record, for ``docs/results.md``."""
+    return "".join(_home(name).section(name, found) for name, found in records.items())
+
+
+def overview(records: Mapping[str, Mapping[str, Any]]) -> str:
+    """The summary and a few plots, for ``README.md``."""
+    plots = [f"\n![{TITLES[name]}](docs/plots/{name}.svg)\n" for name in PLOTS_IN_README if name in records]
+    return "".join([summary(records), *plots])
+
+
+PAGES: dict[Path, Callable[[Mapping[str, Mapping[str, Any]]], str]] = {README: overview, RESULTS_PAGE: sections}
+"""What stands between the marks of each page."""
+
+
+def filled(text: str, content: str) -> str:
+    """A page's text with what is between its marks made anew."""
+    return MARKED.sub(lambda _: f"{content}\n", text)
 
 
 def main() -> None:
     records = shown()
-    README.write_text(filled(README.read_text(), records))
+    for page, content in PAGES.items():
+        page.write_text(filled(page.read_text(), content(records)))
     for name, found in records.items():
         _home(name).plot(name, found, PLOTS / f"{name}.svg")
 

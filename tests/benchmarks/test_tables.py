@@ -1,6 +1,9 @@
-"""The README's tables are those of the records."""
+"""The tables of README and ``docs/results.md`` are those of the records."""
 
+import re
 from pathlib import Path
+
+import pytest
 
 from benchmarks import record, sweep_plots, tables
 from benchmarks.rows import Row
@@ -40,12 +43,12 @@ def test_summary_is_from_the_least_to_the_largest_share():
     other = [{**row, "case": "8x8", "time_ms": row["time_ms"] * (3 if row["ours"] else 1)} for row in found()["rows"]]
     records = {"bert": {**found(), "rows": [*found()["rows"], *other]}}
     assert "| BERT-base, padded | a device | 0.50 to 1.50 | 0.25 |\n" in tables.summary(records)
-    assert tables.summary(records) in tables.filled("<!-- records -->\n<!-- /records -->", records)
+    assert tables.summary(records) in tables.overview(records)
 
 
 def test_only_the_marked_place_changes():
     text = "before\n<!-- records -->\nold\n<!-- /records -->\nafter\n"
-    new = tables.filled(text, {"bert": found()})
+    new = tables.filled(text, tables.sections({"bert": found()}))
     assert new.startswith("before\n<!-- records -->\n")
     assert new.endswith("<!-- /records -->\nafter\n")
     assert "old" not in new
@@ -72,9 +75,9 @@ def sweep() -> dict:
 
 
 def test_a_sweep_says_how_often_ours_wins_and_its_worst_point():
-    text = tables.filled("<!-- records -->\n<!-- /records -->", {"cpu_sweep": sweep()})
+    text = tables.sections({"cpu_sweep": sweep()})
     assert "as fast or faster at 2 of 3 points, at worst 2.00 of its time (mlp rank 1)" in text
-    assert "docs/plots/cpu_sweep.svg" in text
+    assert "(plots/cpu_sweep.svg)" in text
 
 
 def test_points_of_a_sweep_are_each_implementation_at_its_best():
@@ -91,8 +94,17 @@ def test_curves_are_small_and_the_same_each_time(tmp_path: Path):
     assert (tmp_path / "first.svg").read_bytes() == (tmp_path / "second.svg").read_bytes()
 
 
-def test_readme_shows_every_record():
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_a_page_shows_every_record(page: Path):
     """``python -m benchmarks.tables`` was run after the last record."""
-    text = tables.README.read_text()
-    assert tables.filled(text, tables.shown()) == text
+    text = page.read_text()
+    assert tables.filled(text, tables.PAGES[page](tables.shown())) == text
+    assert tables.MARKED.search(text)
     assert record.RESULTS.exists()
+
+
+@pytest.mark.parametrize("page", tables.PAGES, ids=lambda page: page.name)
+def test_plots_of_a_page_are_there(page: Path):
+    plots = re.findall(r"!\[[^]]*\]\((.*?)\)", page.read_text())
+    assert len(plots) == (len(tables.PLOTS_IN_README) if page == tables.README else len(tables.shown()))
+    assert all((page.parent / plot).is_file() for plot in plots)
