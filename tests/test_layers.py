@@ -1,4 +1,4 @@
-"""Arrows of dependency point one way: ``backend -> passes -> planner -> ops -> kernels`` (CONTRIBUTING.md)."""
+"""Arrows of dependency point one way (CONTRIBUTING.md)."""
 
 import ast
 from pathlib import Path
