@@ -61,6 +61,9 @@ class Match:
 class Refusal:
     """One low-rank site that was left alone.
 
+    The projections of a region that is left alone are tried one by one: those that stay, too, are sites of
+    their own.
+
     Attributes:
         reason: the kind of obstacle.
         site: path of the module, or the node's name where the graph has no path.
@@ -100,7 +103,7 @@ class RewriteReport:
     def _matches_table(self) -> Table | str:
         if not self.matches:
             return "flashsvd: nothing was rewritten"
-        table = Table(title=f"flashsvd: {len(self.matches)} regions rewritten", title_justify="left")
+        table = Table(title=f"flashsvd: {counted(len(self.matches), 'region')} rewritten", title_justify="left")
         for column in ("kind", "module", "ranks", "strategy", "transient before", "after", "why"):
             table.add_column(column, overflow="fold")
         for match in self.matches:
@@ -112,7 +115,7 @@ class RewriteReport:
     def _refusals_table(self) -> Table | None:
         if not self.refusals:
             return None
-        table = Table(title=f"flashsvd: {len(self.refusals)} sites left alone", title_justify="left")
+        table = Table(title="flashsvd: left alone", title_justify="left")
         for column in ("reason", "site", "what was found"):
             table.add_column(column, overflow="fold")
         sites: dict[tuple[str, str], list[str]] = {}
@@ -122,6 +125,11 @@ class RewriteReport:
             more = f" and {len(others)} more" if others else ""
             table.add_row(*map(Text, (reason, first + more, sentence)))
         return table
+
+
+def counted(number: int, what: str) -> str:
+    """A number of things in words for people: ``1 region``, ``2 regions``."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def format_bytes(size: sympy.Expr | int) -> str:

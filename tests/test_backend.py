@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import pytest
+import sympy
 import torch
 from torch import nn
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
@@ -19,7 +20,17 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 import flashsvd_compile
-from flashsvd_compile import Options, Refusal, RefusalReason, RewriteReport, backend, explain, last_report, rewrite
+from flashsvd_compile import (
+    Match,
+    Options,
+    Refusal,
+    RefusalReason,
+    RewriteReport,
+    backend,
+    explain,
+    last_report,
+    rewrite,
+)
 from flashsvd_compile.errors import GraphError
 
 FEATURES, WIDTH, RANK, HEADS = 32, 64, 6, 4
@@ -295,8 +306,23 @@ def test_a_report_prints_brackets_and_counts_layers_that_are_alike():
     sites = [f"layers.{i}.[/b]" for i in range(3)]
     report = RewriteReport([], [Refusal(RefusalReason.UNSUPPORTED_ATTENTION, site, sentence) for site in sites])
     printed = " ".join(str(report).split())
-    assert "3 sites left alone" in printed and "layers.0.[/b] and 2 more" in printed
+    assert "flashsvd: left alone" in printed and "layers.0.[/b] and 2 more" in printed
     assert "[batch, len, features]" in printed
+
+
+def test_a_report_counts_each_kind_of_region_that_is_left_alone_apart(block):
+    """The projections of a region that stays are tried one by one, and stay, too."""
+    with torch.no_grad():
+        printed = str(explain(block, sample(), options={"strategy": "kept"}))
+    rows = [[cell.strip() for cell in line.split("│")[2:4]] for line in printed.splitlines() if "unprofitable" in line]
+    assert [row[1].split()[0] for row in rows] == ["attention", "mlp", "linear"]
+    assert [row[0].split(" and ")[1] for row in rows] == ["1 more", "1 more", "11 more"]
+
+
+def test_one_region_is_no_regions():
+    match = Match("mlp", "layer", {}, "streamed", "why", sympy.Integer(1), sympy.Integer(1))
+    assert "flashsvd: 1 region rewritten" in str(RewriteReport([match]))
+    assert "flashsvd: 2 regions rewritten" in str(RewriteReport([match, match]))
 
 
 def test_every_layer_that_is_left_alone_is_reported(small_regions_stay):

@@ -16,7 +16,7 @@ EXAMPLES = ROOT / "examples"
     ("script", "printed"),
     [
         ("compress_and_compile.py", ["4 regions rewritten", "difference from the unfused model", "flashsvd: "]),
-        ("own_module.py", ["1 regions rewritten", "largest difference"]),
+        ("own_module.py", ["1 region rewritten", "largest difference"]),
     ],
 )
 def test_example(script: str, printed: list[str], capsys: pytest.CaptureFixture[str]):

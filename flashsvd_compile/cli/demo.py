@@ -74,4 +74,5 @@ def _table(rows: list[Measured], samples: int) -> Table:
 
 def _summary(report: RewriteReport) -> str:
     kinds = ", ".join(f"{report.count(kind)} {kind}" for kind in ("attention", "mlp", "linear"))
-    return f"Rewritten: {kinds} regions. Left alone: {len(report.refusals)} sites. --report lists them."
+    left_alone = "some" if report.refusals else "none"
+    return f"Rewritten: {kinds} regions. Left alone: {left_alone}. --report lists them."

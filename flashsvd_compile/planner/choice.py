@@ -248,12 +248,13 @@ def _choice(
         seconds, before: time and transient memory of the region as written.
         obstacles: why a strategy is not among those offered, before :data:`OBSTACLES`.
     """
-    kept = Candidate(Strategy.KEPT, Workspace(0), seconds, before, "the model's own operations stay")
+    kept = Candidate(Strategy.KEPT, Workspace(0), seconds, before, f"{shape.kind} stays as the model computes it")
     candidates = (*offered, kept)
     forced = None if options.strategy == AUTO else Strategy(options.strategy)
     named = [candidate for candidate in candidates if candidate.strategy == forced]
     if named:
-        chosen, reason = named[0], f"strategy {forced!s} was asked for"
+        chosen = named[0]
+        reason = f"{chosen.how}; strategy {forced!s} was asked for"
     else:
         gainful = [candidate for candidate in offered if not _gains_nothing(shape, candidate, kept)]
         chosen = _best(shape, (*gainful, kept), options.memory_budget)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 import sympy
 
@@ -20,6 +21,7 @@ class RegionShape:
     """Sizes that every region has. Hashable, so that plans can be remembered; dictionaries are compared, not hashed.
 
     Attributes:
+        kind: what the report calls such a region.
         ranks: rank of each projection by role, ``None`` for a dense one.
         features: output features of each projection by role.
         in_features: size of the last dimension of ``x``.
@@ -29,6 +31,7 @@ class RegionShape:
         differentiated: whether gradients may be asked for, and the model's own operations thus keep what they compute.
     """
 
+    kind: ClassVar[str]
     ranks: dict[str, int | None] = field(hash=False)
     features: dict[str, int] = field(hash=False)
     in_features: sympy.Expr
@@ -69,6 +72,7 @@ class RegionShape:
 class LinearShape(RegionShape):
     """One projection of ``rows`` rows."""
 
+    kind: ClassVar[str] = "linear"
     rows: sympy.Expr
 
     @property
@@ -80,6 +84,7 @@ class LinearShape(RegionShape):
 class MlpShape(RegionShape):
     """An MLP over ``rows`` rows; gated when ``"gate"`` is one of the roles."""
 
+    kind: ClassVar[str] = "mlp"
     rows: sympy.Expr
 
     @property
@@ -119,6 +124,7 @@ class AttentionShape(RegionShape):
             itself again.
     """
 
+    kind: ClassVar[str] = "attention"
     batch: sympy.Expr
     q_len: sympy.Expr
     kv_len: sympy.Expr
