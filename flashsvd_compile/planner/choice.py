@@ -232,6 +232,9 @@ OBSTACLES: Mapping[Strategy, str] = MappingProxyType(
 )
 """Why a strategy is not offered, where a plan knows no more."""
 
+REWRITE_ANYWAY = "options={'strategy': 'streamed'} rewrites it anyway"
+"""What to do where a small region stays. Every region has the strategy."""
+
 
 def _choice(
     shape: RegionShape,
@@ -261,7 +264,7 @@ def _choice(
         why = _comparison(shape, chosen, kept)
         if chosen is kept and len(gainful) < len(offered):
             room = offered[0].workspace.least / 2**20
-            why = f"all intermediates fit in {room:.3g} MiB, where an operator would do the same"
+            why = f"all intermediates fit in {room:.3g} MiB, where an operator would do the same; {REWRITE_ANYWAY}"
         reason = f"{chosen.how}; {why}"
         if forced is not None:
             reason += f"; {forced!s} is not offered here: {obstacles.get(forced) or OBSTACLES[forced]}"

@@ -1,5 +1,7 @@
 """What the planner chooses, and that it says why."""
 
+import ast
+import re
 from dataclasses import replace
 from fractions import Fraction
 from unittest.mock import patch
@@ -511,7 +513,15 @@ class TestSmallRegionsOnACpu:
     def test_stay_as_written(self, shape):
         plan = self.plan(shape)
         assert plan.strategy == Strategy.KEPT
-        assert "all intermediates fit in 4 MiB, where an operator would do the same" in plan.reason
+        assert "all intermediates fit in 4 MiB, where an operator would do the same; " in plan.reason
+
+    def test_say_what_rewrites_them_anyway(self, shape):
+        said = re.search(r"options=(\{.*\}) rewrites it anyway$", self.plan(shape).reason)
+        assert said is not None
+        assert self.plan(shape, Options(**ast.literal_eval(said[1]))).strategy == Strategy.STREAMED
+
+    def test_are_not_said_to_be_rewritten_anyway_where_that_was_not_offered(self, shape):
+        assert "rewrites it anyway" not in self.plan(shape, Options(strategy="kept")).reason
 
     @pytest.mark.parametrize("rows", [4, 64, 128])
     def test_are_not_merged_for_less_than_a_call_takes(self, rows):
