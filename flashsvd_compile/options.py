@@ -36,7 +36,8 @@ class Options:
     """Options of ``torch.compile(model, backend="flashsvd", options=...)``, validated when they are made.
 
     Attributes:
-        debug: print the report and the graph before and after; a directory path writes them there instead.
+        debug: print the report and the graph before and after; a directory path writes them there instead. Reasons in
+            the report then say what else the planner considered.
         strategy: ``"auto"`` lets the planner choose; a :class:`Strategy` forces one where it applies.
         disable: names of rules that must not run (see ``RULES``).
         inner: backend that compiles the rewritten graph.

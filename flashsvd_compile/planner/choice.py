@@ -9,6 +9,7 @@ from types import MappingProxyType
 import sympy
 
 from ..options import AUTO, Options, Strategy
+from ..report import format_bytes
 from . import memory, time
 from .device import Device, device_of
 from .shapes import AttentionShape, LinearShape, MlpShape, RankSpace, RegionShape
@@ -268,6 +269,8 @@ def _choice(
         reason = f"{chosen.how}; {why}"
         if forced is not None:
             reason += f"; {forced!s} is not offered here: {obstacles.get(forced) or OBSTACLES[forced]}"
+    if options.debug:
+        reason += _also_considered(shape, chosen, kept, offered)
     return Plan(chosen.strategy, chosen.workspace, reason, kept.transient, chosen.transient, candidates)
 
 
@@ -309,6 +312,21 @@ def _comparison(shape: RegionShape, chosen: Candidate, kept: Candidate) -> str:
     ratio = shape.at_hints(chosen.seconds) / shape.at_hints(kept.seconds)
     equal = f", which counts as equal (within {NOISE:.0%})" if 1 < ratio <= 1 + NOISE else ""
     return f"predicted to take {ratio:.2f} of the time as written{equal}"
+
+
+def _also_considered(shape: RegionShape, chosen: Candidate, kept: Candidate, offered: Iterable[Candidate]) -> str:
+    """Predicted time, against that as written, and memory of each strategy that was not taken, at its fastest."""
+    fastest: dict[Strategy, Candidate] = {}
+    for candidate in sorted(offered, key=lambda each: shape.at_hints(each.seconds)):
+        if candidate.strategy != chosen.strategy:
+            fastest.setdefault(candidate.strategy, candidate)
+    written = shape.at_hints(kept.seconds)
+    others = [
+        f"{strategy} {shape.at_hints(other.seconds) / written:.2f} of the time as written in "
+        + format_bytes(round(shape.at_hints(other.transient)))
+        for strategy, other in fastest.items()
+    ]
+    return f"; also considered: {', '.join(others)}" if others else ""
 
 
 def _obstacle_to_fusing(shape: MlpShape, device: Device) -> str | None:

@@ -489,6 +489,37 @@ def test_the_report_says_why_a_region_cannot_be_absorbed():
     assert "absorbed" not in plan_attention(shape, AUTO).reason
 
 
+class TestWhatElseWasConsidered:
+    """Said where the details of a plan are asked for; in every report it would be one column too many."""
+
+    DEBUG = Options(debug=True)
+
+    def test_with_its_predicted_time_and_memory(self):
+        shape = in_rank_space(32, 512, 512, 32)
+        plan = plan_attention(shape, self.DEBUG)
+        streamed = min(
+            (c for c in plan.candidates if c.strategy == Strategy.STREAMED), key=lambda c: shape.at_hints(c.seconds)
+        )
+        ratio = shape.at_hints(streamed.seconds) / shape.at_hints(plan.candidates[-1].seconds)
+        size = f"{shape.at_hints(streamed.transient) / 2**20:.2f} MiB"
+        assert plan.strategy == Strategy.ABSORBED
+        assert plan.reason.endswith(f"; also considered: streamed {ratio:.2f} of the time as written in {size}")
+
+    def test_changes_no_plan_and_is_not_said_by_default(self):
+        shape = in_rank_space(32, 512, 512, 32)
+        plan, plain = plan_attention(shape, self.DEBUG), plan_attention(shape, AUTO)
+        assert "also considered" not in plain.reason
+        assert replace(plan, reason=plain.reason) == plain
+
+    def test_of_a_region_that_stays(self):
+        plan = plan_linear(linear(512, 192), replace(self.DEBUG, strategy="kept"))
+        assert "; also considered: streamed " in plan.reason
+
+    def test_is_not_said_where_there_was_nothing_else(self):
+        assert "also considered" not in plan_linear(linear(0, 192), self.DEBUG).reason
+        assert "also considered" not in plan_linear(linear(512, 192), replace(self.DEBUG, strategy="streamed")).reason
+
+
 def test_a_budget_bounds_the_workspace_of_the_absorbed_form():
     plan = plan_attention(in_rank_space(32, 512, 512, 32), Options(strategy="absorbed", memory_budget=2**21))
     assert plan.strategy == Strategy.ABSORBED
