@@ -24,22 +24,28 @@ console = Console()
 
 
 def bench(
-    model: Annotated[Path | None, typer.Argument(help="Folder of a dense model; BERT-base's shape if none.")] = None,
-    keep_ratio: Annotated[float, typer.Option(help="Share of a weight's parameters to keep.")] = 0.5,
+    model: Annotated[
+        Path | None, typer.Argument(help="Folder of a model, dense or factored; BERT-base's shape if none.")
+    ] = None,
+    keep_ratio: Annotated[float, typer.Option(help="Share of a dense weight's parameters to keep.")] = 0.5,
     batch: Annotated[int, typer.Option(min=1)] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the BERT-base shape.")] = 12,
     samples: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     record: Annotated[Path | None, typer.Option(help="JSON file to write.", dir_okay=False, writable=True)] = None,
 ) -> None:
-    """Compare dense eager, factored eager, factored Inductor and flashsvd on this device."""
+    """Compare dense eager, factored eager, factored Inductor and flashsvd on this device.
+
+    A model that `flashsvd compress` has written is measured as it is, without the dense one.
+    """
     if record is not None and not (record.parent.is_dir() and os.access(record.parent, os.W_OK)):
         raise typer.BadParameter(f"--record cannot be {record}: {record.parent} is no folder that can be written to")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        dense = model_folder.load(model) if model else _bert_base(layers)
-        inputs = {name: value.to(device) for name, value in sample_inputs(dense, batch, length).items()}
-        factored = compress(dense, keep_ratio)
+        loaded = model_folder.load(model) if model else _bert_base(layers)
+        inputs = {name: value.to(device) for name, value in sample_inputs(loaded, batch, length).items()}
+        is_factored = model is not None and model_folder.is_factored(model)
+        factored = loaded if is_factored else compress(loaded, keep_ratio)
     except FlashSVDError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -47,7 +53,8 @@ def bench(
         return module(**_in_precision_of(module, inputs))[0]
 
     with console.status("compiling and measuring"):
-        rows = compare(dense.to(device), factored.to(device), run, device, samples, warm_ups=2)
+        dense = None if is_factored else loaded.to(device)
+        rows = compare(dense, factored.to(device), run, device, samples, warm_ups=2)
     console.print(_table(rows))
     if record is not None:
         record.write_text(json.dumps(_record(rows, samples), indent=1) + "\n")

@@ -36,17 +36,17 @@ class Measured:
 
 
 def compare(
-    dense: nn.Module, factored: nn.Module, run: Run, device: torch.device, samples: int, warm_ups: int
+    dense: nn.Module | None, factored: nn.Module, run: Run, device: torch.device, samples: int, warm_ups: int
 ) -> list[Measured]:
     """Measure the four implementations, in the order of the module's first line.
 
     Args:
-        dense, factored: models on ``device``, in evaluation mode.
+        dense, factored: models on ``device``, in evaluation mode; without a dense one its row is left out.
         run: computes the result from a model, compiled or not.
         samples, warm_ups: timed and untimed calls of each.
     """
-    models = {
-        DENSE: dense,
+    models = {} if dense is None else {DENSE: dense}
+    models |= {
         EAGER: factored,
         INDUCTOR: torch.compile(factored, dynamic=False),
         OURS: torch.compile(factored, dynamic=False, backend="flashsvd"),

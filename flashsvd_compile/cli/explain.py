@@ -24,4 +24,7 @@ def explain(
         raise typer.BadParameter(str(error)) from error
     inputs: dict[str, Any] = sample_inputs(loaded, batch, length)
     with torch.no_grad():
-        print(explain_model(loaded, **inputs))
+        report = explain_model(loaded, **inputs)
+    print(report)
+    if not report.matches and not report.refusals and not model_folder.is_factored(model):
+        print("A dense model has none: run `flashsvd compress` first.")

@@ -33,7 +33,7 @@ def load(folder: Path) -> nn.Module:
     """
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no model folder: it has no config.json")
-    factored = (folder / FACTORED_WEIGHTS).exists()
+    factored = is_factored(folder)
     try:
         model = _from_transformers(folder, with_weights=not factored)
     except BadParameter:  # transformers itself is missing
@@ -41,6 +41,11 @@ def load(folder: Path) -> nn.Module:
     except Exception as error:  # of any class: a configuration may be wrong in many ways, each with an error of its own
         raise CheckpointError(f"transformers cannot load {folder}: {type(error).__name__}: {error}") from error
     return load_factored(model, folder / FACTORED_WEIGHTS) if factored else model
+
+
+def is_factored(folder: Path) -> bool:
+    """Whether a folder's weights are factored, as ``flashsvd compress`` writes them."""
+    return (folder / FACTORED_WEIGHTS).exists()
 
 
 def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:

@@ -134,8 +134,8 @@ class TestCompress:
 
     def test_factored_model(self, folder: Path, tmp_path: Path):
         run("compress", folder, tmp_path / "small")
-        for arguments in (["compress", tmp_path / "small", tmp_path / "smaller"], ["bench", tmp_path / "small"]):
-            assert "skip leaves out pooler.dense; 12 are low-rank already" in refused(*arguments)
+        output = refused("compress", tmp_path / "small", tmp_path / "smaller")
+        assert "skip leaves out pooler.dense; 12 are low-rank already" in output
 
     def test_all_but_the_weights_is_copied(self, folder: Path, tmp_path: Path):
         kept = ["chat_template.jinja", "additional_chat_templates/tools.jinja", "modeling.py", "vocabulary.tiktoken"]
@@ -183,7 +183,12 @@ class TestExplain:
         assert "encoder.layer.1.attention" in output
 
     def test_dense_model(self, folder: Path):
-        assert "no low-rank projection found" in run("explain", folder)
+        output = run("explain", folder)
+        assert "no low-rank projection found" in output and "run `flashsvd compress` first" in output
+
+    def test_factored_model_is_not_to_be_compressed(self, folder: Path, tmp_path: Path):
+        run("compress", folder, tmp_path / "small")
+        assert "flashsvd compress" not in run("explain", tmp_path / "small", "--batch", 2, "--length", 12)
 
 
 def test_bench_writes_a_record(folder: Path, tmp_path: Path):
@@ -193,6 +198,16 @@ def test_bench_writes_a_record(folder: Path, tmp_path: Path):
     assert {"device", "versions", "commit", "command", "rows"} == set(record)
     assert [row["implementation"] for row in record["rows"]] == [DENSE, EAGER, INDUCTOR, OURS]
     assert all(row["time_ms"] > 0 and row["peak_bytes"] > 0 and row["samples"] == 2 for row in record["rows"])
+
+
+def test_bench_measures_a_factored_model_as_it_is(folder: Path, tmp_path: Path):
+    run("compress", folder, tmp_path / "small", "--rank", "*=5")
+    path = tmp_path / "record.json"
+    output = run("bench", tmp_path / "small", "--batch", 2, "--length", 16, "--samples", 2, "--record", path)
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["implementation"] for row in rows] == [EAGER, INDUCTOR, OURS]
+    assert all(row["error"] < 1e-5 for row in rows)
+    assert DENSE not in output
 
 
 @pytest.mark.parametrize("record", ["absent/record.json", "dense"])
