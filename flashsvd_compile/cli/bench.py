@@ -34,7 +34,8 @@ def bench(
     samples: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     record: Annotated[Path | None, typer.Option(help="JSON file to write.", dir_okay=False, writable=True)] = None,
 ) -> None:
-    """Compare dense eager, factored eager, factored Inductor and flashsvd on this device.
+    """Compare dense eager, factored eager, factored Inductor and flashsvd on this device; on a GPU the last two also
+    with mode="reduce-overhead".
 
     A model that `flashsvd compress` has written is measured as it is, without the dense one.
     """

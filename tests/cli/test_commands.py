@@ -28,8 +28,8 @@ from transformers import (
 from typer import BadParameter
 from typer.testing import CliRunner
 
-from flashsvd_compile.cli import app, bench, demo, minilm, model_folder
-from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, Measured, Run, compare
+from flashsvd_compile.cli import app, bench, comparison, demo, minilm, model_folder
+from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, Measured, Run, compare, implementations
 from flashsvd_compile.cli.inputs import sample_inputs
 from flashsvd_compile.compress import LowRankLinear, compress
 
@@ -227,6 +227,35 @@ def test_comparison(bert: BertModel):
     assert dense.error > 1e-2
     assert max(eager.error, inductor.error, ours.error) < 1e-5
     assert ours.peak_bytes < eager.peak_bytes
+
+
+class TestReduceOverhead:
+    """What is recommended on a GPU is measured there; a CPU has no CUDA graphs."""
+
+    NAMES = (f"{INDUCTOR} reduce-overhead", f"{OURS} reduce-overhead")
+
+    def test_has_rows_on_a_gpu(self, bert: BertModel, monkeypatch: pytest.MonkeyPatch):
+        calls: list[dict[str, Any]] = []
+        monkeypatch.setattr(torch, "compile", lambda model, **how: calls.append(how) or model)
+        assert tuple(implementations(bert, bert, "cuda")) == (DENSE, EAGER, INDUCTOR, OURS, *self.NAMES)
+        assert [how.get("mode") for how in calls] == [None, None, "reduce-overhead", "reduce-overhead"]
+        assert [how.get("backend") for how in calls] == [None, "flashsvd", None, "flashsvd"]
+
+    def test_has_none_on_a_cpu(self, bert: BertModel):
+        assert tuple(implementations(None, bert, "cpu")) == (EAGER, INDUCTOR, OURS)
+
+    def test_memory_is_that_of_the_same_code_without_a_graph(self, bert: BertModel, monkeypatch: pytest.MonkeyPatch):
+        factored = compress(bert)
+        monkeypatch.setattr(
+            comparison, "implementations", lambda *_: dict.fromkeys((EAGER, INDUCTOR, OURS, *self.NAMES), factored)
+        )
+        measured: list[object] = []
+        monkeypatch.setattr(
+            comparison.measure, "peak_activation_bytes", lambda *_: measured.append(None) or len(measured)
+        )
+        inputs = sample_inputs(bert, 2, 10)
+        rows = compare(None, factored, lambda model: model(**inputs)[0], torch.device("cpu"), samples=1, warm_ups=0)
+        assert [row.peak_bytes for row in rows] == [1, 2, 3, 2, 3]
 
 
 def test_demo_prints_its_table(monkeypatch: pytest.MonkeyPatch):
