@@ -7,6 +7,7 @@ from .compress import LowRankLinear, compress
 from .explain import explain
 from .options import Options, Strategy
 from .passes import rewrite
+from .provenance import version_of
 from .report import Match, Refusal, RefusalReason, RewriteReport
 
 __all__ = [
@@ -22,3 +23,4 @@ __all__ = [
     "last_report",
     "rewrite",
 ]
+__version__ = version_of("flashsvd-compile")

@@ -21,13 +21,15 @@ def device() -> str:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the packages that matter to a measurement."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        try:
-            found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            found[package] = "none"
-    return found
+    return {"python": platform.python_version()} | {package: version_of(package) for package in PACKAGES}
+
+
+def version_of(package: str) -> str:
+    """Of an installed package; ``none`` where it is not installed, as in a bare copy of the tree."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
 
 
 def commit() -> str:

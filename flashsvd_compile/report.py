@@ -9,6 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 FULL_RANK = "full"
+PLEASE_REPORT = (
+    "a bug of flashsvd-compile: please report it with the folder that options={'debug': 'folder'} writes and what "
+    "`flashsvd --version` prints"
+)
 
 
 class RefusalReason(StrEnum):
@@ -123,7 +127,8 @@ class RewriteReport:
             sites.setdefault((refusal.reason, refusal.sentence), []).append(refusal.site)
         for (reason, sentence), (first, *others) in sites.items():
             more = f" and {len(others)} more" if others else ""
-            table.add_row(*map(Text, (reason, first + more, sentence)))
+            request = f"; {PLEASE_REPORT}" if reason == RefusalReason.MISREAD else ""
+            table.add_row(*map(Text, (reason, first + more, sentence + request)))
         return table
 
 

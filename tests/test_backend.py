@@ -319,6 +319,13 @@ def test_a_report_counts_each_kind_of_region_that_is_left_alone_apart(block):
     assert [row[0].split(" and ")[1] for row in rows] == ["1 more", "1 more", "11 more"]
 
 
+def test_a_report_says_what_to_attach_where_a_region_was_misread():
+    refusals = [Refusal(reason, "layer", "sentence") for reason in RefusalReason]
+    printed = " ".join(str(RewriteReport(refusals=refusals)).replace("│", " ").split())
+    assert printed.count("please report it with the folder that options={'debug': 'folder'} writes and what") == 1
+    assert "`flashsvd --version` prints" in printed
+
+
 def test_one_region_is_no_regions():
     match = Match("mlp", "layer", {}, "streamed", "why", sympy.Integer(1), sympy.Integer(1))
     assert "flashsvd: 1 region rewritten" in str(RewriteReport([match]))

@@ -1,11 +1,13 @@
 """The command ``flashsvd``."""
 
 import os
+from typing import Annotated
 
 os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch loads: its profiler announces every start and stop
 
 import typer
 
+from .. import __version__, provenance
 from . import bench, compress, demo, explain
 
 app = typer.Typer(
@@ -15,5 +17,29 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_show_locals=False,
 )
+
+
+def _print_versions(asked: bool) -> None:
+    if asked:
+        for name, version in {"flashsvd-compile": __version__, **provenance.versions()}.items():
+            print(name, version)
+        raise typer.Exit
+
+
+@app.callback()
+def main(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version",
+            help="Print the versions of this package and of what it runs on.",
+            callback=_print_versions,
+            is_eager=True,
+        ),
+    ] = False,
+) -> None:
+    """What all commands have in common."""
+
+
 for command in (compress.compress, explain.explain, bench.bench, demo.demo):
     app.command()(command)

@@ -28,6 +28,8 @@ from transformers import (
 from typer import BadParameter
 from typer.testing import CliRunner
 
+import flashsvd_compile
+from flashsvd_compile import provenance
 from flashsvd_compile.cli import app, bench, comparison, demo, minilm, model_folder
 from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, Measured, Run, compare, implementations
 from flashsvd_compile.cli.inputs import sample_inputs
@@ -189,6 +191,16 @@ class TestExplain:
     def test_factored_model_is_not_to_be_compressed(self, folder: Path, tmp_path: Path):
         run("compress", folder, tmp_path / "small")
         assert "flashsvd compress" not in run("explain", tmp_path / "small", "--batch", 2, "--length", 12)
+
+
+def test_version():
+    printed = dict(line.split() for line in run("--version").splitlines())
+    assert printed == {"flashsvd-compile": flashsvd_compile.__version__, **provenance.versions()}
+    assert {"python", "torch", "triton"} < set(printed)
+
+
+def test_help_says_what_the_command_does():
+    assert "Run SVD-compressed transformers in a fraction of the activation memory." in run("--help")
 
 
 def test_bench_writes_a_record(folder: Path, tmp_path: Path):
