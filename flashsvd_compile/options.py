@@ -8,8 +8,6 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from torch._inductor import list_mode_options
-
 from .errors import InvalidOptionError, UnknownOptionError
 
 
@@ -112,8 +110,12 @@ def _disable(value: Any) -> frozenset[str]:
 
 
 def _mode(value: Any) -> str | None:
+    if value is None:
+        return None
+    from torch._inductor import list_mode_options  # here: it loads all of Inductor
+
     valid = tuple(dict.fromkeys(("default", *list_mode_options())))
-    if value is not None and value not in valid:
+    if value not in valid:
         raise InvalidOptionError("mode", value, ", ".join(map(repr, valid)))
     return None if value == "default" else value
 
