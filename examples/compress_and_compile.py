@@ -1,5 +1,9 @@
 """Compress a model, see what would be rewritten, compile, compare: ``python examples/compress_and_compile.py``."""
 
+import os
+
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # before torch loads: its profiler announces every start and stop
+
 import torch
 from transformers import BertConfig, BertModel
 

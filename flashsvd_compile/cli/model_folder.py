@@ -51,7 +51,9 @@ def is_factored(folder: Path) -> bool:
 def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
     with extra("bench"):
         import transformers
+        from transformers.utils import logging
 
+    logging.disable_progress_bar()
     config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
     name = (config.architectures or ["AutoModel"])[0]
     named = getattr(transformers, name, transformers.AutoModel)

@@ -25,6 +25,7 @@ from transformers import (
     WhisperConfig,
     WhisperModel,
 )
+from transformers.utils import logging as transformers_logging
 from typer import BadParameter
 from typer.testing import CliRunner
 
@@ -77,6 +78,11 @@ class TestCompress:
         assert torch.equal(loaded(**inputs)[0], expected(**inputs)[0])
         ranks = {module.rank for name, module in loaded.named_modules() if name.endswith("query")}
         assert ranks == {5}
+
+    def test_loading_draws_no_bar(self, folder: Path, capsys: pytest.CaptureFixture[str]):
+        transformers_logging.enable_progress_bar()
+        model_folder.load(folder)
+        assert "Loading weights" not in capsys.readouterr().err
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
