@@ -17,6 +17,14 @@ GROUPS = [FILES[first::4] for first in range(4)]
 """A small file takes no longer than its process to start."""
 
 
+def test_a_file_that_is_named_without_the_interpreter_says_what_to_set(pytestconfig):
+    command = [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist", str(FILES[0])]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run(command, cwd=pytestconfig.rootpath, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
+    assert "runs in Triton's interpreter: set TRITON_INTERPRET=1" in run.stdout and " passed" not in run.stdout
+
+
 @pytest.mark.parametrize("files", GROUPS, ids=lambda files: " ".join(file.stem for file in files))
 def test_in_the_interpreter(files, pytestconfig):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *map(str, files)]

@@ -12,6 +12,7 @@ from tests.ops.conftest import poisoned_memory, seeded
 
 __all__ = ["poisoned_memory", "seeded"]
 
+# A file that is named on the command line is collected all the same: hence the fixture below.
 collect_ignore_glob = [] if knobs.runtime.interpret else ["test_*.py"]
 
 settings.register_profile("interpreter", deadline=None, max_examples=25, derandomize="CI" in os.environ)
@@ -33,6 +34,12 @@ class TorchRandom:
 
 TORCH_RANDOM = TorchRandom()
 register_random(TORCH_RANDOM)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def interpreted() -> None:
+    if not knobs.runtime.interpret:
+        pytest.skip("runs in Triton's interpreter: set TRITON_INTERPRET=1")
 
 
 @pytest.fixture(autouse=True)
