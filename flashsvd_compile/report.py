@@ -65,9 +65,6 @@ class Match:
 class Refusal:
     """One low-rank site that was left alone.
 
-    The projections of a region that is left alone are tried one by one: those that stay, too, are sites of
-    their own.
-
     Attributes:
         reason: the kind of obstacle.
         site: path of the module, or the node's name where the graph has no path.
@@ -119,7 +116,7 @@ class RewriteReport:
     def _refusals_table(self) -> Table | None:
         if not self.refusals:
             return None
-        table = Table(title="flashsvd: left alone", title_justify="left")
+        table = Table(title=f"flashsvd: {counted(len(self.refusals), 'site')} left alone", title_justify="left")
         for column in ("reason", "site", "what was found"):
             table.add_column(column, overflow="fold")
         sites: dict[tuple[str, str], list[str]] = {}

@@ -306,17 +306,18 @@ def test_a_report_prints_brackets_and_counts_layers_that_are_alike():
     sites = [f"layers.{i}.[/b]" for i in range(3)]
     report = RewriteReport([], [Refusal(RefusalReason.UNSUPPORTED_ATTENTION, site, sentence) for site in sites])
     printed = " ".join(str(report).split())
-    assert "flashsvd: left alone" in printed and "layers.0.[/b] and 2 more" in printed
+    assert "flashsvd: 3 sites left alone" in printed and "layers.0.[/b] and 2 more" in printed
     assert "[batch, len, features]" in printed
 
 
 def test_a_report_counts_each_kind_of_region_that_is_left_alone_apart(block):
-    """The projections of a region that stays are tried one by one, and stay, too."""
+    """The projections of a region that stays are tried one by one, and stay, too: no sites of their own."""
     with torch.no_grad():
         printed = str(explain(block, sample(), options={"strategy": "kept"}))
     rows = [[cell.strip() for cell in line.split("│")[2:4]] for line in printed.splitlines() if "unprofitable" in line]
-    assert [row[1].split()[0] for row in rows] == ["attention", "mlp", "linear"]
-    assert [row[0].split(" and ")[1] for row in rows] == ["1 more", "1 more", "11 more"]
+    assert [row[1].split()[0] for row in rows] == ["attention", "mlp"]
+    assert [row[0].split(" and ")[1] for row in rows] == ["1 more", "1 more"]
+    assert "4 sites left alone" in printed
 
 
 def test_a_report_says_what_to_attach_where_a_region_was_misread():

@@ -92,9 +92,10 @@ def apply_rules(graph_module: GraphModule, options: Options, within: str | None 
     follow_in_place_results(graph)
     drop_unused_sizes(graph)
     report.refusals += transformed_pairs(graph.nodes if within else transformed_among(graph.nodes), within or TRANSFORM)
+    kept: set[Node] = set()
     for name, rule in rules().items():
         if name not in options.disable:
-            report += _apply(rule, graph, options, within is not None)
+            report += _apply(rule, graph, options, within is not None, kept)
     if PACKING not in options.disable:
         pack_projections(graph)
     if RESIDUAL not in options.disable:
@@ -133,8 +134,13 @@ def _attributes_of(node: Node) -> list[Any]:
     return [read.target for read in node.all_input_nodes if read.op == "get_attr"]
 
 
-def _apply(rule: Rule, graph: Graph, options: Options, transformed: bool) -> RewriteReport:
-    """Run one rule at every node, last node first: the outermost projection sees the whole region."""
+def _apply(rule: Rule, graph: Graph, options: Options, transformed: bool, kept: set[Node]) -> RewriteReport:
+    """Run one rule at every node, last node first: the outermost projection sees the whole region.
+
+    Args:
+        kept: nodes of the regions that plans have left alone; the rule's are added. A projection of such a region that
+            is left alone as well is not reported beside it.
+    """
     report = RewriteReport()
     order = Order.of(graph.nodes, transformed)
     for node in reversed(order.position):
@@ -143,6 +149,10 @@ def _apply(rule: Rule, graph: Graph, options: Options, transformed: bool) -> Rew
         if isinstance(outcome, Match):
             report.matches.insert(0, outcome)
         elif isinstance(outcome, Obstacle):
+            if isinstance(found, Region) and outcome.reason == RefusalReason.UNPROFITABLE:
+                if kept.issuperset(found.nodes):
+                    continue
+                kept.update(found.nodes)
             site = module_of(found.nodes if isinstance(found, Region) else (node,), node)
             refusal = Refusal(outcome.reason, site, outcome.sentence)
             if not _is_known(refusal, report):
