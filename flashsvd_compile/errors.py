@@ -25,7 +25,7 @@ class InvalidOptionError(FlashSVDError, ValueError):
 
 
 class GraphError(FlashSVDError, ValueError):
-    """What is to be rewritten is no graph that says of its nodes what they compute."""
+    """What is to be rewritten is not a graph that says of its nodes what they compute."""
 
     def __init__(self, got: str, why: str):
         super().__init__(f"{got} {why}; give a graph by Dynamo or torch.export")

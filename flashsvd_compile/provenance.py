@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def version_of(package: str) -> str:
-    """Of an installed package; ``none`` where it is not installed, as in a bare copy of the tree."""
+    """Version of an installed package; ``none`` where it is not installed, as in a bare copy of the tree."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

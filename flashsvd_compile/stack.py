@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 SLOTS = 8192
-"""Of 8 bytes: a frame of 64 KiB gets a chunk of 128. The half of it that is left has room for a hundred frames and the
+"""Slots of 8 bytes: a frame of 64 KiB gets a chunk of 128. The half that is left has room for a hundred frames and the
 thousands of variables of a large graph's code; pages that nobody writes to are never faulted in."""
 
 

@@ -411,7 +411,7 @@ def test_options_as_an_object(block):
 
 
 def test_what_cannot_be_rewritten_is_named(block):
-    with pytest.raises(GraphError, match="a Sequential is no graph"):
+    with pytest.raises(GraphError, match="a Sequential is not a graph"):
         rewrite(block)
     with pytest.raises(GraphError, match="the graph of x carries no example values"):
         rewrite(torch.fx.symbolic_trace(LowRank(FEATURES, WIDTH)))

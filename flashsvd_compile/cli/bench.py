@@ -40,7 +40,7 @@ def bench(
     A model that `flashsvd compress` has written is measured as it is, without the dense one.
     """
     if record is not None and not (record.parent.is_dir() and os.access(record.parent, os.W_OK)):
-        raise typer.BadParameter(f"--record cannot be {record}: {record.parent} is no folder that can be written to")
+        raise typer.BadParameter(f"--record cannot be {record}: {record.parent} is not a folder that can be written to")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         loaded = model_folder.load(model) if model else _bert_base(layers)

@@ -32,7 +32,7 @@ def load(folder: Path) -> nn.Module:
             fit the configuration or lack those of a layer that is to be factored.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no model folder: it has no config.json")
+        raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     factored = is_factored(folder)
     try:
         model = _from_transformers(folder, with_weights=not factored)
@@ -58,7 +58,7 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
     name = (config.architectures or ["AutoModel"])[0]
     named = getattr(transformers, name, transformers.AutoModel)
     if not isinstance(named, type) or not (issubclass(named, nn.Module) or hasattr(named, "from_config")):
-        raise ValueError(f"its architecture {name!r} is no model")
+        raise ValueError(f"its architecture {name!r} is not a model")
     architecture: Any = named
     if with_weights:
         model, info = architecture.from_pretrained(folder, local_files_only=True, output_loading_info=True)
@@ -79,7 +79,7 @@ def _refuse_without(model: nn.Module, missing: Iterable[str]) -> None:
 
 
 def _dtype_of(weights: Path) -> torch.dtype | None:
-    """Of the first floating tensor of a file."""
+    """The dtype of the first floating tensor of a file."""
     with safe_open(str(weights), framework="pt") as file:
         tensors = (file.get_tensor(key) for key in file.keys())  # noqa: SIM118
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
@@ -94,7 +94,7 @@ def create(folder: Path, source: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise CheckpointError(f"{folder} is no folder that can be made: {error}") from error
+        raise CheckpointError(f"{folder} cannot be made a folder: {error}") from error
     if folder.samefile(source):
         raise CheckpointError(f"{folder} holds the dense model; write the factored one to another folder")
 

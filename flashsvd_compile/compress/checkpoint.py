@@ -112,11 +112,11 @@ def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if metadata.get("format") != FORMAT:
-        raise CheckpointError(f"{path} is no factored checkpoint of format {FORMAT}; save_factored writes those")
+        raise CheckpointError(f"{path} is not a factored checkpoint of format {FORMAT}; save_factored writes those")
     try:
         layers = json.loads(metadata.get(LAYERS_KEY, ""))
     except ValueError as error:
-        raise CheckpointError(f"{path}: {LAYERS_KEY} of its metadata is no JSON: {error}") from error
+        raise CheckpointError(f"{path}: {LAYERS_KEY} of its metadata is not JSON: {error}") from error
     if not isinstance(layers, dict):
         raise CheckpointError(f"{path}: {LAYERS_KEY} of its metadata is {layers!r}, expected layers by name")
     for name, shape in layers.items():

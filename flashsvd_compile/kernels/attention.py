@@ -73,7 +73,7 @@ TRIPLE_DIM = 64
 TRIPLE_TILE = Tile(128, 64, 8, 3)
 """The fastest of eight at 512 and 4096 keys (H100, heads of 64): 0.56 of the library's time, 0.7 of its error."""
 TRIPLE_TILE_BY_POINTER = Tile(64, 32, 8, 2)
-"""For heads that descriptors do not read: addresses take registers."""
+"""The same for heads that descriptors do not read: addresses take registers."""
 
 
 def triples(target: Target, dim: int) -> bool:
@@ -248,8 +248,8 @@ SPECIALISED_ROWS = {64: 192, 128: 128}
 SPECIALISED_KEYS = 2048
 """Fewer were not timed at heads of 128. At 64 it takes up to 46 % longer over 1024 and 512."""
 EVEN_SHARE = 0.9
-"""Of what the chip could do while it turns to tiles of 64. At 0.86 and less the other kernel is as fast or faster, by
-blocks of 64 queries and several programs a processor; at 0.97 this one (H200)."""
+"""Share of the rounds that its tiles fill above which it takes heads of 64. At 0.86 and less the other kernel is as
+fast or faster, by blocks of 64 queries and several programs a processor; at 0.97 this one (H200)."""
 
 
 def is_specialised(target: Target, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:

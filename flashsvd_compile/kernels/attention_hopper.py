@@ -31,7 +31,7 @@ _ROWS = 64
 _BLOCK = 128
 """Keys of a block."""
 _REGISTERS = {64: (128, 160), 128: (168, 240)}
-"""Of a thread, by head size: when a program begins, and of a warpgroup that multiplies."""
+"""Registers of a thread, by head size: when a program begins, and in a warpgroup that multiplies."""
 _QUERY_PLACES = 2
 _CACHED = 32 * 2**20
 """Bytes of keys and values that stay in the cache while all their queries pass."""

@@ -44,7 +44,7 @@ class Clock:
         return device.type == "cuda" and not torch.cuda.is_current_stream_capturing() and not is_listened_to()
 
     def times(self, calls: Mapping[str, Callable[[], object]], device: torch.device) -> dict[str, Times]:
-        """Of each call, warm, in turns.
+        """Times of each call, warm, in turns.
 
         Not ``triton.testing.do_bench``, which takes 256 MiB: the memory pool of a CUDA graph would keep them.
         """
@@ -99,7 +99,7 @@ class Tuner:
         return best
 
     def _share(self, table: "_Attempt", run: Callable[[T], list[Tensor]], tile: T, device: torch.device) -> float:
-        """Of the table's time; infinite for a tile that is no good."""
+        """Share of the table's time that a tile takes; infinite for one that is no good."""
         attempt = _attempt(run, tile)
         if attempt is None:
             return float("inf")
@@ -140,7 +140,7 @@ def _attempt(run: Callable[[T], list[Tensor]], tile: T) -> _Attempt | None:
 
 
 RANGES = {"num_warps": (4, 8), "num_stages": (1, 4)}
-"""That :func:`neighbours` stay in; blocks in 16 to 128."""
+"""Ranges that :func:`neighbours` stay in; blocks stay in 16 to 128."""
 
 
 def neighbours(tile: T) -> Iterator[T]:

@@ -39,7 +39,7 @@ _TILES = 8
 """Side by side in a place of the ring; each of four warps multiplies two of them."""
 _PLACE_BYTES = 2 * _TILES * _SIDE * (_FEATURES + MAX_ON_HOPPER)
 _PLACES = SHARED_MEMORY // 2 // _PLACE_BYTES
-"""Of a program's ring that leaves room for that of the next launch's."""
+"""Places of a ring that leaves room on the processor for that of the next launch."""
 SIDE = gl.constexpr(_SIDE)
 FEATURES = gl.constexpr(_FEATURES)
 TILES = gl.constexpr(_TILES)

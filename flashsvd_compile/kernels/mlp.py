@@ -85,10 +85,10 @@ def _float32_candidates(target: Target, width: int) -> list[Tile]:
 
 
 SPECIALISED = Tile(128, 64, 12, 0)
-"""Of the kernel in Gluon, which fills what shared memory there is."""
+"""The tile of the kernel in Gluon, whose stages fill what shared memory there is."""
 SPECIALISED_RANKS = range(257, 321)
-"""Where it is faster, by a fifth to a third (H100, 4096 to 65536 rows). Below them its steps are no longer than those
-of the kernel here, and at most 320 columns of float32 fit in the registers of its threads."""
+"""Ranks at which it is faster, by a fifth to a third (H100, 4096 to 65536 rows). Below them its steps are no longer
+than those of the kernel here, and at most 320 columns of float32 fit in the registers of its threads."""
 
 
 def is_specialised(target: Target, rank_in: int, rank_out: int, width: int, dtype: torch.dtype) -> bool:

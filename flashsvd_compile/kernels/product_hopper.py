@@ -35,7 +35,7 @@ from .target import target_of
 _SIDE = 64
 """Rows of a warpgroup, depth of a step and columns that leave at once: 128 bytes, which the memory's swizzle spans."""
 _COLUMNS = 256
-"""Of a tile: the widest product there is, which reads the least of shared memory and of the L2."""
+"""Columns of a tile: the widest product there is, which reads the least of shared memory and of the L2."""
 _PIECES = _COLUMNS // _SIDE
 _GROUP = 8
 """Blocks of rows whose tiles come together: with 16 operands are read less, but what is beside them 3 % slower."""

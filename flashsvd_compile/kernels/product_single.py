@@ -36,7 +36,7 @@ class Tile(NamedTuple):
 TILE = Tile(64, 64, 4, 4)
 """As fast as larger ones for large results, and a quarter faster for small ones (H100)."""
 DEPTH = 16
-"""Of a step, which is a matter of exactness and not of tuning.
+"""Depth of a step, which is a matter of exactness and not of tuning.
 
 Truncation makes sums of 16 products smaller by 5e-8 of themselves, of 32 by 9e-8, of 64 by 15e-8, whatever the matrices
 are. Errors of one sign add up from layer to layer, where those of rounding cancel: BERT errs 1.00, 1.33 and 2.04 times

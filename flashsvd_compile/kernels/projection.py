@@ -95,7 +95,7 @@ def _candidates(target: Target, width: int, itemsize: int, few: bool) -> list[Ti
 
 
 def _float32_candidates(target: Target, width: int) -> list[Tile]:
-    """As in the MLP core."""
+    """Tiles for float32, as in the MLP core."""
     if width > PIECE:
         return []
     if target.name == "gfx942" or width <= 32:
@@ -106,9 +106,9 @@ def _float32_candidates(target: Target, width: int) -> list[Tile]:
 
 
 SPECIALISED_RANKS = range(1, 257)
-"""Of the kernel in Gluon: as many columns of rank space as fit in the registers of its threads."""
+"""Ranks of the kernel in Gluon: as many columns of rank space as fit in the registers of its threads."""
 _SPECIALISED_ROWS = 128
-"""Of its blocks."""
+"""Rows of its blocks."""
 
 
 def is_specialised(target: Target, x: Tensor, maps: tuple[Map, ...]) -> bool:

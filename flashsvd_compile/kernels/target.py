@@ -87,7 +87,7 @@ def describable(tensor: Tensor) -> bool:
 
 
 LEAST_SHARE = 0.75
-"""Of the processors that a persistent kernel's tiles must occupy: other kernels and the library have smaller ones."""
+"""Least share of the processors that a persistent kernel's tiles occupy; others and the library have smaller tiles."""
 
 
 def occupies(target: Target, tiles: int) -> bool:

@@ -308,7 +308,7 @@ def _attend(
 
 
 def _statistics_of_keys(latent: Tensor, attn: Attention, chunk: Chunking, workspace: Workspace) -> Statistics | None:
-    """Of a norm over all heads' keys, where these are lifted a few heads at a time: all heads of a few positions."""
+    """Statistics of a norm over all heads' keys where few heads are lifted at a time: all heads of a few positions."""
     if attn.k_norm is None or not attn.k_norm.whole or chunk.kv_heads == attn.num_kv_heads:
         return None
     mark, rows = workspace.mark(), rows_of(latent)

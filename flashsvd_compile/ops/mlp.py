@@ -47,7 +47,7 @@ SCHEMA = (
 RESIDUAL = 1 + 4 * len(ROLES)
 """Position among the operator's arguments."""
 GPU_COLUMNS = 768
-"""Of float32, that leave the workspace to as many rows as fill a GPU."""
+"""Columns of a float32 hidden layer that a GPU computes at a time: the workspace then holds rows enough to fill it."""
 CPU_COLUMNS = 512
 """Narrower tiles starve the products; wider ones leave room for fewer rows, and the library packs weights again for
 each chunk of rows."""

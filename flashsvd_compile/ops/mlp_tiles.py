@@ -51,7 +51,7 @@ class Tile(NamedTuple):
 
 MAX_RANGES = 16
 MORE_CHUNKS = 3
-"""Than needed, that are looked at for fewer rounds of the chip."""
+"""Chunks beyond the fewest that are tried, as fewer rounds of the chip may be faster."""
 COPYING, SUMMING, LAUNCHING, IDLENESS = 6, 6, 6_000_000, 0.4
 """Fitted to 45 tiles of seven regions on an H100 and, with the splits, to 21 of three on an H200, to 3 % of these.
 
@@ -59,7 +59,7 @@ The first three in multiplications of one processor, 2.5e12 a second: an element
 float32 sum, the time between two products. The last is the share of the time that idle processors are waited for.
 """
 SPLITS, LEAST_DEPTH, SPLITTING = (1, 2, 3), 1024, 0.97
-"""Into which the library cuts a deep product whose tiles are few, the least depth of a part, and at what rate."""
+"""Parts that the library cuts the depth of a product of few tiles into, the least depth of a part, and its rate."""
 
 
 def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
@@ -159,7 +159,7 @@ class Sizes(NamedTuple):
         return into + [(self.rank, columns) for columns in hidden]
 
     def _chunk(self, tile: Tile, rows: int, processors: int) -> float:
-        """Of so many rows of a tile."""
+        """Cost of a chunk of so many rows, in multiplications of one processor."""
         if rows == 0:
             return 0
         hidden = [width_of(features) for features in ranges(self.width, tile.columns)]

@@ -33,7 +33,7 @@ _MAX_NODES = 24
 _FAR = (4, 5, 7, 10, 20, 38)
 """Powers of ten up to the largest numbers of bfloat16 and float32: a clip anywhere below shows."""
 _SHIFTS = (7, 19, 43)
-"""Of the samples, so that small numbers meet large ones and other signs."""
+"""Places by which samples are shifted, so that small numbers meet large ones and other signs."""
 _TOLERANCE = 1e-8  # published constants such as 0.7978845608 are rounded at the tenth digit
 
 

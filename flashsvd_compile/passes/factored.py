@@ -54,5 +54,5 @@ class Obstacle(NamedTuple):
 
 
 def unsupported(sentence: str) -> Obstacle:
-    """Of an attention, whose projections may still be rewritten."""
+    """Why an attention is left alone, whose projections may still be rewritten."""
     return Obstacle(RefusalReason.UNSUPPORTED_ATTENTION, sentence)

@@ -68,7 +68,7 @@ def _obstacle(inner: Affine, outer: Affine, nodes: tuple[Node, ...]) -> Obstacle
     rank, in_features = inner.weight.shape
     out_features = outer.weight.shape[0]
     if rank >= min(in_features, out_features):
-        sentence = f"two linear layers {in_features} -> {rank} -> {out_features}: the middle is no bottleneck"
+        sentence = f"two linear layers {in_features} -> {rank} -> {out_features}: the middle is not a bottleneck"
         return Obstacle(RefusalReason.RANK_NOT_LOW, sentence)
     for node in nodes[:-1]:
         for user in node.users:

@@ -175,9 +175,9 @@ def _windowed(reading: MaskReading, position: sympy.Expr, sizes: dict[sympy.Symb
     slopes = position.coeff(QUERY), position.coeff(KEY)
     offset = sympy.expand(position - slopes[0] * QUERY - slopes[1] * KEY)
     if slopes not in ((1, -1), (-1, 1)):
-        raise _NotUnderstood(f"the condition {position} >= 0 is no window around the query")
+        raise _NotUnderstood(f"the condition {position} >= 0 is not a window around the query")
     if not isinstance(offset, sympy.Integer) or offset < 0:
-        raise _NotUnderstood(f"a window with offset {offset}, which is no known number >= 0")
+        raise _NotUnderstood(f"a window with offset {offset}, which is not a known number >= 0")
     side = "window_right" if slopes == (1, -1) else "window_left"
     before = getattr(reading, side)
     return replace(reading, **{side: int(offset) if before == UNLIMITED else min(before, int(offset))})
@@ -187,7 +187,7 @@ def _key_padding(entry: Entry, sizes: dict[sympy.Symbol, sympy.Expr]) -> KeyVect
     """An entry that depends on the key and at most on the batch item."""
     vector = _vector(entry, KEY, sizes)
     if vector is None:
-        raise _NotUnderstood(f"{entry.node.name} is no vector over the keys")
+        raise _NotUnderstood(f"{entry.node.name} is not a vector over the keys")
     return vector
 
 
@@ -200,7 +200,7 @@ def _documents(clause: SameEntry, sizes: dict[sympy.Symbol, sympy.Expr]) -> KeyV
         integers = value is not None and not value.is_floating_point()
         if of_keys is not None and of_keys == of_queries and integers and sizes.get(QUERY) == sizes.get(KEY):
             return of_keys
-    raise _NotUnderstood(f"equal entries of {clause.first.node.name}, which are no documents of queries and keys")
+    raise _NotUnderstood(f"equal entries of {clause.first.node.name}, which are not documents of queries and keys")
 
 
 def _distance(

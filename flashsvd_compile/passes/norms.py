@@ -39,11 +39,11 @@ _MAX_NODES = 32
 _ROWS = 2
 """Sample size of every dimension that is no feature: what mixes rows then shows."""
 _SCALES = (1e-3, 1.0, 1e3, 1e-9, 1e9, 1e18, 1e36, 0.0)
-"""Of the samples, the first for eps. Extremes show a floor or a ceiling, and zero what a padded row gives."""
+"""Scales of the samples, the first for eps. Extremes show a floor or a ceiling, and zero what a padded row gives."""
 _LARGE = 1e30
 """Scale of weights and biases that show a ceiling behind them."""
 _SPIKE = 1e6
-"""Of one feature over the others, which a norm makes as large as it makes any: a ceiling on its result shows."""
+"""Factor of one feature over the others, which a norm makes as large as it makes any: a ceiling on its result shows."""
 _TOLERANCE = 1e-8
 _EPS_DIGITS = 9  # what float64 leaves of an eps of 1e-12 at the smallest scale
 _NO_EPS = 1e-15

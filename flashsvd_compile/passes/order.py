@@ -71,7 +71,7 @@ class Order:
 
 
 def _name(node: Node) -> str:
-    """Of the function that a node calls."""
+    """Name of the function that a node calls."""
     return getattr(node.target, "__name__", "")
 
 

@@ -120,7 +120,7 @@ def _rows(weight: Weight) -> Weight:
 
 
 def _dense(outer: _Stage, weight: Weight, rank: int | None, nodes: tuple[Node, ...]) -> PerHead:
-    """Of ``weight[h, out, in]``, as ``[h * out, in]``."""
+    """The dense projection by ``weight[h, out, in]``, as ``[h * out, in]``."""
     projection = Projection(None, None, _rows(weight), outer.bias)
     return PerHead(Factored(outer.source, projection, nodes, rank), outer.letters)
 

@@ -131,7 +131,7 @@ def _alike(residual: Node, node: Node, total: Node) -> bool:
 
 
 def _strides(tensor: Tensor) -> list[sympy.Expr | None]:
-    """By dimension; of one of size 1 any will do."""
+    """Strides by dimension; ``None`` where the size is 1 and any will do."""
     pairs = zip(map(size_of, tensor.shape), map(size_of, tensor.stride()), strict=True)
     return [None if size == 1 else stride for size, stride in pairs]
 

@@ -72,7 +72,7 @@ def rewrite(
             plain tensors.
     """
     if not isinstance(graph_module, GraphModule):
-        raise GraphError(f"a {type(graph_module).__name__}", "is no graph")
+        raise GraphError(f"a {type(graph_module).__name__}", "is not a graph")
     inputs = graph_module.graph.find_nodes(op="placeholder")
     name = f"the graph of {', '.join(node.name for node in inputs)}"
     if inputs and all(value_of(node) is None for node in inputs):
@@ -111,7 +111,7 @@ def apply_rules(graph_module: GraphModule, options: Options, within: str | None 
 
 
 def _bodies(graph_module: GraphModule) -> dict[GraphModule, str | None]:
-    """Of higher-order operators, such as activation checkpointing, and what these are within that forbids rewriting.
+    """Bodies of higher-order operators, such as checkpointing, and what they are within that forbids rewriting.
 
     Dynamo leaves bodies behind that it has inlined, which nothing reads.
     """

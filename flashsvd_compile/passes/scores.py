@@ -87,7 +87,7 @@ def _sdpa(call: Call, node: Node) -> Core | Obstacle:
         return unsupported(f"whether {node.name!r} is causal is decided at run time")
     factor = default_scale(q.node) if scale is None else number_of(scale)
     if factor is None:
-        return unsupported(f"the scale of {node.name!r} is no constant")
+        return unsupported(f"the scale of {node.name!r} is not a constant")
     mask = call.get("attn_mask")
     masks = () if mask is None else (Mask(mask),)
     return Core(q, k, v, masks, causal, factor, 0.0, example(node).dtype, result, (node,))

@@ -19,7 +19,7 @@ NOISE = 0.08
 SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
 SHARE_FOR_PRODUCTS = Fraction(1, 11)
-"""Of the input, what products of factors may take beside a workspace; what they take beyond it comes off that.
+"""Share of the input that products of factors may take beside a workspace; what they take beyond it comes off that.
 
 A region's peak is its input, its result, the workspace and those products: with the least workspace at most
 1 + 1 + 1/2 + 1/11 = 2.59 inputs; a 10th would leave no room for what an allocator rounds up (0.4 MiB measured). BERT's
@@ -208,7 +208,7 @@ def _offer(
 
 
 def _nothing_to_compute(shape: RegionShape, options: Options) -> Plan:
-    """Of a region without rows, by which formulas would divide."""
+    """The plan of a region without rows: the formulas would divide by their number."""
     return _choice(shape, [], sympy.S.Zero, sympy.S.Zero, options)
 
 

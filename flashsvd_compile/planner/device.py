@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 ODD_RANKS = 2.0
-"""Of a GPU's library; of odd numbers and large factors up to 6 (H200, 16384 rows), but Inductor pads some of these."""
+"""Factor on a GPU library's time at odd ranks; up to 6 at large factors (H200, 16384 rows), but Inductor pads some."""
 
 
 @dataclass(frozen=True)

@@ -104,11 +104,11 @@ def mlp_fused(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> s
 
 
 SHARE_FOR_PARTIAL_SUMS = Fraction(3, 5)
-"""Of the input, what partial sums may take beside the result."""
+"""Share of the input that partial sums may take beside the result."""
 
 
 SPLIT_COLUMNS = 64
-"""Of the hidden layer, that a partial sum is of at least."""
+"""Least columns of the hidden layer that a partial sum is of."""
 
 
 def partial_sums(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:
@@ -124,7 +124,7 @@ def partial_sums(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -
 
 
 SINGLE_COLUMNS = 768
-"""Of the hidden layer, that a GPU computes at a time in float32, so that many rows fit a workspace."""
+"""Columns of a float32 hidden layer that a GPU computes at a time, so that many rows fit a workspace."""
 
 
 def mlp_streamed(shape: MlpShape, device: Device, workspace_bytes: sympy.Expr) -> sympy.Expr:

@@ -28,9 +28,9 @@ LARGE_BLOCKS = 0.8
 """Factor on the projections' time where rows occupy the chip by blocks of 128, or queries come with keys and values
 (H100, ranks 64 to 256: 0.94 to 1.02 of what is measured)."""
 LARGE_ROWS = 128
-"""Of such a block."""
+"""Rows of such a block."""
 LARGE_SHARE = 0.75
-"""Of the processors that such blocks occupy at least."""
+"""Least share of the processors that such blocks occupy."""
 CHUNKED_PROJECTIONS = 1.12
 """Factor on the projections' time where they come in chunks, without kernels in Gluon, and their rank is high (H100,
 256 to 384)."""
@@ -39,18 +39,18 @@ FULL_CHUNK = 4096 * 1536
 (H100, rank 192, 32x512 and 8x2048); where launches overlap 1 to 3 us, and a quarter of it 9 (16x256: 40 us in one
 chunk, 68 in four)."""
 CAUSAL_SHARE = 0.55
-"""Of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
+"""Share of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
 CAUSAL_TAIL = 6.5e-9
 """Seconds a key: each chunk of causal attention ends with programs whose queries see all keys, the others idle (H100:
 7 us a chunk at 512 keys, 17 at 2048, 55 at 8192)."""
 LONG_KEYS = 2048
-"""From which on our attention to heads of 64 is by three warpgroups that share a block of keys, unless it is causal."""
+"""Least keys with which three warpgroups share a block of them in our attention to heads of 64, unless it is causal."""
 LONG_ATTENTION = 0.92
 """Factor on its time (H200: 0.90 to 0.96)."""
 TILE_ROWS = 192
 """Queries of three warpgroups."""
 EVEN_SHARE = 0.9
-"""Of the rounds that such tiles take of the chip: where they fill less, smaller tiles are as fast, and taken."""
+"""Least share of their rounds of the chip that such tiles fill; below it smaller tiles are as fast, and taken."""
 UNEVEN_HEADS = 2
 """Factor on attention to heads that a GPU must round up, as it reads them without descriptors: 1.5 measured for 12 key
 heads of 40 or 48, 2.6 and 3.5 for one of 40 or 72 (H100, 32x512)."""

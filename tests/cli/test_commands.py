@@ -138,7 +138,7 @@ class TestCompress:
     @pytest.mark.parametrize("out", ["file", "file/below"])
     def test_no_folder_can_be_made(self, folder: Path, tmp_path: Path, out: str):
         (tmp_path / "file").write_text("")
-        assert "is no folder that can be made" in refused("compress", folder, tmp_path / out)
+        assert "cannot be made a folder" in refused("compress", folder, tmp_path / out)
 
     def test_factored_model(self, folder: Path, tmp_path: Path):
         run("compress", folder, tmp_path / "small")
@@ -172,8 +172,8 @@ class TestCompress:
         ("{", "is not a valid JSON file"),
         ('{"model_type": "nothing_known"}', "`nothing_known`"),
         ('{"model_type": "bert", "hidden_size": "wide"}', "'hidden_size' expected int"),
-        ('{"model_type": "bert", "architectures": ["BertConfig"]}', "'BertConfig' is no model"),
-        ('{"model_type": "bert", "architectures": ["pipeline"]}', "'pipeline' is no model"),
+        ('{"model_type": "bert", "architectures": ["BertConfig"]}', "'BertConfig' is not a model"),
+        ('{"model_type": "bert", "architectures": ["pipeline"]}', "'pipeline' is not a model"),
         ('{"model_type": "bert"}', "no file named model.safetensors"),
     ],
 )
@@ -234,7 +234,7 @@ def test_bench_refuses_a_record_it_cannot_write_before_it_measures(
 ):
     monkeypatch.setattr(bench, "compare", lambda *_, **__: pytest.fail("measured"))
     output = refused("bench", folder, "--record", tmp_path / record)
-    assert ("is no folder that can be written to" if record != "dense" else "is a directory") in output
+    assert ("is not a folder that can be written to" if record != "dense" else "is a directory") in output
 
 
 def test_comparison(bert: BertModel):

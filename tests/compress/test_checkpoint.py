@@ -123,8 +123,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("layers", "message"),
         [
-            (None, "flashsvd_layers of its metadata is no JSON"),
-            ("{", "flashsvd_layers of its metadata is no JSON"),
+            (None, "flashsvd_layers of its metadata is not JSON"),
+            ("{", "flashsvd_layers of its metadata is not JSON"),
             ("[]", r"is \[\], expected layers by name"),
             ({"0": 3}, "layer '0' is 3, expected a shape"),
             ({"0": {}}, r"layer '0' is {}, expected a shape such as {'in_features"),

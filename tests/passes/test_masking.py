@@ -236,7 +236,7 @@ def test_half_floats_are_too_narrow_for_rows_that_may_be_masked_completely(mask_
 def test_the_report_says_why_a_mask_stays_a_tensor():
     result = run(lambda s, m: s.masked_fill(~m, INF), RANDOM)
     assert "its mask stays a tensor: " in result.report.matches[0].reason
-    assert result.report.matches[0].reason.endswith("is no vector over the keys")
+    assert result.report.matches[0].reason.endswith("is not a vector over the keys")
     result = run(lambda s, m: s + m, tensor(LENGTH, LENGTH))
     assert result.report.matches[0].reason.endswith("; its mask stays a tensor: no rule explains the mask's values")
     structured = run(lambda s: s.masked_fill(~causal(), INF))
