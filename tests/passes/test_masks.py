@@ -350,7 +350,7 @@ def test_documents_of_fewer_queries_than_keys_stay_a_mask(query, padding):
         batch, q, kv = indices(query)
         return documents[batch, q] == documents[batch, kv]
 
-    left_as_it_is(static(mask, query[:, :, :5], padding), "no documents")
+    left_as_it_is(static(mask, query[:, :, :5], padding), "not documents")
 
 
 def test_documents_of_another_order_stay_a_mask(query, padding):
@@ -358,14 +358,14 @@ def test_documents_of_another_order_stay_a_mask(query, padding):
         batch, q, kv = indices(query)
         return documents[batch, LENGTH - 1 - q] == documents[batch, kv]
 
-    left_as_it_is(static(mask, query, padding), "no vector over the keys")
+    left_as_it_is(static(mask, query, padding), "not a vector over the keys")
 
 
 def test_floats_that_are_equal_stay_a_mask(query):
     def mask(query, numbers):
         return (numbers[:, :, None] == numbers[:, None, :])[:, None]
 
-    left_as_it_is(static(mask, query, torch.rand(BATCH, LENGTH)), "no documents")
+    left_as_it_is(static(mask, query, torch.rand(BATCH, LENGTH)), "not documents")
 
 
 def test_documents_packed_in_two_ways_stay_a_mask(query, padding):
@@ -397,7 +397,7 @@ def test_a_disjunction_stays_a_mask(query, padding):
         batch, q, kv = indices(query)
         return (kv <= q) | padding.bool()[batch, kv]
 
-    left_as_it_is(static(mask, query, padding), "no vector over the keys")
+    left_as_it_is(static(mask, query, padding), "not a vector over the keys")
 
 
 def test_chunks_stay_a_mask(query):
@@ -412,7 +412,7 @@ def test_a_mask_over_queries_stays_a_mask(query, padding):
     def mask(query, padding):
         return padding.bool()[:, None, :, None].expand(-1, 1, -1, LENGTH)
 
-    left_as_it_is(static(mask, query, padding), "no vector over the keys")
+    left_as_it_is(static(mask, query, padding), "not a vector over the keys")
 
 
 def test_a_bias_stays_a_mask(query):
