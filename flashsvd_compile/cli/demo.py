@@ -9,7 +9,7 @@ from rich.table import Table
 
 from ..backend import last_report
 from ..errors import FlashSVDError
-from ..report import RewriteReport
+from ..report import RewriteReport, counted
 from . import minilm
 from .comparison import DENSE, EAGER, Measured, compare
 
@@ -74,5 +74,5 @@ def _table(rows: list[Measured], samples: int) -> Table:
 
 def _summary(report: RewriteReport) -> str:
     kinds = ", ".join(f"{report.count(kind)} {kind}" for kind in ("attention", "mlp", "linear"))
-    left_alone = "some" if report.refusals else "none"
+    left_alone = counted(len(report.refusals), "site")
     return f"Rewritten: {kinds} regions. Left alone: {left_alone}. --report lists them."

@@ -238,13 +238,13 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
     if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
         return _as_published(compiled, grid, template)
     no_scratch, no_hooks = (None, None), (None, None, None)
-    options: tuple = (launcher.launch_cooperative_grid, launcher.launch_pdl)
+    how = launcher.launch_cooperative_grid, launcher.launch_pdl
     one_for_all = hasattr(launcher, "kernel_signature")
     if one_for_all:
         taken = launcher.arg_annotations, launcher.kernel_signature
-        options += (compiled.packed_metadata, *no_hooks, *no_scratch, *taken)
+        options = (*how, compiled.packed_metadata, *no_hooks, *no_scratch, *taken)
     else:
-        options += (*no_scratch, compiled.packed_metadata, *no_hooks)
+        options = (*how, *no_scratch, compiled.packed_metadata, *no_hooks)
     of_descriptor = iter(metadata)
     alike: dict[str, Callable[[int], list]] = {}
     pieces, constants = [], []

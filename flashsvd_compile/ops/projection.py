@@ -13,7 +13,7 @@ T = TypeVar("T")
 class Projection(NamedTuple, Generic[T]):
     """``y = up(down(x) + down_bias) + up_bias``; without ``down`` a dense ``y = up(x) + up_bias``.
 
-    Generic over what stands for a tensor: ``torch.fx.Node`` in the passes, ``Tensor`` in the operators.
+    Generic over what stands for a tensor: ``passes.weights.Weight`` in the passes, ``Tensor`` in the operators.
 
     Attributes:
         down: ``[rank, in_features]``, any strides, or ``None`` for a dense projection.

@@ -1,4 +1,4 @@
-"""The only place that talks to torch.library.
+"""Defines the operators with torch.library; their gradients are registered in :mod:`.backward`.
 
 ``Library.define``/``impl`` costs 6 us a call where ``custom_op`` costs 11, which shows at batch 1.
 """

@@ -16,8 +16,9 @@ _IN_PLACE_OPERATORS = {
 } | {operator.setitem}
 _IN_PLACE_METHODS = {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
 _STATISTICS = ("running_mean", "running_var")
-"""What batch and instance norms update in training, whatever their schemas say, and their positions by function."""
+"""What batch and instance norms update in training, whatever their schemas say."""
 _NORMS = {functional.batch_norm: 1, functional.instance_norm: 1, torch.batch_norm: 3, torch.instance_norm: 3}
+"""Position of the first of them."""
 _EMBEDDINGS = (functional.embedding, functional.embedding_bag)
 """Their weight, the second argument, is overwritten where a fourth, ``max_norm``, bounds its rows."""
 _KNOWN_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math")
@@ -77,17 +78,15 @@ def _by_function(node: Node) -> list[Node]:
     if not known and isinstance(value_of(node), torch.Tensor | tuple | list):
         return node.all_input_nodes
     if function in _NORMS:
-        first = _NORMS[function]
-        return _nodes([*node.args[first : first + 2], *map(node.kwargs.get, _STATISTICS)])
+        place = _NORMS[function]
+        return _nodes([*node.args[place : place + 2], *map(node.kwargs.get, _STATISTICS)])
     if function in _EMBEDDINGS:
         bounded = node.kwargs.get("max_norm", *node.args[3:4]) is not None
         return _nodes([*node.args[1:2], node.kwargs.get("weight")]) if bounded else []
-    first = node.args[:1] or tuple(node.kwargs.values())  # which keyword is the first argument nothing says
-    if function in _IN_PLACE_OPERATORS:
-        return _nodes(first)
-    if _says_in_place(name) and function is not getattr(operator, name, None):  # operator.and_ is no write
-        return _nodes(first)
-    return _nodes(first if _asks_for_in_place(node) else [node.kwargs.get("out")])
+    named = _says_in_place(name) and function is not getattr(operator, name, None)  # operator.and_ is no write
+    if function in _IN_PLACE_OPERATORS or named or _asks_for_in_place(node):
+        return _nodes(node.args[:1] or node.kwargs.values())  # which keyword is the first argument nothing says
+    return _nodes([node.kwargs.get("out")])
 
 
 def _asks_for_in_place(node: Node) -> bool:

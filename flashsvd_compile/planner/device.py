@@ -84,6 +84,6 @@ _DEVICES["B200"] = replace(_ANY_GPU, max_fused_rank=384)
 def device_of(name: str) -> Device:
     """The ceilings of ``"cpu"`` or of a GPU by its name.
 
-    Of a GPU that was not measured, those of an H200 that leaves float32 to the library, and fuses what its kernels can.
+    Of a GPU that was not measured, those of an H200 that leaves float32 to the library; it has kernels for lower ranks.
     """
     return next((device for known, device in _DEVICES.items() if known in name), _ANY_GPU)

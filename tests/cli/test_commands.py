@@ -284,7 +284,7 @@ def test_demo_prints_its_table(monkeypatch: pytest.MonkeyPatch):
     output = run("demo", "--keep-ratio", "0.3")
     for name in (DENSE, EAGER, INDUCTOR, OURS):
         assert name in output
-    assert "Rewritten: 6 attention, 6 mlp, 0 linear regions. Left alone: none." in output
+    assert "Rewritten: 6 attention, 6 mlp, 0 linear regions. Left alone: 0 sites." in output
 
 
 def test_demo_names_a_mistake():

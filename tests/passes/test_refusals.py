@@ -375,6 +375,20 @@ def untouched(x):
     return x
 
 
+def assert_refused_with_a_write_between_its_factors(write, reason):
+    """A pair of factors between which ``write`` overwrites their input."""
+
+    def function(x, down, up):
+        h = linear(x, down)
+        write(x)
+        return linear(h, up)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [reason]
+    result.assert_same_result()
+
+
 @pytest.mark.parametrize(
     "write",
     [
@@ -390,15 +404,7 @@ def untouched(x):
     ],
 )
 def test_writes_in_every_spelling_and_functions_that_may_do_anything(write):
-    def function(x, down, up):
-        h = linear(x, down)
-        write(x)
-        return linear(h, up)
-
-    result = rewritten(function, X, DOWN, UP)
-    assert result.report.matches == []
-    assert result.reasons == [RefusalReason.MUTATED]
-    result.assert_same_result()
+    assert_refused_with_a_write_between_its_factors(write, RefusalReason.MUTATED)
 
 
 @pytest.mark.parametrize(
@@ -415,16 +421,7 @@ def test_writes_in_every_spelling_and_functions_that_may_do_anything(write):
 )
 def test_writes_by_functions_that_do_not_look_like_it(write):
     """Norms bounded in an embedding's weight, running statistics; here in a view of what the region reads."""
-
-    def function(x, down, up):
-        h = linear(x, down)
-        write(x)
-        return linear(h, up)
-
-    result = rewritten(function, X, DOWN, UP)
-    assert result.report.matches == []
-    assert result.reasons == [RefusalReason.ALIASED]
-    result.assert_same_result()
+    assert_refused_with_a_write_between_its_factors(write, RefusalReason.ALIASED)
 
 
 def test_lookups_of_tied_embeddings_are_no_writes():
