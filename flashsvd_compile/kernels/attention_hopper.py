@@ -50,15 +50,17 @@ def _over(columns):
 def _tile(index, work, padding, TILE: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr):
     """Item, head, first query, and first and last block of keys of a tile of so many queries.
 
-    Tiles of one item and head, which read the same keys, come in a row. Under causality the longest come first, of as
-    many heads ``together`` as have keys and values in the cache.
+    Tiles of one item and head, which read the same keys, come in a row. Under causality as many heads come ``together``
+    as have keys and values in the cache: their longest tiles first, and of every other such group the shortest.
     """
     item_heads, heads, together, q_len, kv_len = work
     tiles = gl.cdiv(q_len, TILE)
     if CAUSAL:
-        first_head = index // (tiles * together) * together
+        group = index // (tiles * together)
+        first_head = group * together
         beside = gl.minimum(together, item_heads - first_head)
         index -= first_head * tiles
+        index = gl.where(group % 2 == 0, index, tiles * beside - 1 - index)
         m = (tiles - 1 - index // beside) * TILE
         item_head = first_head + index % beside
         stop = gl.minimum(kv_len, m + TILE)
@@ -80,6 +82,20 @@ def _tile(index, work, padding, TILE: gl.constexpr, CAUSAL: gl.constexpr, PADDED
         begin = gl.where(sees, begin, behind)
         last = gl.where(sees, last, behind)
     return item, head, m, begin, last
+
+
+@gluon.jit
+def _tile_of(turn, first, programs):
+    """Which tile a program takes in its turn: every other round backwards, so that long tiles and short ones pair."""
+    return turn * programs + gl.where(turn % 2 == 0, first, programs - 1 - first)
+
+
+@gluon.jit
+def _turns(tiles):
+    """First tile of this program, programs, and how many turns it has."""
+    first, programs = gl.program_id(0), gl.num_programs(0)
+    rounds = tiles // programs
+    return first, programs, rounds + (_tile_of(rounds, first, programs) < tiles).to(gl.int32)
 
 
 @gluon.jit
@@ -153,12 +169,13 @@ def _produce(q, k, v, queries_ring, keys_ring, turns, work, padding, GROUP: gl.c
     TILE: gl.constexpr = ROWS * WARPGROUPS
     queries, q_full, q_empty = queries_ring
     ring, full, empty = keys_ring
-    first, tiles, programs = turns
+    first, programs, count = turns
     place = 0
     parity = 0
     q_place = 0
     q_parity = 0
-    for index in range(first, tiles, programs):
+    for turn in range(count):
+        index = _tile_of(turn, first, programs)
         item, head, m, begin, last = _tile(index, work, padding, TILE, CAUSAL, PADDED)
         mbarrier.wait(q_empty.index(q_place), q_parity ^ 1)
         mbarrier.expect(q_full.index(q_place), WARPGROUPS * q.block_type.nbytes)
@@ -282,14 +299,15 @@ def _consume(PART: gl.constexpr, out, strides, scale, queries_ring, keys_ring, t
     over_rows: gl.constexpr = gl.SliceLayout(1, _over(DIM))
     queries, q_full, q_empty = queries_ring
     ring, full, empty = keys_ring
-    first, tiles, programs = turns
+    first, programs, count = turns
     q_len, kv_len = work[3], work[4]
     no_scores = gl.zeros([ROWS, BLOCK], gl.float32, layout=over_keys)
     place = 0
     parity = 0
     q_place = 0
     q_parity = 0
-    for index in range(first, tiles, programs):
+    for turn in range(count):
+        index = _tile_of(turn, first, programs)
         item, head, m, begin, last = _tile(index, work, padding, ROWS * WARPGROUPS, CAUSAL, PADDED)
         m += PART * ROWS
         if PADDED:
@@ -343,14 +361,14 @@ def attention_hopper_kernel(
     q_len, kv_len, scale, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr,
     PLACES: gl.constexpr, WARPGROUPS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """As :func:`~.attention.attention_kernel`, every ``num_programs``-th tile of the queries of a head."""
+    """As :func:`~.attention.attention_kernel`, a tile of the queries of a head in each turn of a program."""
     of_queries: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], q.dtype)
     of_keys: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BLOCK, DIM], k.dtype)
     queries = gl.allocate_shared_memory(q.dtype, [WARPGROUPS * QUERY_PLACES, ROWS, DIM], of_queries)
     ring = gl.allocate_shared_memory(k.dtype, [PLACES, BLOCK, DIM], of_keys)
     queries_ring = (queries, barriers(QUERY_PLACES, 1), barriers(QUERY_PLACES, WARPGROUPS))
     keys_ring = (ring, barriers(PLACES, 1), barriers(PLACES, WARPGROUPS))
-    turns = (gl.program_id(0), tiles, gl.num_programs(0))
+    turns = _turns(tiles)
     work = (item_heads, heads, together, q_len, kv_len)
     padding = (key_padding, bounds, stride_pb, stride_p) if PADDED else ()
     strides = (stride_ob, stride_om)
