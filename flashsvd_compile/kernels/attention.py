@@ -161,10 +161,31 @@ def _attend(
 
 
 @triton.jit
+def _work_of(index, blocks, item_heads, together, CAUSAL: tl.constexpr):
+    """Which head of all items a program attends for, and which of the ``blocks`` of its queries.
+
+    Heads come one after the other, as the blocks of one read the same keys. Under causality the longest block of each
+    comes first, and the last heads come ``together``, their longest blocks before any shorter one: else the last one's
+    longest block would begin when nothing else is left for the chip.
+    """
+    head = index // blocks
+    block = index % blocks
+    if CAUSAL:
+        first = tl.maximum(item_heads - together, 0)
+        rest = index - first * blocks
+        if rest >= 0:
+            beside = item_heads - first
+            head = first + rest % beside
+            block = rest // beside
+        block = blocks - 1 - block
+    return head, block
+
+
+@triton.jit(do_not_specialize=["item_heads", "together"])
 def attention_kernel(
     q, k, v, out, key_padding, bounds,
     stride_qb, stride_qm, stride_kb, stride_k, stride_vb, stride_v, stride_ob, stride_om, stride_pb, stride_p,
-    q_len, kv_len, num_heads, scale,
+    q_len, kv_len, item_heads, num_heads, together, scale,
     GROUP: tl.constexpr, PADDED: tl.constexpr, WINDOW_LEFT: tl.constexpr, WINDOW_RIGHT: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
     VALUE_DIM: tl.constexpr, BLOCK_V: tl.constexpr, DESCRIPTOR: tl.constexpr, PRECISION: tl.constexpr,
@@ -175,11 +196,11 @@ def attention_kernel(
     q, k, v and out are ``[items, len, heads * dim]``. The softmax is taken in base 2: ``scale`` includes log2(e).
     """
     take_turn()
-    block = tl.program_id(0)
-    if WINDOW_RIGHT >= 0:
-        block = tl.num_programs(0) - 1 - block  # longest rows first
-    item = tl.program_id(1) // num_heads
-    head = tl.program_id(1) % num_heads
+    blocks = tl.cdiv(q_len, BLOCK_Q)
+    causal: tl.constexpr = WINDOW_RIGHT >= 0
+    item_head, block = _work_of(tl.program_id(0), blocks, item_heads, together, causal)
+    item = item_head // num_heads
+    head = item_head % num_heads
     m = block * BLOCK_Q
     queries = m + tl.arange(0, BLOCK_Q)
     head_k = (head // GROUP) * HEAD_DIM
@@ -252,6 +273,12 @@ EVEN_SHARE = 0.9
 fast or faster, by blocks of 64 queries and several programs a processor; at 0.97 this one (H200)."""
 
 
+CACHED_BYTES = 32 * 2**20
+"""Of keys and values, which stay in an L2 (H200: 50 MiB) while all their queries pass."""
+LAST_BLOCKS = 8
+"""Blocks of queries a processor that the last heads of causal attention have, whose longest blocks come first."""
+
+
 def is_specialised(target: Target, head_dim: int, value_dim: int, dtype: torch.dtype) -> bool:
     """Whether the kernel in Gluon takes heads of these sizes, padded or not."""
     return speaks_gluon(target) and head_dim == value_dim in SPECIALISED_ROWS and dtype.itemsize == 2
@@ -268,6 +295,12 @@ def is_faster_specialised(target: Target, q: Tensor, kv_len: int, window: tuple[
     tiles = triton.cdiv(q_len, rows) * items * heads
     in_rounds = rows * triton.cdiv(tiles, target.processors) * target.processors
     return window == (-1, -1) and q_len * items * heads >= EVEN_SHARE * in_rounds
+
+
+def heads_in_cache(k: Tensor, v: Tensor, heads: int) -> int:
+    """How many query heads' keys and values, ``[items, kv_len, kv_heads, dim]`` of so many, stay in a GPU's L2."""
+    head_bytes = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
+    return max(1, CACHED_BYTES * heads // k.shape[2] // head_bytes)
 
 
 def key_bounds(key_padding: Tensor) -> Tensor:
@@ -324,10 +357,11 @@ def attention(
     if descriptor:
         blocks = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
         tensors = [TensorDescriptor.from_tensor(t, [1, *block]) for t, block in zip(tensors, blocks, strict=True)]
-    grid = (triton.cdiv(q_len, tile.block_q), items * heads)
+    of_a_head = triton.cdiv(q_len, tile.block_q)
+    together = 1 if window_left >= 0 else min(heads_in_cache(k, v, heads), LAST_BLOCKS * target.processors // of_a_head)
     launch(
         attention_kernel,
-        grid,
+        (of_a_head * items * heads, 1),
         *tensors,
         out,
         *((key_padding, bounds) if key_padding is not None else (out, out)),
@@ -337,7 +371,9 @@ def attention(
         *(key_padding.stride() if key_padding is not None else (0, 0)),
         q_len,
         kv_len,
+        items * heads,
         heads,
+        together,
         scale * LOG2_E.value,
         GROUP=heads // kv_heads,
         PADDED=key_padding is not None,

@@ -19,7 +19,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from .activations import LOG2_E
-from .attention import SPECIALISED_ROWS
+from .attention import SPECIALISED_ROWS, heads_in_cache
 from .dialect import async_load, wait_for_threads
 from .launch import launch, take_turn
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
@@ -33,8 +33,6 @@ _BLOCK = 128
 _REGISTERS = {64: (128, 160), 128: (168, 240)}
 """Registers of a thread, by head size: when a program begins, and in a warpgroup that multiplies."""
 _QUERY_PLACES = 2
-_CACHED = 32 * 2**20
-"""Bytes of keys and values that stay in the cache while all their queries pass."""
 ROWS = gl.constexpr(_ROWS)
 BLOCK = gl.constexpr(_BLOCK)
 QUERY_PLACES = gl.constexpr(_QUERY_PLACES)
@@ -355,7 +353,7 @@ def _consume(PART: gl.constexpr, out, strides, scale, queries_ring, keys_ring, t
         gl.store(pointers + head * DIM + columns[None, :], acc.to(ring.dtype), mask=(rows < q_len)[:, None])
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tiles", "item_heads", "together"])
 def attention_hopper_kernel(
     q, k, v, out, key_padding, bounds, stride_ob, stride_om, stride_pb, stride_p, tiles, item_heads, together, heads,
     q_len, kv_len, scale, GROUP: gl.constexpr, DIM: gl.constexpr, CAUSAL: gl.constexpr, PADDED: gl.constexpr,
@@ -448,7 +446,7 @@ def attention_hopper(
         *(key_padding.stride() if key_padding is not None else (0, 0)),
         tiles,
         items * heads,
-        max(1, _CACHED * heads // kv_heads // (2 * kv_len * dim * q.element_size())),
+        heads_in_cache(k, v, heads),
         heads,
         q_len,
         kv_len,

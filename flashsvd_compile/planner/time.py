@@ -40,9 +40,9 @@ FULL_CHUNK = 4096 * 1536
 chunk, 68 in four)."""
 CAUSAL_SHARE = 0.55
 """Share of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
-CAUSAL_TAIL = 6.5e-9
-"""Seconds a key: each chunk of causal attention ends with programs whose queries see all keys, the others idle (H100:
-7 us a chunk at 512 keys, 17 at 2048, 55 at 8192)."""
+CAUSAL_LONGEST = 12e-9
+"""Seconds a key: what queries that see all keys take, and so each chunk of causal attention at least (H200, heads of
+64: 96 us for 8192 keys of three heads, which are half as much work)."""
 LONG_KEYS = 2048
 """Least keys with which three warpgroups share a block of them in our attention to heads of 64, unless it is causal."""
 LONG_ATTENTION = 0.92
@@ -149,7 +149,7 @@ def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: s
         projections *= _by_blocks(shape, device, workspace_bytes)
     elif limit is not None and max(map(shape.latent, shape.ranks)) > limit:
         projections *= CHUNKED_PROJECTIONS
-    core = _core(shape, device) * _of_long_attention(shape, device)
+    core = _core_by_chunks(shape, device, memory.attention_chunks(shape, device, workspace_bytes))
     return projections + core + _attention_launches(shape, workspace_bytes, device)
 
 
@@ -178,7 +178,7 @@ def attention_merged(
 ) -> sympy.Expr:
     """In chunks, with each pair of factors multiplied that costs more than its product; chunks as of ``merged``."""
     projections = _attention_projections(shape, device, _merged_projection)
-    core = _core(shape, device) * _of_long_attention(shape, device)
+    core = _core_by_chunks(shape, device, memory.attention_chunks(merged, device, workspace_bytes))
     products = sum(rank != merged.ranks[role] for role, rank in shape.ranks.items())
     launches = _attention_launches(merged, workspace_bytes, device) + products * device.launch_seconds
     return projections + core + launches
@@ -258,6 +258,14 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
+def _core_by_chunks(shape: AttentionShape, device: Device, cut: memory.Chunks) -> sympy.Expr:
+    """Attention's own time; a chunk of causal attention takes at least what queries that see all keys do."""
+    core = _core(shape, device) * _of_long_attention(shape, device)
+    if not shape.causal or not device.grows:
+        return core
+    return memory.maximum(core, CAUSAL_LONGEST * shape.kv_len * cut.number)
+
+
 def _of_long_attention(shape: AttentionShape, device: Device) -> sympy.Expr:
     """Factor on the time of attention: a kernel of large tiles takes it where keys are many and tiles come out even.
 
@@ -293,8 +301,7 @@ def _attention_launches(shape: AttentionShape, workspace_bytes: sympy.Expr, devi
         chunks, chunk = _chunks_beside_rank_space(shape, workspace_bytes), max(chunk, device.chunk_seconds)
     elif low_rank and device.specialised and not memory.is_short(shape):
         chunks, chunk = cut.number, device.launch_seconds * (3 * _underfilling(shape, cut) - 1) / 2
-    tails = CAUSAL_TAIL * shape.kv_len * (cut.number - 1) if shape.causal and device.grows else 0
-    return chunk * chunks + tails + device.launch_seconds * once
+    return chunk * chunks + device.launch_seconds * once
 
 
 def _underfilling(shape: AttentionShape, cut: memory.Chunks) -> sympy.Expr:
