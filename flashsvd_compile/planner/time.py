@@ -38,8 +38,8 @@ FULL_CHUNK = 4096 * 1536
 """Elements of keys and values that fill a GPU. A chunk of so many costs two launches, 3.5 us, a quarter of it 12 to 17
 (H100, rank 192, 32x512 and 8x2048); where launches overlap 1 to 3 us, and a quarter of it 9 (16x256: 40 us in one
 chunk, 68 in four)."""
-CAUSAL_SHARE = 0.55
-"""Share of the work of all keys: half of it, and what blocks on the diagonal do in vain (H100, 512 to 32768 keys)."""
+CAUSAL_SHARE = 0.525
+"""Share of the work of all keys: half of it, and what blocks on the diagonal do in vain (H200, 512 to 32768 keys)."""
 CAUSAL_LONGEST = 12e-9
 """Seconds a key: what queries that see all keys take, and so each chunk of causal attention at least (H200, heads of
 64: 96 us for 8192 keys of three heads, which are half as much work)."""
