@@ -1,6 +1,7 @@
 """``kernels.attention`` against PyTorch's attention with the mask spelled out."""
 
 from typing import NamedTuple
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashsvd_compile.kernels import attention
+from flashsvd_compile.kernels.launch import launch
 from tests.kernels.chips import INTERPRETED, running_on
 from tests.ops.accuracy import assert_within_error_rule
 from tests.ops.regions import padding, random
@@ -108,6 +110,17 @@ def test_padding_and_window(key_padding, window):
 def test_lengths(q_len, kv_len, chip):
     for window in WINDOWS.values():
         assert_right(Case(q_len=q_len, kv_len=kv_len, items=1, heads=1, kv_heads=1).tensors(), None, window, chip)
+
+
+@pytest.mark.parametrize(("last_blocks", "together"), [(0, 0), (1, 1), (2, 2), (4, 5), (9, 12)])
+def test_the_last_heads_of_causal_attention_come_together(last_blocks, together, monkeypatch):
+    """Six heads of three blocks of queries, for four processors: each block is computed, whichever heads mix."""
+    monkeypatch.setattr(attention, "LAST_BLOCKS", last_blocks)
+    case = Case(q_len=LENGTH, kv_len=LENGTH, heads=3, kv_heads=3)
+    with patch.object(attention, "launch", wraps=launch) as launched:
+        assert_right(case.tensors(), None, WINDOWS["causal"], "descriptors")
+    *_, item_heads, heads, of_last, _ = launched.call_args.args
+    assert (item_heads, heads, of_last) == (6, 3, together)
 
 
 @pytest.mark.parametrize("chip", INTERPRETED)
