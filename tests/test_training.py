@@ -73,6 +73,21 @@ def test_packed_projections_of_one_row_that_are_changed_in_place(inner):
     torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
 
 
+@pytest.mark.parametrize("inner", INNER)
+def test_a_frozen_region_that_adds_a_trained_residual_keeps_nothing_of_its_input(inner):
+    trained, frozen, x = pair(), mlp().requires_grad_(False), torch.randn(40, FEATURES)
+
+    def function(x):
+        constant = x.sin()
+        total = trained(x) + frozen(constant)
+        constant.mul_(2)
+        return total * constant
+
+    expected = gradients(function, trained, x)
+    torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
+    assert latest().count("mlp") == 1
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.SiLU()])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_compiled_module_within_a_checkpoint(activation, early_stop):

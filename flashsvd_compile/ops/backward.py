@@ -124,7 +124,7 @@ def differentiable(
         reference: its specification.
         cut: from the result's gradient and the operator's arguments to a :class:`Chunked` region.
         added: position of an argument that is added to the result. Its gradient is the result's; it is not saved, and
-            the backward operator gets ``None`` for it.
+            the backward operator gets ``None`` for it. Nothing is saved where no other gradient is wanted.
 
     Raises:
         TwiceDifferentiatedError: (in use) a gradient of the gradient is asked for.
@@ -149,7 +149,8 @@ def differentiable(
 
     def setup_context(ctx, inputs: tuple, output: Tensor) -> None:
         inputs = tuple(None if position == added else value for position, value in enumerate(inputs))
-        ctx.save_for_backward(*(value if isinstance(value, Tensor) else None for value in inputs))
+        recomputes = any(isinstance(value, Tensor) and value.requires_grad for value in inputs)
+        ctx.save_for_backward(*(value if recomputes and isinstance(value, Tensor) else None for value in inputs))
         ctx.others = [None if isinstance(value, Tensor) else value for value in inputs]
 
     def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
