@@ -88,6 +88,26 @@ def test_a_frozen_region_that_adds_a_trained_residual_keeps_nothing_of_its_input
     assert latest().count("mlp") == 1
 
 
+@pytest.mark.parametrize("inner", INNER)
+def test_a_teacher_of_a_few_rows_that_is_moved_after_its_student(inner):
+    """Their projections are not packed: the teacher's has no gradients, and nothing of it is kept for any."""
+    student, teacher, x = pair(), pair().requires_grad_(False), torch.randn(3, FEATURES)
+
+    def function(x):
+        results = student(x), teacher(x)
+        teacher[1].weight.mul_(1)  # pyright: ignore
+        return results
+
+    def product(results):
+        return results[0].sin() * results[1].cos()
+
+    fast = compiled(function, inner)
+    assert [result.requires_grad for result in fast(x)] == [True, False]
+    expected = gradients(lambda x: product(function(x)), student, x)
+    torch.testing.assert_close(gradients(lambda x: product(fast(x)), student, x), expected)
+    assert latest().count("linear") == 2
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.SiLU()])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_compiled_module_within_a_checkpoint(activation, early_stop):

@@ -44,11 +44,14 @@ def pack_projections(graph: Graph) -> None:
 
 
 def _groups(order: Order) -> list[list[Node]]:
-    """Projections of the same few rows, between which nothing is overwritten and no mode is switched."""
+    """Projections of the same few rows, between which nothing is overwritten and no mode is switched; with gradients or
+    without, as one call has them for all of its result and keeps every factor for them.
+    """
     barriers = sorted(order.position[node] for node in (*order.writers, *order.switches))
 
-    def stretch(node: Node) -> tuple[int, int]:
-        return bisect(barriers, order.position[node]), order.position[node.kwargs["x"]]  # pyright: ignore
+    def stretch(node: Node) -> tuple[int, int, bool]:
+        x = order.position[node.kwargs["x"]]  # pyright: ignore
+        return bisect(barriers, order.position[node]), x, requires_grad(node)
 
     found = [node for node in order.position if node.target is ops.linear and _of_few_rows(node)]
     return [list(group) for _, group in groupby(sorted(found, key=stretch), key=stretch)]
