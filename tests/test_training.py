@@ -108,6 +108,23 @@ def test_a_teacher_of_a_few_rows_that_is_moved_after_its_student(inner):
     assert latest().count("linear") == 2
 
 
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("overwritten", ["input", "weight"])
+def test_a_norm_without_gradients_that_is_overwritten_behind_a_trained_region(inner, overwritten):
+    """The region's gradients need the norm's result; with the norm in it, it would keep what that was computed from."""
+    trained, norm, x = mlp(), nn.LayerNorm(FEATURES).requires_grad_(False), torch.randn(40, FEATURES)
+
+    def function(x):
+        stream = x.sin()
+        total = stream + trained(norm(stream))
+        (stream if overwritten == "input" else norm.weight).mul_(1)
+        return total * stream
+
+    expected = gradients(function, trained, x)
+    torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
+    assert latest().count("mlp") == 1
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.SiLU()])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_compiled_module_within_a_checkpoint(activation, early_stop):

@@ -34,7 +34,8 @@ from .norms import Norm, read_norm
 from .order import Order
 from .region import Deferred, chip_of, in_schema_order, is_on_gpu, rows_of
 from .residual import OPERATORS, has_kernel_for_few_rows, interrupted, taking_more
-from .values import tensor_of, value_of
+from .safety import overwritten_behind
+from .values import requires_grad, tensor_of, value_of
 from .views import layout_of_rows
 
 KIND, WEIGHT, BIAS, EPS, _ = argument_names("x")
@@ -93,6 +94,8 @@ def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options:
         return
     if not _in_one_dtype(norm) or interrupted([*norm.nodes, node], order):
         return
+    if requires_grad(node) and overwritten_behind(node, [norm.source, *_leaves(norm)], order):
+        return  # gradients need the norm's result, and the call would keep what it is a norm of
     target, arguments = taking_more(node)
     with graph.inserting_before(node):
         weight, bias = (v.build(graph) if isinstance(v, Deferred) else v for v in (norm.weight, norm.bias))
@@ -114,11 +117,15 @@ def _norm_of(node: Node) -> Norm | None:
 def _in_one_dtype(norm: Norm) -> bool:
     """Whether weight and bias are of the stream's dtype, and the library has this norm."""
     stream = tensor_of(norm.source)
-    vectors = [vector for vector in (norm.weight, norm.bias) if vector is not None]
-    leaves = [leaf for v in vectors for leaf in (v.leaves if isinstance(v, Deferred) else (v,))]
-    values = [tensor_of(leaf) for leaf in leaves]
+    values = [tensor_of(leaf) for leaf in _leaves(norm)]
     alike = stream is not None and all(value is not None and value.dtype == stream.dtype for value in values)
     return alike and (norm.kind == "layer" or norm.bias is None)
+
+
+def _leaves(norm: Norm) -> list[Node]:
+    """What weight and bias are read from."""
+    vectors = [vector for vector in (norm.weight, norm.bias) if vector is not None]
+    return [leaf for v in vectors for leaf in (v.leaves if isinstance(v, Deferred) else (v,))]
 
 
 def _larger(graph: Graph, workspace_bytes: object, stream: Node) -> object:

@@ -168,13 +168,22 @@ def mutation_before_gradients(region: Region, order: Order) -> Obstacle | None:
     """
     if not order.gradients_at(region.output) or not any(map(requires_grad, region.reads)):
         return None
-    for node in order.writers:
-        if order.position[node] > order.position[region.output]:
-            for written in mutated_arguments(node):
-                alias = _alias_among(region.reads, written)
+    found = overwritten_behind(region.output, region.reads, order)
+    if found is None:
+        return None
+    writer, written = found
+    sentence = f"{writer.name!r} overwrites {written.name!r}, which gradients would be computed from"
+    return Obstacle(RefusalReason.MUTATED, sentence)
+
+
+def overwritten_behind(node: Node, reads: Sequence[Node], order: Order) -> tuple[Node, Node] | None:
+    """The first write behind ``node`` to the memory of one of ``reads``, and which of them that is."""
+    for writer in order.writers:
+        if order.position[writer] > order.position[node]:
+            for written in mutated_arguments(writer):
+                alias = _alias_among(reads, written)
                 if alias is not None:
-                    sentence = f"{node.name!r} overwrites {alias.name!r}, which gradients would be computed from"
-                    return Obstacle(RefusalReason.MUTATED, sentence)
+                    return writer, alias
     return None
 
 
