@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -122,10 +121,22 @@ def _show(debug: bool | Path, before: str, after: str, report: RewriteReport) ->
         rich_print(report)
         return
     try:
-        directory = next(d for number in count() if not (d := debug / f"graph_{number}").exists())
-        directory.mkdir(parents=True)
+        directory = _new_folder(debug)
         (directory / "before.py").write_text(before)
         (directory / "after.py").write_text(after)
         (directory / "report.txt").write_text(f"{report}\n")
     except OSError as error:
         raise InvalidOptionError("debug", str(debug), "True, False or a directory that can be written") from error
+
+
+def _new_folder(debug: Path) -> Path:
+    """The first ``graph_N`` that is not there yet, made. Processes that compile at once may share the directory."""
+    number = 0
+    while True:
+        folder = debug / f"graph_{number}"
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            number += 1
+        else:
+            return folder

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -444,6 +445,16 @@ def test_debug_writes_a_directory_per_graph(block, tmp_path):
     assert "scaled_dot_product_attention" in (tmp_path / "graph_0" / "before.py").read_text()
     assert "flashsvd.attention_v5" in (tmp_path / "graph_1" / "after.py").read_text()
     assert "2 regions rewritten" in (tmp_path / "graph_1" / "report.txt").read_text()
+
+
+def test_processes_that_compile_at_once_may_write_to_one_directory(block, tmp_path, monkeypatch):
+    """Each finds that no folder is there, and makes one."""
+    monkeypatch.setattr(Path, "exists", lambda path: False)
+    with torch.no_grad():
+        for _ in range(2):
+            torch.compiler.reset()
+            compiled(block[0], debug=tmp_path)(sample())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["graph_0", "graph_1"]
 
 
 def test_the_log_shows_the_passes_at_work(block, caplog):
