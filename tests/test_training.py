@@ -125,6 +125,33 @@ def test_a_norm_without_gradients_that_is_overwritten_behind_a_trained_region(in
     assert latest().count("mlp") == 1
 
 
+class Clamp(nn.Module):
+    """ReLU by its values; at 0 its slope is 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_gradients_that_are_on_in_a_graph_that_begins_without_them(inner):
+    """As in a closure of an optimizer. All that is hidden is 0 in the first row."""
+    model, x = mlp(Clamp()), torch.randn(5, FEATURES)
+    model[1].bias.detach().zero_()  # pyright: ignore
+    x[0] = 0
+
+    def function(x):
+        with torch.enable_grad():
+            return model(x)
+
+    def found(function):
+        with torch.no_grad():
+            result = function(x)
+        return torch.autograd.grad(result.exp().sum(), list(model.parameters()))
+
+    torch.testing.assert_close(found(compiled(function, inner)), found(function))
+    assert latest().count("mlp") == 0
+
+
 @pytest.mark.parametrize("activation", [nn.GELU(), nn.ReLU(), nn.SiLU()])
 @pytest.mark.parametrize("early_stop", [False, True])
 def test_a_compiled_module_within_a_checkpoint(activation, early_stop):

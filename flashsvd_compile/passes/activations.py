@@ -219,7 +219,7 @@ def _has_the_slope_at_zero(chain: Elementwise, activated: Node, name: str | None
     There ``clamp(min=0)`` has 1 and ``(x + x.abs()) / 2`` a half where ``relu`` has 0, and all that is padded may be 0.
     """
     tensor = tensor_of(activated)
-    if name is None or tensor is None or not (torch.is_grad_enabled() and tensor.requires_grad):
+    if name is None or tensor is None or not tensor.requires_grad:
         return True
     with unset_fake_temporarily(), torch.enable_grad(), _without_saved_tensors_hooks():
         zero = torch.zeros(1, dtype=torch.float64, device="cpu", requires_grad=True)
