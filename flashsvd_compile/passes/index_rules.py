@@ -85,7 +85,8 @@ def _arange(algebra: Reader, node: Node, call: Call) -> Value | None:
     if _dtype(node) not in (torch.int32, torch.int64):
         return None
     bounds = [algebra.read_operand(bound, node) for bound in call["range"]]
-    start = bounds[0] if len(bounds) > 1 else algebra.read_operand(call.get("start", 0), node)
+    begins = len(bounds) > 1 or "end" in call.arguments  # arange(2, end=10)
+    start = bounds[0] if bounds and begins else algebra.read_operand(call.get("start", 0), node)
     step = bounds[2] if len(bounds) > 2 else algebra.read_operand(call.get("step", 1), node)
     (size,) = shape_of(node) or (None,)
     if not isinstance(start, sympy.Expr) or not isinstance(step, sympy.Expr) or size is None:

@@ -139,6 +139,14 @@ def test_a_distance_is_a_window_on_both_sides(capture, query):
     understood(capture(mask, query), left=2, right=2)
 
 
+def test_positions_that_are_given_an_end_by_keyword(query):
+    def mask(query):
+        q = torch.arange(2, end=LENGTH + 2)
+        return torch.arange(LENGTH)[None, :] <= q[:, None]
+
+    understood(static(mask, query), right=2)
+
+
 def test_a_window_wider_than_the_keys_vanishes(query):
     def mask(query):
         _, q, kv = indices(query)
