@@ -138,5 +138,5 @@ def _strides(tensor: Tensor) -> list[sympy.Expr | None]:
 
 def interrupted(nodes: list[Node], order: Order) -> bool:
     """Whether anything is overwritten or a mode switched where the call would move past it, or by the sum itself."""
-    first, last = order.position[nodes[0]], order.position[nodes[-1]]
+    first, last = min(order.position[node] for node in nodes), order.position[nodes[-1]]
     return any(first < order.position[node] <= last for node in (*order.writers, *order.switches))

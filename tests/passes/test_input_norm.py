@@ -106,7 +106,17 @@ def overwritten(x, a, b, c, d, weight):
     return x + mlp(normed, a, b, c, d)
 
 
-@pytest.mark.parametrize("block", [used_again, other_residual, no_residual, over_rows, of_halves, no_norm, overwritten])
+def overwritten_between_statistics(x, a, b, c, d, weight):
+    variance = x.var(-1, unbiased=False, keepdim=True)
+    x.mul_(2)
+    return x + mlp((x - x.mean(-1, keepdim=True)) / torch.sqrt(variance + 1e-5) * weight, a, b, c, d)
+
+
+KEPT = used_again, other_residual, no_residual, over_rows, of_halves, no_norm, overwritten
+KEPT += (overwritten_between_statistics,)
+
+
+@pytest.mark.parametrize("block", KEPT)
 def test_kept(block):
     result = rewritten(block, X, *MLP, WEIGHT)
     assert absorbed(result) == []
