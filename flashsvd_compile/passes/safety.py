@@ -19,7 +19,7 @@ from .factored import Obstacle
 from .mutation import mutated_arguments
 from .order import Order
 from .region import Region
-from .values import example, requires_grad, size_of, storage_of, tensor_of
+from .values import example, requires_grad, share_memory, size_of, storage_of, tensor_of
 from .vocabulary import live_dropout
 from .weights import is_weight
 
@@ -101,7 +101,7 @@ def autocast_of_weights(region: Region, order: Order) -> Obstacle | None:
     """Weights that were computed under another autocast: what they are computed from would be rounded before."""
     here = order.autocast_at(region.output)
     for node in _computed_weights(region):
-        is_view = any(storage_of(node) == storage_of(source) for source in node.all_input_nodes)
+        is_view = any(share_memory(node, source) for source in node.all_input_nodes)
         if not is_view and order.autocast_at(node) != here:
             sentence = f"{node.name!r} and {region.output.name!r} are computed under different autocasts"
             return Obstacle(RefusalReason.MODE_CHANGED, sentence)

@@ -62,6 +62,12 @@ def storage_of(node: Node) -> StorageWeakRef | None:
     return node.meta.get(STORAGE) or StorageWeakRef(tensor.untyped_storage())
 
 
+def share_memory(node: Node, other: Node) -> bool:
+    """Whether two nodes' tensors are known to be in one memory; of what is no tensor nothing is known."""
+    memory, others = storage_of(node), storage_of(other)
+    return memory is not None and others is not None and memory == others
+
+
 def size_of(size: int | torch.SymInt) -> sympy.Expr:
     """A size as a sympy expression."""
     return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)

@@ -86,6 +86,8 @@ SPELLINGS = {
         lambda x, d, db, s, u, b: linear(linear(x, d, db) * s, u, b), X3, DOWN, DOWN_BIAS, DIAGONAL, UP, BIAS,
     ),
     "a number in between": (lambda x, down, up: linear(linear(x, down) * 0.5, up), X3, DOWN, UP),
+    "chunk of a packed factor": (lambda x, p, u: linear(linear(x, p.chunk(2)[1]), u), X3, tensor(2 * RANK, IN), UP),
+    "part of a packed factor": (lambda x, p, u: linear(linear(x, p.split(RANK)[0]), u), X3, tensor(2 * RANK, IN), UP),
     "product of the weights": (lambda x, up, down: linear(x, up @ down), X3, UP, DOWN),
     "product of the weights, bias": (lambda x, up, down, b: linear(x, torch.mm(up, down), b), X3, UP, DOWN, BIAS),
     "matmul by a product": (lambda x, u, v: x @ (u @ v), X3, U, V),
