@@ -12,7 +12,8 @@ from torch.nn import functional
 from .values import value_of
 
 _IN_PLACE_OPERATORS = {
-    getattr(operator, name) for name in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "ixor", "ifloordiv")
+    getattr(operator, f"i{name}")
+    for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor", "lshift", "rshift")
 } | {operator.setitem}
 _IN_PLACE_METHODS = {f"__{function.__name__}__" for function in _IN_PLACE_OPERATORS}
 _STATISTICS = ("running_mean", "running_var")

@@ -399,6 +399,7 @@ def assert_refused_with_a_write_between_its_factors(write, reason):
         lambda x: torch.ops.aten.mul_.Tensor(x, 2.0),
         lambda x: torch.ops.aten.mul_(x, 2.0),
         lambda x: call(untouched, x),
+        lambda x: call(operator.imod, x, 0.5),
         lambda x: functional.relu(input=x, inplace=True),
         lambda x: torch.clamp_(input=x, min=0.5),
     ],
