@@ -29,7 +29,7 @@ from .region import Region, module_of
 from .residual import absorb_residuals
 from .safety import obstacle_to
 from .transforms import NESTED_REGION, TRANSFORM, transformed_pairs
-from .values import STORAGE, requires_grad, shape_of, storage_of, tensor_of, value_of
+from .values import STORAGE, is_same_tensor, requires_grad, shape_of, storage_of, tensor_of, value_of
 
 logger = logging.getLogger(__name__)
 
@@ -244,10 +244,12 @@ def follow_in_place_results(graph: Graph) -> None:
     ``y.add_(b)`` returns ``y`` itself, so the graph computes the same; but the flow of data becomes visible::
 
         y = linear(x, w); y.add_(b); z = gelu(y)        ->        y = linear(x, w); y1 = y.add_(b); z = gelu(y1)
+
+    What may overwrite ``y`` but returns another tensor, as functions of other libraries do, is not read instead.
     """
     order = {node: position for position, node in enumerate(graph.nodes)}
     for node in order:
         for written in mutated_arguments(node):
-            returned = node.args[:1] == (written,) and tensor_of(node) is not None
+            returned = node.args[:1] == (written,) and is_same_tensor(node, written)
             if returned and written.op != "placeholder":
                 written.replace_all_uses_with(node, delete_user_cb=lambda user, node=node: order[user] > order[node])

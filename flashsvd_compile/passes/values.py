@@ -68,6 +68,16 @@ def share_memory(node: Node, other: Node) -> bool:
     return memory is not None and others is not None and memory == others
 
 
+def is_same_tensor(node: Node, other: Node) -> bool:
+    """Whether two nodes hold the same elements of one memory in the same order."""
+    return share_memory(node, other) and _layout(example(node)) == _layout(example(other))
+
+
+def _layout(tensor: torch.Tensor) -> tuple:
+    sizes = tuple(map(size_of, (*tensor.shape, *tensor.stride(), tensor.storage_offset())))
+    return tensor.dtype, sizes
+
+
 def size_of(size: int | torch.SymInt) -> sympy.Expr:
     """A size as a sympy expression."""
     return sympy.sympify(size.node.expr if isinstance(size, torch.SymInt) else size)

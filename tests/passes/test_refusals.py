@@ -425,6 +425,20 @@ def test_writes_by_functions_that_do_not_look_like_it(write):
     assert_refused_with_a_write_between_its_factors(write, RefusalReason.ALIASED)
 
 
+def doubled(x):
+    return x * 2
+
+
+def test_what_a_function_that_may_do_anything_returns_is_not_read_instead_of_its_argument():
+    def function(x, down, up):
+        moved = x + 1
+        return call(doubled, moved), linear(linear(moved, down), up)
+
+    result = rewritten(function, X, DOWN, UP)
+    assert result.count("linear") == 1
+    result.assert_same_result()
+
+
 def test_lookups_of_tied_embeddings_are_no_writes():
     """Without a bound of their norms."""
 
