@@ -20,6 +20,7 @@ from ..report import RefusalReason
 from .emit import emit
 from .factored import Obstacle
 from .masks import MaskReading, ReadMask, level_of
+from .mutation import mutated_arguments
 from .region import Deferred
 from .values import example, number_of, shape_of, tensor_of
 from .vocabulary import read
@@ -98,11 +99,14 @@ def read_floor(node: Node) -> Node | None:
 
 
 def _number(value: object) -> float | None:
-    """A number, also one held by a tensor of no dimension that the graph makes."""
+    """A number, also one held by a tensor of no dimension that the graph makes and does not write to."""
     number = number_of(value)
     call = read(value) if number is None else None
     if call is None or shape_of(value) != ():
         return number
+    assert isinstance(value, Node)
+    if any(value in mutated_arguments(user) for user in value.users):
+        return None
     return number_of(call.get("fill_value", call.get("data")))
 
 

@@ -1,5 +1,7 @@
 """Every way to mask scores reaches the operator as what it means, or costs the region."""
 
+import operator
+
 import pytest
 import torch
 from torch.nn import functional
@@ -8,7 +10,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 from flashsvd_compile import RefusalReason
 from tests.ops.accuracy import assert_within_error_rule
 
-from .builder import rewritten, tensor
+from .builder import call, rewritten, tensor
 
 BATCH, LENGTH, HEADS, DIM = 2, 6, 4, 8
 WIDTH = HEADS * DIM
@@ -172,7 +174,14 @@ def test_a_bias_on_raised_scores_that_are_raised_no_more():
     result.assert_same_result()
 
 
+def filled_with_an_overwritten_number(scores):
+    fill = torch.tensor(-1e9)
+    call(operator.setitem, fill, ..., -1.0)
+    return scores.masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), fill)
+
+
 NOT_UNDERSTOOD = {
+    "a fill that was overwritten": (RefusalReason.UNSUPPORTED_ATTENTION, filled_with_an_overwritten_number),
     "a fill that is not low": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s.masked_fill(m, -5.0), ~RANDOM),
     "rows that -1e9 may fill": (RefusalReason.UNKNOWN_MASK, lambda s, m: s.masked_fill(m, -1e9), ~RANDOM),
     "a condition added": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s + m, RANDOM),
