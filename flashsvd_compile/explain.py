@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_leaves
 
+from .errors import ModelError
 from .options import Options
 from .passes import apply_rules
 from .report import RewriteReport
@@ -28,8 +29,11 @@ def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None 
 
     Raises:
         UnknownOptionError, InvalidOptionError: bad options.
+        ModelError: the model cannot be called.
     """
     parsed = Options.parse(options)
+    if not callable(model):
+        raise ModelError(model)
     report = RewriteReport()
 
     def trace_only(graph_module: GraphModule, example_inputs: list[Any]):

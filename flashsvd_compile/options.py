@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
 from enum import StrEnum
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,7 @@ def _debug(value: Any) -> bool | Path:
 
 def _one_of(key: str, valid: tuple[str, ...]):
     def check(value: Any) -> str:
-        if value not in valid:
+        if not isinstance(value, str) or value not in valid:
             raise InvalidOptionError(key, value, ", ".join(map(repr, valid)))
         return str(value)
 
@@ -115,15 +116,17 @@ def _mode(value: Any) -> str | None:
     from torch._inductor import list_mode_options  # here: it loads all of Inductor
 
     valid = tuple(dict.fromkeys(("default", *list_mode_options())))
-    if value not in valid:
+    if not isinstance(value, str) or value not in valid:
         raise InvalidOptionError("mode", value, ", ".join(map(repr, valid)))
     return None if value == "default" else value
 
 
 def _memory_budget(value: Any) -> int | None:
-    if value is None or (isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**63):
-        return value
-    raise InvalidOptionError("memory_budget", value, "a positive number of bytes below 2**63, or None")
+    if value is None:
+        return None
+    if isinstance(value, Integral) and not isinstance(value, bool) and 0 < int(value) < 2**63:
+        return int(value)
+    raise InvalidOptionError("memory_budget", value, "a positive integer number of bytes below 2**63, or None")
 
 
 def _autotune(value: Any) -> bool:

@@ -32,7 +32,7 @@ from flashsvd_compile import (
     last_report,
     rewrite,
 )
-from flashsvd_compile.errors import GraphError
+from flashsvd_compile.errors import GraphError, ModelError
 
 FEATURES, WIDTH, RANK, HEADS = 32, 64, 6, 4
 
@@ -411,8 +411,14 @@ def test_options_as_an_object(block):
         assert explain(block, sample(), options=Options(disable=frozenset({"mlp"}))).count("mlp") == 0
 
 
+@pytest.mark.parametrize("model", [None, "bert"])
+def test_what_cannot_be_called_is_not_explained(model):
+    with pytest.raises(ModelError, match=f"the model must be a module or a function, not {model!r}"):
+        explain(model, sample())
+
+
 def test_what_cannot_be_rewritten_is_named(block):
-    with pytest.raises(GraphError, match="a Sequential is not a graph"):
+    with pytest.raises(GraphError, match=r"an object of type Sequential is not a graph; .* graph_module of a program"):
         rewrite(block)
     with pytest.raises(GraphError, match="the graph of x carries no example values"):
         rewrite(torch.fx.symbolic_trace(LowRank(FEATURES, WIDTH)))

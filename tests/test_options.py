@@ -1,13 +1,21 @@
 """Options are validated once, and a mistake is answered with what would have been right."""
 
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from flashsvd_compile.backend import flashsvd
-from flashsvd_compile.errors import FlashSVDError, InvalidOptionError, UnknownOptionError
+from flashsvd_compile.errors import (
+    FlashSVDError,
+    InvalidOptionError,
+    ShapeError,
+    TwiceDifferentiatedError,
+    UnknownOptionError,
+)
 from flashsvd_compile.options import Options
 
 
@@ -75,9 +83,11 @@ def test_an_unknown_option_lists_the_known_ones():
         ({"disable": [{}]}, "attention, mlp, linear"),
         ({"debug": 3}, "True, False or a directory"),
         ({"mode": "fastest"}, "'reduce-overhead'"),
-        ({"memory_budget": -1}, "a positive number of bytes"),
-        ({"memory_budget": 2**63}, r"9223372036854775808; valid: a positive number of bytes below 2\*\*63"),
-        ({"memory_budget": True}, "a positive number of bytes"),
+        ({"strategy": np.array(["fused", "merged"])}, "'auto', 'fused', 'streamed'"),
+        ({"memory_budget": -1}, "a positive integer number of bytes"),
+        ({"memory_budget": 1e6}, "a positive integer number of bytes"),
+        ({"memory_budget": 2**63}, r"9223372036854775808; valid: a positive integer number of bytes below 2\*\*63"),
+        ({"memory_budget": True}, "a positive integer number of bytes"),
         ({"autotune": "yes"}, "True or False"),
         ({"autotune": 1}, "True or False"),
         ({"debug": ""}, "True, False or a directory"),
@@ -102,6 +112,11 @@ def test_the_largest_memory_budget_is_taken():
     assert Options.parse({"memory_budget": 2**63 - 1}).memory_budget == 2**63 - 1
 
 
+def test_a_memory_budget_may_be_an_integer_of_numpy():
+    budget = Options.parse({"memory_budget": np.int64(1 << 20)}).memory_budget
+    assert budget == 1 << 20 and type(budget) is int
+
+
 @pytest.mark.parametrize("where", ["file", "file/below", "/proc/absent"])
 def test_a_debug_directory_that_cannot_be_made(tmp_path: Path, where: str):
     (tmp_path / "file").write_text("")
@@ -109,6 +124,23 @@ def test_a_debug_directory_that_cannot_be_made(tmp_path: Path, where: str):
     options = {"debug": tmp_path / where, "inner": "eager"}
     with pytest.raises(InvalidOptionError, match=rf"'debug' cannot be '.*{where}'; valid: True, False or a directory"):
         flashsvd(graph, [torch.randn(2)], options=options)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UnknownOptionError("strat", ["strategy"]),
+        InvalidOptionError("strategy", "fast", "'auto'"),
+        ShapeError("x", (1,), (2,)),
+        TwiceDifferentiatedError("mlp"),
+    ],
+)
+def test_errors_pass_between_processes(error: FlashSVDError):
+    error.add_note("in a worker")
+    arrived = pickle.loads(pickle.dumps(error))
+    assert type(arrived) is type(error)
+    assert str(arrived) == str(error)
+    assert arrived.__notes__ == ["in a worker"]
 
 
 def test_errors_can_be_caught_as_value_errors_and_as_ours():

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from ..errors import FlashSVDError, GraphError
+from ..errors import FlashSVDError, GraphError, shown
 from ..options import INPUT_NORM, PACKING, RESIDUAL, Options, Strategy
 from ..planner import Plan
 from ..report import Match, Refusal, RefusalReason, RewriteReport
@@ -72,7 +72,7 @@ def rewrite(
             plain tensors.
     """
     if not isinstance(graph_module, GraphModule):
-        raise GraphError(f"a {type(graph_module).__name__}", "is not a graph")
+        raise GraphError(shown(graph_module), "is not a graph")
     inputs = graph_module.graph.find_nodes(op="placeholder")
     name = f"the graph of {', '.join(node.name for node in inputs)}"
     if inputs and all(value_of(node) is None for node in inputs):
