@@ -2,6 +2,7 @@
 
 import json
 from os import PathLike
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, shown
 from .dense_layer import ModelT, dense_layers, replaced, why_not_copied
 from .low_rank_linear import LowRankLinear
 
@@ -23,13 +24,16 @@ def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
     """Write a model's state dict as safetensors; parameters that are shared are written once.
 
     Args:
-        model: holds at least one :class:`LowRankLinear`.
+        model: holds at least one :class:`LowRankLinear`; a compiled model is saved as the model that was compiled.
         path: of the file to write.
 
     Raises:
-        CheckpointError: the model has no low-rank layer, or the file cannot be written.
+        CheckpointError: no module, or one without a low-rank layer, or the file cannot be written.
     """
     _check_path(path)
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"the model must be an nn.Module, not {shown(model)}")
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps, whose names load_factored looks for
     layers = {name: _describe(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise CheckpointError("the model has no low-rank layer; compress it first")
@@ -58,6 +62,8 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
     low_rank: dict[str, LowRankLinear] = {}
     for name, shape in _read_layers(path).items():
         if name not in dense:
+            if isinstance(dict(model.named_modules()).get(name), LowRankLinear):
+                raise CheckpointError(f"{path}: layer {name!r} of the model is low-rank already; give the dense model")
             raise CheckpointError(f"{path}: the model has no dense layer {name!r}")
         try:
             low_rank[name] = dense[name].low_rank(shape["rank"], shape["down_bias"])
@@ -91,7 +97,7 @@ def _storage_for_meta(model: nn.Module) -> dict[int, Tensor]:
 
 def _check_path(path: object) -> None:
     if not isinstance(path, (str, PathLike)):
-        raise CheckpointError(f"the path of a checkpoint must be a string or a PathLike, not {path!r}")
+        raise CheckpointError(f"the path of a checkpoint must be a string or a PathLike, not {shown(path)}")
 
 
 def _describe(layer: LowRankLinear) -> dict[str, Any]:
@@ -106,10 +112,15 @@ def _describe(layer: LowRankLinear) -> dict[str, Any]:
 
 def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
     """The description of every low-rank layer, from the file's metadata."""
+    if Path(path).is_dir():
+        raise CheckpointError(
+            f"cannot read {path}: it is a folder; give the file (`flashsvd compress` writes factored.safetensors)"
+        )
     try:
+        Path(path).open("rb").close()  # safetensors says of a file that may not be read that there is none
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a factored checkpoint of format {FORMAT}; save_factored writes those")

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..errors import shown
 from .low_rank_linear import LowRankLinear
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -59,7 +60,7 @@ def dense_layers(model: nn.Module) -> Iterator[tuple[str, DenseLayer]]:
 def why_not_copied(model: object) -> str | None:
     """Why :func:`replaced` cannot copy a model, ``None`` if it can."""
     if not isinstance(model, nn.Module):
-        return f"the model must be an nn.Module, not {model!r}"
+        return f"the model must be an nn.Module, not {shown(model)}"
     for name, module in model.named_modules():
         place = f"the module {name!r}" if name else "the model"
         if isinstance(module, torch.jit.ScriptModule):

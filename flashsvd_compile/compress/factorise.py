@@ -3,13 +3,13 @@
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import CompressionError
+from ..errors import CompressionError, shown
 from .calibration import second_moments
 from .dense_layer import DenseLayer, ModelT, dense_layers, not_replaceable, replaced, why_not_copied
 from .low_rank_linear import LowRankLinear
@@ -73,13 +73,14 @@ def compress(
         reasons = [*skipped, *not_replaceable(model)] or ["it has neither nn.Linear nor Conv1D of transformers"]
         raise CompressionError(f"{type(model).__name__} has no layer that can be factored: {'; '.join(reasons)}")
     _check_patterns((*targets, *ranks), layers)
-    chosen = {
-        name: rank
-        for name, layer in layers.items()
-        if fits_any(name, targets) and (rank := _rank(name, layer, keep_ratio, ranks)) is not None
-    }
+    wanted = {name: _rank(name, layers[name], keep_ratio, ranks) for name in layers if fits_any(name, targets)}
+    chosen = {name: rank for name, rank in wanted.items() if isinstance(rank, int)}
+    left = {name: why for name, why in wanted.items() if isinstance(why, str)}
+    for name, why in left.items():
+        log.info("left %s dense: %s", name, why)
     if not chosen:
-        raise CompressionError("the model has no layer that low rank would make smaller")
+        name, why = next(iter(left.items()))
+        raise CompressionError(f"the model has no layer that low rank would make smaller; {name!r} stays dense: {why}")
     moments = second_moments(model, chosen, lambda: calibrate(model)) if calibrate is not None else {}
     log.info("factoring %d of %d dense layers", len(chosen), len(layers))
     factored = {name: _factorise(name, layers[name], rank, moments.get(name)) for name, rank in chosen.items()}
@@ -106,36 +107,33 @@ def _factorise(name: str, layer: DenseLayer, rank: int, moment: Tensor | None) -
     return low_rank
 
 
-def _rank(name: str, layer: DenseLayer, keep_ratio: float, ranks: Mapping[str, int]) -> int | None:
-    """The layer's rank, ``None`` to leave it dense."""
+def _rank(name: str, layer: DenseLayer, keep_ratio: float, ranks: Mapping[str, int]) -> int | str:
+    """The layer's rank, or why it stays dense."""
     m, n = layer.weight.shape
     if m == 0 or n == 0:
-        log.info("left %s dense: it is empty, %d x %d", name, m, n)
-        return None
+        return f"it is empty, {m} x {n}"
     rank = next((rank for pattern, rank in ranks.items() if fnmatchcase(name, pattern)), None)
-    if rank is None:
-        rank = max(1, int(keep_ratio * m * n / (m + n)))
+    rank = max(1, int(keep_ratio * m * n / (m + n))) if rank is None else int(rank)
     if layer.tied:
-        log.info("left %s dense: its weight is shared with another module", name)
-        return None
+        return "its weight is shared with another module"
     if rank * (m + n) >= m * n:
-        log.info("left %s dense: rank %d is not smaller than %d x %d", name, rank, m, n)
-        return None
+        largest = (m * n - 1) // (m + n)
+        return f"two factors of rank {rank} are not smaller than {m} x {n}, which they are up to rank {largest}"
     return rank
 
 
 def _check_values(keep_ratio: float, ranks: object, calibrate: object) -> None:
     if not isinstance(keep_ratio, Real) or not 0 < keep_ratio < 1:
-        raise CompressionError(f"keep_ratio must be between 0 and 1, not {keep_ratio!r}")
+        raise CompressionError(f"keep_ratio must be between 0 and 1, not {shown(keep_ratio)}")
     if calibrate is not None and not callable(calibrate):
-        raise CompressionError(f"calibrate must be a function that runs the model, not {calibrate!r}")
+        raise CompressionError(f"calibrate must be a function that runs the model, not {shown(calibrate)}")
     if not isinstance(ranks, Mapping):
-        raise CompressionError(f"ranks must map patterns of layer names to ranks, not {ranks!r}")
+        raise CompressionError(f"ranks must map patterns of layer names to ranks, not {shown(ranks)}")
     for pattern, rank in ranks.items():
         if not isinstance(pattern, str):
             raise CompressionError(f"ranks must map patterns of layer names to ranks, not {pattern!r}")
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-            raise CompressionError(f"the rank of {pattern!r} must be a positive integer, not {rank!r}")
+        if not isinstance(rank, Integral) or isinstance(rank, bool) or rank < 1:
+            raise CompressionError(f"the rank of {pattern!r} must be a positive integer, not {shown(rank)}")
 
 
 def _patterns(argument: str, value: Any) -> tuple[str, ...]:
@@ -144,7 +142,7 @@ def _patterns(argument: str, value: Any) -> tuple[str, ...]:
         return (value,)
     patterns = tuple(value) if isinstance(value, Iterable) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
-        raise CompressionError(f"{argument} must be patterns of layer names, not {value!r}")
+        raise CompressionError(f"{argument} must be patterns of layer names, not {shown(value)}")
     return tuple(map(str, patterns))
 
 

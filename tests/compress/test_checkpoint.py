@@ -1,5 +1,6 @@
 """Factored checkpoints come back as they were, and mismatches are named."""
 
+import errno
 import json
 import re
 from pathlib import Path
@@ -61,6 +62,13 @@ def test_round_trip_with_a_shared_bias(tmp_path: Path):
     assert loaded[0].bias is loaded[1].bias
 
 
+def test_compiled_model_is_saved_as_the_model_itself(tmp_path: Path):
+    small = compress(make())
+    save_factored(torch.compile(small, backend="eager"), tmp_path / "model.safetensors")  # pyright: ignore
+    x = torch.randn(4, 24)
+    assert torch.equal(load_factored(make(), tmp_path / "model.safetensors")(x), small(x))
+
+
 def test_dtype_is_the_models(tmp_path: Path):
     save_factored(compress(make()), tmp_path / "model.safetensors")
     loaded = load_factored(make().to(torch.bfloat16), tmp_path / "model.safetensors")
@@ -89,6 +97,33 @@ class TestRefusals:
     def path(self, tmp_path: Path) -> Path:
         save_factored(compress(make()), tmp_path / "model.safetensors")
         return tmp_path / "model.safetensors"
+
+    @pytest.mark.parametrize("model", [None, {}])
+    def test_no_module(self, tmp_path: Path, model):
+        with pytest.raises(CheckpointError, match=re.escape(f"the model must be an nn.Module, not {model!r}")):
+            save_factored(model, tmp_path / "model.safetensors")
+
+    def test_arguments_the_wrong_way_round(self, path: Path):
+        with pytest.raises(CheckpointError, match=r"a string or a PathLike, not an object of type Sequential$"):
+            load_factored(path, make())  # pyright: ignore
+
+    def test_model_that_is_low_rank_already(self, path: Path):
+        with pytest.raises(CheckpointError, match="layer '0' of the model is low-rank already; give the dense model"):
+            load_factored(compress(make()), path)
+
+    def test_folder(self, tmp_path: Path):
+        with pytest.raises(CheckpointError, match=r"it is a folder; give the file \(`flashsvd compress` writes"):
+            load_factored(make(), tmp_path)
+
+    def test_file_that_may_not_be_read(self, path: Path, monkeypatch: pytest.MonkeyPatch):
+        """By whoever runs the tests, who may be root."""
+
+        def refuse(*_: object) -> None:
+            raise PermissionError(errno.EACCES, "Permission denied")
+
+        monkeypatch.setattr(Path, "open", refuse)
+        with pytest.raises(CheckpointError, match=r"cannot read .*Permission denied"):
+            load_factored(make(), path)
 
     def test_dense_model_is_not_saved(self, tmp_path: Path):
         with pytest.raises(CheckpointError, match="no low-rank layer"):
@@ -145,9 +180,10 @@ class TestRefusals:
         with pytest.raises(CheckpointError, match=f"broken.safetensors: .*{message}"):
             load_factored(make(), tmp_path / "broken.safetensors")
 
-    def test_no_such_file(self, tmp_path: Path):
-        with pytest.raises(CheckpointError, match="absent"):
-            load_factored(make(), tmp_path / "absent.safetensors")
+    @pytest.mark.parametrize("name", ["absent.safetensors", "absent\0.safetensors"])
+    def test_no_such_file(self, tmp_path: Path, name: str):
+        with pytest.raises(CheckpointError, match="cannot read .*absent"):
+            load_factored(make(), tmp_path / name)
 
     def test_no_safetensors_file(self, tmp_path: Path):
         (tmp_path / "text").write_text("no tensors here")

@@ -4,6 +4,7 @@ import copy
 import math
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -76,6 +77,10 @@ def test_low_rank_weight_is_reproduced(block: Block):
 def test_ranks_by_pattern_first_fit_counts(block: Block):
     small = compress(block, 0.5, ranks={"up": 7, "u*": 8, "query": 3})
     assert ranks_of(small) == {"query": 3, "up": 7, "down": 16}
+
+
+def test_a_rank_may_be_an_integer_of_numpy(block: Block):
+    assert ranks_of(compress(block, ranks={"query": np.int64(3)}))["query"] == 3  # pyright: ignore
 
 
 def test_targets_and_skip(block: Block):
@@ -266,6 +271,7 @@ class TestRefusals:
             ({"targets": None}, "targets must be patterns of layer names, not None"),
             ({"targets": []}, "targets has no pattern; '[*]' fits all layers"),
             ({"calibrate": 3}, "calibrate must be a function that runs the model, not 3"),
+            ({"calibrate": {"x": torch.zeros(99)}}, "a function that runs the model, not an object of type dict$"),
         ],
     )
     def test_argument_of_another_type(self, block: Block, argument: dict, message: str):
@@ -281,6 +287,7 @@ class TestRefusals:
         ("model", "message"),
         [
             (nn.Linear(1, 1), "no layer that low rank would make smaller"),
+            (nn.Sequential(nn.Linear(0, 5)), "'0' stays dense: it is empty, 5 x 0"),
             (nn.LayerNorm(8), "LayerNorm has no layer that can be factored: it has neither nn.Linear nor Conv1D"),
             (nn.MultiheadAttention(8, 2), "NonDynamicallyQuantizableLinear has hooks or is a subclass of nn.Linear"),
             (LowRankLinear(nn.Linear(8, 2), nn.Linear(2, 8)), "LowRankLinear has no layer .*: 1 are low-rank already"),
@@ -290,9 +297,21 @@ class TestRefusals:
         with pytest.raises(CompressionError, match=message):
             compress(model)
 
+    @pytest.mark.parametrize("rank", [12, 1000])
+    def test_rank_too_high(self, rank: int):
+        largest = compress(nn.Sequential(nn.Linear(16, 48)), ranks={"*": 11})
+        assert set(ranks_of(largest).values()) == {11}
+        message = f"'0' stays dense: two factors of rank {rank} are not smaller than 48 x 16, .* up to rank 11"
+        with pytest.raises(CompressionError, match=message):
+            compress(nn.Sequential(nn.Linear(16, 48)), ranks={"*": rank})
+
     def test_everything_is_skipped(self, block: Block):
         with pytest.raises(CompressionError, match=r"skip leaves out query, up, down, classifier$"):
             compress(block, skip="*")
+
+    def test_state_dict(self, block: Block):
+        with pytest.raises(CompressionError, match=r"must be an nn\.Module, not an object of type OrderedDict$"):
+            compress(block.state_dict())  # pyright: ignore
 
     @pytest.mark.parametrize("model", [None, "bert", nn.Linear])
     def test_no_module(self, model):
