@@ -28,7 +28,7 @@ def bench(
         Path | None, typer.Argument(help="Folder of a model, dense or factored; BERT-base's shape if none.")
     ] = None,
     keep_ratio: Annotated[float, typer.Option(help="Share of a dense weight's parameters to keep.")] = 0.5,
-    batch: Annotated[int, typer.Option(min=1)] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Texts, pictures or recordings at once.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the BERT-base shape.")] = 12,
     samples: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,

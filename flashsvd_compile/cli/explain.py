@@ -14,7 +14,7 @@ from .inputs import sample_inputs
 
 def explain(
     model: Annotated[Path, typer.Argument(help="Folder with config.json and dense or factored weights.")],
-    batch: Annotated[int, typer.Option(min=1)] = 4,
+    batch: Annotated[int, typer.Option(min=1, help="Texts, pictures or recordings at once.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 128,
 ) -> None:
     """Print which regions would be rewritten, and why the rest would not. Compiles nothing."""

@@ -31,6 +31,8 @@ def load(folder: Path) -> nn.Module:
         CheckpointError: no such folder, no configuration or weights that transformers can load, or weights that do not
             fit the configuration or lack those of a layer that is to be factored.
     """
+    if not folder.exists():
+        raise CheckpointError(f"there is no folder {folder}; models are read from disk, nothing is downloaded")
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
     factored = is_factored(folder)
@@ -89,14 +91,17 @@ def create(folder: Path, source: Path) -> None:
     """Make the folder for a factored model, unless it is there.
 
     Raises:
-        CheckpointError: it cannot be made, or is the folder ``source`` of the dense model.
+        CheckpointError: it cannot be made, is the folder ``source`` of the dense model, or holds other weights.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        weights = [file.name for file in folder.iterdir() if _is_of_weights(file) and file.name != FACTORED_WEIGHTS]
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made a folder: {error}") from error
     if folder.samefile(source):
         raise CheckpointError(f"{folder} holds the dense model; write the factored one to another folder")
+    if weights:
+        raise CheckpointError(f"{folder} holds another model ({weights[0]}); write the factored one to another folder")
 
 
 def save(model: nn.Module, folder: Path, source: Path) -> None:

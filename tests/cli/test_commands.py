@@ -127,6 +127,33 @@ class TestCompress:
             assert "transformers cannot load" not in message
         assert "pip install 'flashsvd-compile[demo]' has it" in refused("demo")
 
+    def test_no_such_folder(self, tmp_path: Path):
+        message = "there is no folder bert-base-uncased; models are read from disk, nothing is downloaded"
+        assert message in refused("compress", "bert-base-uncased", tmp_path / "small")
+
+    def test_ranks_are_read_before_the_model(self, tmp_path: Path):
+        assert "--rank takes PATTERN=RANK, not 'query'" in refused(
+            "compress", tmp_path / "absent", tmp_path / "small", "--rank", "query"
+        )
+
+    def test_layers_left_dense_are_counted(self, folder: Path, tmp_path: Path):
+        output = run("compress", folder, tmp_path / "[small]", "--rank", "*query=1000")
+        assert "10 layers factored, 2 left dense, 0.1 M parameters before" in output
+        assert "[small]" in output
+
+    def test_another_models_folder_is_not_written_to(self, folder: Path, tmp_path: Path):
+        other = tmp_path / "other"
+        other.mkdir()
+        (other / "model.safetensors").write_text("")
+        assert "holds another model (model.safetensors); write the" in refused("compress", folder, other)
+        assert [file.name for file in other.iterdir()] == ["model.safetensors"]
+
+    def test_a_factored_model_is_written_over(self, folder: Path, tmp_path: Path):
+        for rank in (4, 5):
+            run("compress", folder, tmp_path / "small", "--rank", f"*={rank}")
+        loaded = model_folder.load(tmp_path / "small")
+        assert {module.rank for module in loaded.modules() if isinstance(module, LowRankLinear)} == {5}
+
     def test_no_model_folder(self, tmp_path: Path):
         assert "no config.json" in refused("compress", tmp_path, tmp_path / "small")
 
