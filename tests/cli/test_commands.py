@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import (
+    AutoConfig,
+    AutoModel,
     BertConfig,
     BertModel,
     CLIPConfig,
@@ -34,7 +36,7 @@ from flashsvd_compile import provenance
 from flashsvd_compile.cli import app, bench, comparison, demo, minilm, model_folder
 from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, Measured, Run, compare, implementations
 from flashsvd_compile.cli.inputs import sample_inputs
-from flashsvd_compile.compress import LowRankLinear, compress
+from flashsvd_compile.compress import LowRankLinear, compress, load_factored
 
 
 def run(*arguments: object) -> str:
@@ -78,6 +80,13 @@ class TestCompress:
         assert torch.equal(loaded(**inputs)[0], expected(**inputs)[0])
         ranks = {module.rank for name, module in loaded.named_modules() if name.endswith("query")}
         assert ranks == {5}
+
+    def test_the_folder_loads_in_python_as_documented(self, folder: Path, tmp_path: Path):
+        run("compress", folder, tmp_path / "small")
+        dense = AutoModel.from_config(AutoConfig.from_pretrained(tmp_path / "small"))
+        loaded = load_factored(dense, tmp_path / "small" / "factored.safetensors").eval()
+        ids = torch.arange(10)[None]
+        assert torch.equal(loaded(ids)[0], model_folder.load(tmp_path / "small")(ids)[0])
 
     def test_loading_draws_no_bar(self, folder: Path, capsys: pytest.CaptureFixture[str]):
         transformers_logging.enable_progress_bar()

@@ -182,7 +182,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("name", ["absent.safetensors", "absent\0.safetensors"])
     def test_no_such_file(self, tmp_path: Path, name: str):
-        with pytest.raises(CheckpointError, match="cannot read .*absent"):
+        with pytest.raises(CheckpointError, match=r"cannot read .*absent"):
             load_factored(make(), tmp_path / name)
 
     def test_no_safetensors_file(self, tmp_path: Path):
