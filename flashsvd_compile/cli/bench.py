@@ -19,6 +19,7 @@ from . import model_folder
 from .comparison import DENSE, Measured, compare
 from .extras import extra
 from .inputs import sample_inputs
+from .keep_ratio import checked
 
 console = Console()
 
@@ -27,7 +28,9 @@ def bench(
     model: Annotated[
         Path | None, typer.Argument(help="Folder of a model, dense or factored; BERT-base's shape if none.")
     ] = None,
-    keep_ratio: Annotated[float, typer.Option(help="Share of a dense weight's parameters to keep.")] = 0.5,
+    keep_ratio: Annotated[
+        float, typer.Option(help="Share of a dense weight's parameters to keep.", callback=checked)
+    ] = 0.5,
     batch: Annotated[int, typer.Option(min=1, help="Texts, pictures or recordings at once.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 512,
     layers: Annotated[int, typer.Option(min=1, help="Layers of the BERT-base shape.")] = 12,

@@ -12,12 +12,13 @@ from ..compress.factorise import fits_any
 from ..errors import FlashSVDError
 from ..report import counted
 from . import model_folder
+from .keep_ratio import checked
 
 
 def compress(
     model: Annotated[Path, typer.Argument(help="Folder with config.json and weights.")],
     out: Annotated[Path, typer.Argument(help="Folder to write: configuration, tokenizer and factored.safetensors.")],
-    keep_ratio: Annotated[float, typer.Option(help="Share of a weight's parameters to keep.")] = 0.5,
+    keep_ratio: Annotated[float, typer.Option(help="Share of a weight's parameters to keep.", callback=checked)] = 0.5,
     rank: Annotated[
         list[str] | None,
         typer.Option(help="Rank by layer name, as '*.attention.*=64'; may be repeated, the first that fits counts."),

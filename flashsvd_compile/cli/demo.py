@@ -12,15 +12,16 @@ from ..errors import FlashSVDError
 from ..report import RewriteReport, counted
 from . import minilm
 from .comparison import DENSE, EAGER, Measured, compare
+from .keep_ratio import checked
 
 MIB = 2**20
 console = Console()
 
 
 def demo(
-    keep_ratio: Annotated[float, typer.Option(help="Share of the dense weights' parameters to keep.")] = (
-        minilm.KEEP_RATIO
-    ),
+    keep_ratio: Annotated[
+        float, typer.Option(help="Share of the dense weights' parameters to keep.", callback=checked)
+    ] = (minilm.KEEP_RATIO),
     report: Annotated[bool, typer.Option("--report", help="Print the whole report of the rewriting.")] = False,
 ) -> None:
     """Compress the sentence embedding model MiniLM and run it on English sentences, on a GPU if there is one."""

@@ -140,6 +140,13 @@ class TestCompress:
         message = "there is no folder bert-base-uncased; models are read from disk, nothing is downloaded"
         assert message in refused("compress", "bert-base-uncased", tmp_path / "small")
 
+    @pytest.mark.parametrize("command", ["compress", "bench", "demo"])
+    @pytest.mark.parametrize("ratio", ["0", "1", "nan"])
+    def test_the_ratio_is_checked_before_the_model(self, tmp_path: Path, command: str, ratio: str):
+        folders = {"compress": [tmp_path / "absent", tmp_path / "small"], "bench": [tmp_path / "absent"], "demo": []}
+        message = f"keep_ratio must be between 0 and 1, not {float(ratio)}"
+        assert message in refused(command, *folders[command], "--keep-ratio", ratio)
+
     def test_ranks_are_read_before_the_model(self, tmp_path: Path):
         assert "--rank takes PATTERN=RANK, not 'query'" in refused(
             "compress", tmp_path / "absent", tmp_path / "small", "--rank", "query"
