@@ -19,6 +19,8 @@ from .extras import extra
 FACTORED_WEIGHTS = "factored.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot")
 """Endings of files with weights, in all the formats that model folders come with."""
+NAMED = 4
+"""Missing weights that an error message names."""
 
 
 def load(folder: Path) -> nn.Module:
@@ -64,7 +66,7 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
     architecture: Any = named
     if with_weights:
         model, info = architecture.from_pretrained(folder, local_files_only=True, output_loading_info=True)
-        _refuse_without(model, info["missing_keys"])
+        _refuse_without(model, info["missing_keys"], info["unexpected_keys"])
         return model.eval()
     if config.dtype is None:  # which a dense model's weights decide then
         config.dtype = _dtype_of(folder / FACTORED_WEIGHTS)
@@ -72,12 +74,15 @@ def _from_transformers(folder: Path, with_weights: bool) -> nn.Module:
     return make(config).eval()
 
 
-def _refuse_without(model: nn.Module, missing: Iterable[str]) -> None:
+def _refuse_without(model: nn.Module, missing: Iterable[str], unexpected: Iterable[str]) -> None:
     """Refuse a model whose layers would be factored from random weights, which transformers gives them."""
     factored = [name for name, _ in dense_layers(model) if not fits_any(name, DEFAULT_SKIP)]
     absent = sorted(set(missing) & {f"{name}.{each}" for name in factored for each in ("weight", "bias")})
     if absent:
-        raise ValueError(f"the weights lack {', '.join(absent)}")
+        more = f" and {len(absent) - NAMED} more" if len(absent) > NAMED else ""
+        are_factors = not {f"{name}.down.weight" for name in factored}.isdisjoint(unexpected)
+        hint = f"; they are factors, which save_factored writes to {FACTORED_WEIGHTS}" if are_factors else ""
+        raise ValueError(f"the weights lack {', '.join(absent[:NAMED])}{more}{hint}")
 
 
 def _dtype_of(weights: Path) -> torch.dtype | None:

@@ -36,7 +36,7 @@ from flashsvd_compile import provenance
 from flashsvd_compile.cli import app, bench, comparison, demo, minilm, model_folder
 from flashsvd_compile.cli.comparison import DENSE, EAGER, INDUCTOR, OURS, Measured, Run, compare, implementations
 from flashsvd_compile.cli.inputs import sample_inputs
-from flashsvd_compile.compress import LowRankLinear, compress, load_factored
+from flashsvd_compile.compress import LowRankLinear, compress, load_factored, save_factored
 
 
 def run(*arguments: object) -> str:
@@ -117,6 +117,13 @@ class TestCompress:
             {n: w for n, w in weights.items() if "pooler" not in n}, folder / "model.safetensors", {"format": "pt"}
         )
         run("compress", folder, tmp_path / "small")
+
+    def test_factors_that_transformers_has_saved_are_named(self, tmp_path: Path, bert: BertModel):
+        compress(bert).save_pretrained(tmp_path / "small")
+        message = refused("explain", tmp_path / "small")
+        assert "and 20 more; they are factors, which save_factored writes to factored.safetensors" in message
+        save_factored(compress(bert), tmp_path / "small" / "factored.safetensors")
+        assert "4 regions rewritten" in run("explain", tmp_path / "small")
 
     def test_weights_decide_the_dtype_where_the_configuration_does_not(self, tmp_path: Path, bert: BertModel):
         bert.bfloat16().save_pretrained(tmp_path / "dense")
