@@ -83,6 +83,11 @@ class RewriteReport:
     matches: list[Match] = field(default_factory=list)
     refusals: list[Refusal] = field(default_factory=list)
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether the graph had no low-rank projection."""
+        return not self.matches and not self.refusals
+
     def count(self, kind: str) -> int:
         """Number of matches of one kind (``"attention"``, ``"mlp"``, ``"linear"``)."""
         return sum(match.kind == kind for match in self.matches)
@@ -91,7 +96,7 @@ class RewriteReport:
         return RewriteReport(self.matches + other.matches, self.refusals + other.refusals)
 
     def __rich__(self) -> Group:
-        if not self.matches and not self.refusals:
+        if self.is_empty:
             return Group("flashsvd: no low-rank projection found; the graph is unchanged")
         return Group(*filter(None, (self._matches_table(), self._refusals_table())))
 

@@ -26,5 +26,5 @@ def explain(
     with torch.no_grad():
         report = explain_model(loaded, **inputs)
     print(report)
-    if not report.matches and not report.refusals and not model_folder.is_factored(model):
+    if report.is_empty and not model_folder.is_factored(model):
         print("A dense model has none: run `flashsvd compress` first.")
