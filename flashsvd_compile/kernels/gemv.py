@@ -365,6 +365,31 @@ def has_odd_rows(weights: Sequence[Tensor]) -> bool:
     return any(weight.stride(0) % PERIOD for weight in weights)
 
 
+class Fused(NamedTuple):
+    """What a launch computes beside its products; see :func:`multiply`."""
+
+    activation: str | None
+    gated: bool
+    norm: RmsNorm | None
+    residual: Tensor | None
+
+    def arguments(self, absent: Tensor) -> tuple[Tensor, Tensor, float, int]:
+        """The kernels' arguments; a tensor in the place of absent ones."""
+        weight = None if self.norm is None else self.norm.weight
+        return (
+            absent if weight is None else weight,
+            absent if self.residual is None else self.residual,
+            0.0 if self.norm is None else self.norm.eps,
+            0 if self.residual is None else self.residual.stride(0),
+        )
+
+    def constants(self) -> dict[str, str | bool | None]:
+        """The kernels' constants."""
+        norm = None if self.norm is None else "plain" if self.norm.weight is None else "weighted"
+        residual = self.residual is not None
+        return {"NORM": norm, "RESIDUAL": residual, "ACTIVATION": self.activation, "GATED": self.gated}
+
+
 def multiply(
     *products: Product,
     activation: str | None = None,
@@ -393,42 +418,53 @@ def multiply(
         products = tuple(product._replace(bias=_copied_into_line(product.bias)) for product in products)
         norm = None if norm is None else norm._replace(weight=_copied_into_line(norm.weight))
         residual, follows = _copied_into_line(residual), False
-    first, weights = products[0], [product.weight for product in products]
-    rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
+    fused = Fused(activation, gated, norm, residual)
     if takes_hopper(*products):
         from .gemv_hopper import multiply_hopper
 
-        return multiply_hopper(
-            *products,
-            period=PERIOD if has_odd_rows(weights) else 1,
-            activation=activation,
-            gated=gated,
-            norm=norm,
-            residual=residual,
-            follows=follows,
-        )
-    assert norm is None or rows == 1
-    align = 16 // itemsize if all(weight.data_ptr() % 16 == 0 for weight in weights) else 1
-    period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
-    edges = period > 1 or any(weight.shape[1] % align for weight in weights)
+        multiply_hopper(*products, fused=fused, follows=follows)
+    else:
+        _launch(*products, fused=fused, follows=follows, tile=tile)
+
+
+def _in_line(tensor: Tensor | None) -> bool:
+    """Whether the numbers of a vector, or of a residual's rows, are next to each other."""
+    return tensor is None or tensor.stride(-1) == 1
+
+
+def _copied_into_line(tensor: Tensor | None) -> Tensor | None:
+    return tensor if tensor is None or _in_line(tensor) else tensor.contiguous()
+
+
+def filled_up(products: Sequence[Product]) -> list[Product]:
+    """As many products as the kernels have arguments for, the last one in the place of absent ones."""
+    return [*products, *[products[-1]] * (MAX_PRODUCTS - len(products))]
+
+
+def _launch(*products: Product, fused: Fused, follows: bool, tile: Tile | None) -> None:
+    """As :func:`multiply`, by the kernel here."""
+    first, weights = products[0], [product.weight for product in products]
+    rows, itemsize, target = first.x.shape[-2], first.x.element_size(), target_of(first.x.device)
+    assert fused.norm is None or rows == 1
+    align, period, edges = _alignment(weights)
     features, depth = sum(weight.shape[0] for weight in weights), max(weight.shape[1] for weight in weights)
-    tile = tile or tile_of(target, rows, itemsize, features, depth, gated, edges)
+    tile = tile or tile_of(target, rows, itemsize, features, depth, fused.gated, edges)
     blocks = [period * triton.cdiv(triton.cdiv(weight.shape[0], period), tile.block_f) for weight in weights]
-    three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
+    three = filled_up(products)
     # Several rows pass through shared memory, which a launch that waits for its turn would hold.
     overlapping = target.overlapping and rows == 1
     launch(
         gemv_kernel,
-        (blocks[0] if gated else sum(blocks), 1),
-        *(t for p in three for t in (p.x, p.weight, p.out if p.bias is None else p.bias, p.out)),
-        *beside(first, norm, residual),
+        (blocks[0] if fused.gated else sum(blocks), 1),
+        *(tensor for product in three for tensor in _tensors(product)),
+        *fused.arguments(absent=first.out),
         rows,
         blocks[0],
         blocks[min(1, len(blocks) - 1)],
-        *(size for p in three for size in _sizes(p)),
+        *(size for product in three for size in _sizes(product)),
         len(products),
         *(product.bias is not None for product in three),
-        **constants_of(activation, gated, norm, residual),
+        **fused.constants(),
         ROWS=1 if rows == 1 else MAX_ROWS,
         BLOCK_F=tile.block_f,
         BLOCK_K=tile.block_k,
@@ -447,32 +483,22 @@ def multiply(
     )
 
 
-def _in_line(tensor: Tensor | None) -> bool:
-    """Whether the numbers of a vector, or of a residual's rows, are next to each other."""
-    return tensor is None or tensor.stride(-1) == 1
+def _alignment(weights: Sequence[Tensor]) -> tuple[int, int, bool]:
+    """How the kernel reads weights 16 bytes at a time.
+
+    Returns:
+        Elements that are read together; rows after which one is as far from a boundary as the first; and whether a
+        row's first or last piece has elements that are not its own.
+    """
+    align = 16 // weights[0].element_size() if all(weight.data_ptr() % 16 == 0 for weight in weights) else 1
+    period = 1 if all(weight.stride(0) % align == 0 for weight in weights) else PERIOD
+    return align, period, period > 1 or any(weight.shape[1] % align for weight in weights)
 
 
-def _copied_into_line(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or _in_line(tensor) else tensor.contiguous()
-
-
-def beside(product: Product, norm: RmsNorm | None, residual: Tensor | None) -> tuple[Tensor, Tensor, float, int]:
-    """The kernels' arguments for a norm and a residual; a result stands for absent tensors."""
-    weight = None if norm is None else norm.weight
-    return (
-        product.out if weight is None else weight,
-        product.out if residual is None else residual,
-        0.0 if norm is None else norm.eps,
-        0 if residual is None else residual.stride(0),
-    )
-
-
-def constants_of(
-    activation: str | None, gated: bool, norm: RmsNorm | None, residual: Tensor | None
-) -> dict[str, str | bool | None]:
-    """The kernels' constants for what a product is computed with."""
-    kind = None if norm is None else "plain" if norm.weight is None else "weighted"
-    return {"NORM": kind, "RESIDUAL": residual is not None, "ACTIVATION": activation, "GATED": gated}
+def _tensors(product: Product) -> tuple[Tensor, ...]:
+    """The kernel's tensors for one product; the result in the place of an absent bias."""
+    x, weight, bias, out = product
+    return x, weight, out if bias is None else bias, out
 
 
 def _sizes(product: Product) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ tensor descriptors want it, too, and what is beside the row is hidden.
 from collections.abc import Sequence
 
 import triton
-from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -25,9 +24,9 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from .activations import activate
 from .dialect import async_load, seen_as, wait_for_threads
-from .gemv import MAX_ON_HOPPER, MAX_PRODUCTS, beside, constants_of
+from .gemv import MAX_ON_HOPPER, PERIOD, Fused, filled_up, has_odd_rows
 from .launch import launch, take_turn
-from .operands import Product, RmsNorm
+from .operands import Product
 from .ring import SHARED_MEMORY, barriers, next_place, tiles_of
 from .target import target_of
 
@@ -253,34 +252,24 @@ def gemv_hopper_kernel(
     )  # fmt: skip
 
 
-def multiply_hopper(
-    *products: Product,
-    period: int,
-    activation: str | None = None,
-    gated: bool = False,
-    norm: RmsNorm | None = None,
-    residual: Tensor | None = None,
-    follows: bool = False,
-) -> None:
-    """As :func:`~.gemv.multiply`, of two to eight rows of half precision.
+def multiply_hopper(*products: Product, fused: Fused, follows: bool) -> None:
+    """As :func:`~.gemv.multiply`, of what :func:`~.gemv.takes_hopper`: two to eight rows of half precision.
 
-    Args:
-        products: without a period, all matrices are what a descriptor may read. With one, weights are contiguous, have
-            a multiple of ``period`` features, and ``x`` are shifted rows.
-        period: rows of a weight after which one is as far from a 16-byte boundary as the first; 1 or 8.
-        norm: only without a period.
+    All matrices are what a descriptor may read, or weights are contiguous, of a multiple of ``PERIOD`` features at odd
+    addresses, and ``x`` are shifted rows. A norm is taken only of the former.
     """
     first = products[0]
     rows, processors = first.x.shape[-2], target_of(first.x.device).processors
+    period = PERIOD if has_odd_rows([product.weight for product in products]) else 1
     blocks = [period * triton.cdiv(product.weight.shape[0] // period, _FEATURES) for product in products]
-    items = blocks[0] if gated else sum(blocks)
+    items = blocks[0] if fused.gated else sum(blocks)
     programs, places = _grid(items, processors)
-    three = (*products, *[products[-1]] * (MAX_PRODUCTS - len(products)))
+    three = filled_up(products)
     launch(
         gemv_hopper_kernel,
         (programs, 1),
         *(operand for product in three for operand in _operands(product, period)),
-        *beside(first, norm, residual),
+        *fused.arguments(absent=first.out),
         rows,
         items,
         blocks[0],
@@ -288,7 +277,7 @@ def multiply_hopper(
         *(size for product in three for size in _sizes(product)),
         len(products),
         *(product.bias is not None for product in three),
-        **constants_of(activation, gated, norm, residual),
+        **fused.constants(),
         PERIOD=period,
         COPIES=first.out.shape[0] if first.out.dim() == 3 else 1,
         AHEAD=follows,
