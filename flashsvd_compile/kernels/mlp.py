@@ -94,7 +94,7 @@ than those of the kernel here, and at most 320 columns of float32 fit in the reg
 def is_specialised(target: Target, rank_in: int, rank_out: int, width: int, dtype: torch.dtype) -> bool:
     """Whether the kernel in Gluon takes these ranks.
 
-    Of a width that 16 does not divide it reads the bias element by element, which spills two registers.
+    It reads the bias element by element where 16 does not divide the width, which spills two registers.
     """
     known = speaks_gluon(target) and dtype.itemsize == 2
     return known and width % 16 == 0 and max(rank_in, rank_out) in SPECIALISED_RANKS
@@ -204,8 +204,7 @@ def mlp_core(
     Returns:
         ``[splits, rows, rank_out]`` in the dtype of ``latent``, to be summed up; each is a sum in float32, rounded.
     """
-    rows, rank_in = latent.shape
-    rank_out, width = down.shape
+    (rows, rank_in), (rank_out, width) = latent.shape, down.shape
     target = target_of(latent.device)
     if target.descriptors:
         latent, up, down = with_aligned_rows(latent), with_aligned_rows(up), with_aligned_rows(down)
@@ -213,21 +212,41 @@ def mlp_core(
     if specialised:
         tile = SPECIALISED
     tile = tile or _chosen_tile(target, latent, up, bias, down, activation, max_splits)
-    programs = triton.cdiv(rows, tile.block_n)
-    splits = min(max_splits, max(1, target.processors // programs), triton.cdiv(width, tile.block_f))
-    width_per_split = triton.cdiv(triton.cdiv(width, splits), tile.block_f) * tile.block_f
+    width_per_split = _width_per_split(target, rows, width, tile, max_splits)
     splits = triton.cdiv(width, width_per_split)
     partial = empty_with_aligned_rows(splits * rows, rank_out, latent)
     if specialised:
         from .mlp_hopper import mlp_core_hopper
 
         mlp_core_hopper(latent, up, bias, down, activation, partial, width_per_split)
-        return partial.unflatten(0, (splits, rows))
+    else:
+        _launch(latent, up, bias, down, activation, partial, width_per_split, tile)
+    return partial.unflatten(0, (splits, rows))
+
+
+def _width_per_split(target: Target, rows: int, width: int, tile: Tile, max_splits: int) -> int:
+    """Columns of the hidden layer in each partial sum: whole tiles, and splits enough to fill the chip."""
+    programs = triton.cdiv(rows, tile.block_n)
+    splits = min(max_splits, max(1, target.processors // programs), triton.cdiv(width, tile.block_f))
+    return triton.cdiv(triton.cdiv(width, splits), tile.block_f) * tile.block_f
+
+
+def _launch(
+    latent: Tensor,
+    up: Tensor,
+    bias: Tensor | None,
+    down: Tensor,
+    activation: str,
+    partial: Tensor,
+    width_per_split: int,
+    tile: Tile,
+) -> None:
+    """Fill ``partial[splits * rows, rank_out]`` by the kernel here."""
+    (rows, rank_in), (rank_out, width), target = latent.shape, down.shape, target_of(latent.device)
     inner, outer = pieces(rank_in), pieces(rank_out)
-    half = latent.dtype != torch.float32
     launch(
         mlp_core_kernel,
-        (programs, splits),
+        (triton.cdiv(rows, tile.block_n), triton.cdiv(width, width_per_split)),
         *tile_views(latent, [(tile.block_n, piece) for piece in inner], target.descriptors),
         *tile_views(up, [(tile.block_f, piece) for piece in inner], target.descriptors),
         latent if bias is None else bias.contiguous(),
@@ -249,13 +268,12 @@ def mlp_core(
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
         DESCRIPTOR=target.descriptors,
-        APPROXIMATE=half,
+        APPROXIMATE=latent.dtype != torch.float32,
         HARDWARE_TANH=target.hardware_tanh,
         PRECISION=precision_of(latent.dtype),
         STAGES=tile.num_stages,
         num_warps=tile.num_warps,
     )
-    return partial.unflatten(0, (splits, rows))
 
 
 def _chosen_tile(
