@@ -16,7 +16,7 @@ from .activations import LOG2_E
 from .autotune import about, tuned
 from .launch import launch, take_turn
 from .target import TRIPLE, Target, describable, precision_of, speaks_gluon, target_of
-from .tiles import by_items
+from .tiles import by_items, head_columns
 
 
 class Tile(NamedTuple):
@@ -274,7 +274,7 @@ fast or faster, by blocks of 64 queries and several programs a processor; at 0.9
 
 
 CACHED_BYTES = 32 * 2**20
-"""Of keys and values, which stay in an L2 (H200: 50 MiB) while all their queries pass."""
+"""Keys and values of so many bytes stay in an L2 (H200: 50 MiB) while all their queries pass."""
 LAST_BLOCKS = 8
 """Blocks of queries a processor that the last heads of causal attention have, whose longest blocks come first."""
 
@@ -285,7 +285,10 @@ def is_specialised(target: Target, head_dim: int, value_dim: int, dtype: torch.d
 
 
 def is_faster_specialised(target: Target, q: Tensor, kv_len: int, window: tuple[int, int]) -> bool:
-    """Whether it is the faster for heads that it takes: of 64 not causally, and where its large tiles come out even."""
+    """Whether that kernel is the faster one, for heads that it takes.
+
+    Heads of 64 are not attended to causally, and only where large tiles of their queries come out even.
+    """
     items, q_len, heads, head_dim = q.shape
     if kv_len < SPECIALISED_KEYS:
         return False
@@ -336,32 +339,55 @@ def attention(
             side.
         tile: overrides the table.
     """
-    items, q_len, heads, head_dim = q.shape
-    kv_len, kv_heads, value_dim = v.shape[1:]
-    target = target_of(q.device)
-    tensors = [by_items(tensor) for tensor in (q, k, v)]
-    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
-    descriptor = target.descriptors and all(map(describable, tensors))
-    how = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
+    target, window = target_of(q.device), (window_left, window_right)
+    head_dim, (kv_len, _, value_dim) = q.shape[3], v.shape[1:]
+    how: dict[str, Any] = {"key_padding": key_padding, "bounds": bounds, "scale": scale}
+    descriptor = target.descriptors and all(map(_is_describable, (q, k, v)))
     specialised = tile is None and descriptor and is_specialised(target, head_dim, value_dim, q.dtype)
-    if specialised and is_faster_specialised(target, q, kv_len, (window_left, window_right)):
+    if specialised and is_faster_specialised(target, q, kv_len, window):
         from .attention_hopper import attention_hopper
 
         attention_hopper(q, k, v, out, causal=window_right == 0, **how)
         return
-    block_d, block_v = triton.next_power_of_2(max(head_dim, 16)), triton.next_power_of_2(max(value_dim, 16))
-    descriptor &= (head_dim, value_dim) == (block_d, block_v)
-    triple = q.dtype == torch.float32 and triples(target, max(head_dim, value_dim))
     how |= {"window_left": window_left, "window_right": window_right}
     tile = tile or _chosen_tile(target, q, k, v, out, descriptor, how)
+    _launch(q, k, v, out, descriptor=descriptor, tile=tile, **how)
+
+
+def _is_describable(heads: Tensor) -> bool:
+    """Whether a descriptor may read heads, whose tiles are as wide as a head."""
+    dim = heads.shape[3]
+    return dim == head_columns(dim) and describable(by_items(heads))
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    *,
+    key_padding: Tensor | None,
+    bounds: Tensor | None,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    descriptor: bool,
+    tile: Tile,
+) -> None:
+    """As :func:`attention`, by the kernel here, with descriptors or without."""
+    (items, q_len, heads, head_dim), (kv_len, kv_heads, value_dim) = q.shape, v.shape[1:]
+    target, block_d, block_v = target_of(q.device), head_columns(head_dim), head_columns(value_dim)
+    blocks = triton.cdiv(q_len, tile.block_q)
+    tensors = [by_items(tensor) for tensor in (q, k, v)]
+    strides = [stride for tensor in tensors for stride in tensor.stride()[:2]]
     if descriptor:
-        blocks = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
-        tensors = [TensorDescriptor.from_tensor(t, [1, *block]) for t, block in zip(tensors, blocks, strict=True)]
-    of_a_head = triton.cdiv(q_len, tile.block_q)
-    together = 1 if window_left >= 0 else min(heads_in_cache(k, v, heads), LAST_BLOCKS * target.processors // of_a_head)
+        shapes = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
+        tensors = [TensorDescriptor.from_tensor(t, [1, *shape]) for t, shape in zip(tensors, shapes, strict=True)]
+    together = 1 if window_left >= 0 else min(heads_in_cache(k, v, heads), LAST_BLOCKS * target.processors // blocks)
+    triple = q.dtype == torch.float32 and triples(target, max(head_dim, value_dim))
     launch(
         attention_kernel,
-        (of_a_head * items * heads, 1),
+        (blocks * items * heads, 1),
         *tensors,
         out,
         *((key_padding, bounds) if key_padding is not None else (out, out)),

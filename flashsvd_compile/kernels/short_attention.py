@@ -18,7 +18,7 @@ from .activations import LOG2_E
 from .autotune import about, tuned
 from .launch import launch
 from .target import Target, describable, precision_of, target_of
-from .tiles import MAX_RANK, load_tile, pieces, tile_views, with_aligned_rows
+from .tiles import MAX_RANK, head_columns, load_tile, pieces, tile_views, with_aligned_rows
 
 MAX_KEYS = 128
 MAX_QUERIES = 2 * MAX_KEYS
@@ -144,7 +144,7 @@ def supported(
     short = kv_len <= MAX_KEYS and q_len <= MAX_QUERIES and dim <= MAX_KEYS
     if not short or not target.descriptors or dtype.itemsize != 2 or min(ranks) < 1 or max(ranks) > MAX_RANK:
         return False
-    block_d = triton.next_power_of_2(max(dim, 16))
+    block_d = head_columns(dim)
     tiles = (MAX_KEYS + block_d) * max(pieces(max(ranks)))  # of a factor and a latent, a piece after the other
     return tiles * dtype.itemsize + _RESERVE <= target.shared_memory
 
@@ -174,17 +174,33 @@ def short_attention(
             side.
         tile: overrides the table.
     """
-    items, q_len, heads, dim = q.shape
-    kv_len = k.latent.shape[0] // max(1, items)
-    target = target_of(q.device)
-    block_k = max(16, triton.next_power_of_2(kv_len))
-    block_d = triton.next_power_of_2(max(dim, 16))
+    target, dim = target_of(q.device), q.shape[3]
     k, v = (_readable(factors, target) for factors in (k, v))
-    cuts = [pieces(factors.up.shape[1]) for factors in (k, v)]
-    descriptor = target.descriptors and dim == block_d
-    how = {"key_padding": key_padding, "kv_heads": kv_heads, "scale": scale}
+    how: dict[str, Any] = {"key_padding": key_padding, "kv_heads": kv_heads, "scale": scale}
     how |= {"window_left": window_left, "window_right": window_right}
     tile = tile or _chosen_tile(q, k, v, out, how)
+    _launch(q, k, v, out, descriptor=target.descriptors and dim == head_columns(dim), tile=tile, **how)
+
+
+def _launch(
+    q: Tensor,
+    k: Factors,
+    v: Factors,
+    out: Tensor,
+    *,
+    key_padding: Tensor | None,
+    kv_heads: int,
+    scale: float,
+    window_left: int,
+    window_right: int,
+    descriptor: bool,
+    tile: Tile,
+) -> None:
+    """As :func:`short_attention`, factors read by descriptors or without."""
+    items, q_len, heads, dim = q.shape
+    kv_len = k.latent.shape[0] // max(1, items)
+    block_k, block_d = max(16, triton.next_power_of_2(kv_len)), head_columns(dim)
+    cuts = [pieces(factors.up.shape[1]) for factors in (k, v)]
     tensors = [
         argument
         for factors, cut in zip((k, v), cuts, strict=True)

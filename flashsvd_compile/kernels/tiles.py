@@ -88,6 +88,11 @@ def aligned_columns(columns: int) -> int:
     return -(-columns // 16) * 16
 
 
+def head_columns(dim: int) -> int:
+    """Columns of a tile of heads of this size."""
+    return triton.next_power_of_2(max(dim, 16))
+
+
 def by_items(heads: Tensor) -> Tensor:
     """``[items, len, heads, dim]``, items of one size apart and heads adjacent, as ``[items, len, heads * dim]``.
 
