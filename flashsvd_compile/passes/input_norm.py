@@ -21,19 +21,17 @@ of several rows where there is a kernel for that (``kernels/gemv_hopper.py``).
 import operator
 from fractions import Fraction
 
-import torch
 from torch.fx import Graph, Node
 
 from .. import ops
-from ..kernels.gemv import MAX_ON_HOPPER, has_odd_rows
-from ..kernels.target import speaks_gluon
 from ..ops.norm import argument_names
 from ..options import Options, Strategy
 from .emit import emit
+from .few_rows import has_kernel_with_norm
 from .norms import Norm, read_norm
 from .order import Order
-from .region import Deferred, chip_of, in_schema_order, is_on_gpu, rows_of
-from .residual import OPERATORS, has_kernel_for_few_rows, interrupted, taking_more
+from .region import Deferred, in_schema_order, is_on_gpu
+from .residual import OPERATORS, interrupted, taking_more
 from .safety import overwritten_behind
 from .values import requires_grad, tensor_of, value_of
 from .views import layout_of_rows
@@ -51,7 +49,7 @@ def absorb_norms(graph: Graph, options: Options) -> None:
         x = node.kwargs.get("x")
         if node.op != "call_function" or not isinstance(x, Node):
             continue
-        few = _normalises_few_rows(node, x)
+        few = has_kernel_with_norm(node, x)
         if few or _adds_its_input(node):
             _absorb(node, x, few, graph, order, options)
 
@@ -62,26 +60,6 @@ def _adds_its_input(node: Node) -> bool:
     if node.target not in OPERATORS or kwargs.get("context") is not None or kwargs.get("strategy") == Strategy.FUSED:
         return False
     return isinstance(kwargs.get("residual"), Node)
-
-
-def _normalises_few_rows(node: Node, x: Node) -> bool:
-    """Whether there is a kernel for these few rows that takes a root mean square norm: all that reads them is low-rank,
-    and of several they are bfloat16 and the factors' rows begin at 16-byte boundaries.
-    """
-    if node.target not in (ops.mlp, ops.linear, ops.packed_linear) or not has_kernel_for_few_rows(node, x):
-        return False
-    roles = [name.removesuffix("_up") for name, value in node.kwargs.items() if name.endswith("_up") and value]
-    given = [node.kwargs.get(f"{role}_down") for role in roles if role != "out"]
-    first = [tensor_of(factor) for factor in given if isinstance(factor, Node)]
-    if len(first) < len(given):
-        return False
-    rows, chip, value = rows_of(x), chip_of(x), tensor_of(x)
-    if rows == 1:
-        return True
-    if not rows.is_number or rows > MAX_ON_HOPPER or chip is None or not speaks_gluon(chip):
-        return False
-    in_range = value is not None and value.dtype == torch.bfloat16
-    return in_range and not has_odd_rows([factor for factor in first if factor is not None])
 
 
 def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options: Options) -> None:

@@ -27,8 +27,8 @@ from ..ops.packed_linear import ROLES
 from ..ops.projection import argument_names
 from .ancestors import ancestors
 from .emit import emit, with_example
+from .few_rows import has_few_rows
 from .order import Order
-from .region import has_few_rows
 from .values import example_shape, requires_grad
 
 

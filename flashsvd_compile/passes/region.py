@@ -16,7 +16,7 @@ from ..kernels.target import Target, target_of
 from ..ops import norm
 from ..ops.projection import argument_names
 from ..options import Options, Strategy
-from ..planner import Plan, Workspace, is_bound_by_launches
+from ..planner import Plan, Workspace
 from ..report import FULL_RANK, Match
 from .emit import emit, with_example
 from .factored import Factored
@@ -217,11 +217,6 @@ def sizes_of(x: Node, members: dict[str, Factored], context: Node | None = None)
 def rows_of(node: Node) -> sympy.Expr:
     """Number of rows of a tensor: the product of its leading dimensions."""
     return sympy.Mul(*example_shape(node)[:-1])
-
-
-def has_few_rows(node: Node) -> bool:
-    """Whether projections of a tensor take the time of their launches, by the sizes that it was traced with."""
-    return is_bound_by_launches(sympy.sympify(rows_of(node)).xreplace(hints_of(node)))
 
 
 def chip_of(node: Node) -> Target | None:

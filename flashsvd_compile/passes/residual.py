@@ -27,9 +27,10 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from .. import ops
 from .emit import track
+from .few_rows import has_few_rows, has_kernel
 from .order import Order
 from .packing import packed_arguments
-from .region import has_few_rows, in_schema_order, is_on_gpu, rows_of
+from .region import in_schema_order
 from .values import number_of, requires_grad, shape_of, size_of, tensor_of
 from .vocabulary import live_dropout, read
 
@@ -52,20 +53,8 @@ def _adds(node: Node) -> bool:
     if not isinstance(x, Node) or node.target not in (*OPERATORS, *OF_FEW_ROWS):
         return False
     if has_few_rows(x):
-        return node.target in OF_FEW_ROWS and has_kernel_for_few_rows(node, x)
+        return node.target in OF_FEW_ROWS and has_kernel(node, x)
     return node.target in OPERATORS
-
-
-def has_kernel_for_few_rows(node: Node, x: Node) -> bool:
-    """Whether a GPU has a kernel for a call of few rows (``kernels/gemv.py``).
-
-    They are of half precision, or one row, and the factors' own rows are contiguous.
-    """
-    given = [value for name, value in node.kwargs.items() if name.endswith(("_down", "_up"))]
-    factors = [tensor_of(value) for value in given if isinstance(value, Node)]
-    contiguous = all(factor is not None and factor.stride(-1) == 1 for factor in factors)
-    rows = tensor_of(x)
-    return is_on_gpu(x) and contiguous and rows is not None and (rows.element_size() == 2 or rows_of(x) == 1)
 
 
 def _absorb(node: Node, graph: Graph, order: Order) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import layer_norm, linear, relu, rms_norm
 
 from flashsvd_compile import ops
 from flashsvd_compile.kernels.target import KNOWN
-from flashsvd_compile.passes import input_norm
+from flashsvd_compile.passes import few_rows, input_norm
 
 from .builder import Rewritten, rewritten, tensor
 from .test_residual import ATTENTION, MLP, REGIONS, X, attention, low_rank, mlp
@@ -199,8 +199,8 @@ def test_two_rows_on_a_gpu_keep_their_norm():
 @pytest.mark.parametrize("chip", ["sm_90", "sm_80"])
 def test_several_rows_where_there_is_a_kernel_for_them(chip, rows, features, dtype, spelling, expected, monkeypatch):
     """On Hopper, of bfloat16, by factors whose rows begin at 16-byte boundaries."""
-    monkeypatch.setattr(input_norm, "chip_of", lambda node: KNOWN[chip])
-    monkeypatch.setattr(input_norm, "speaks_gluon", lambda target: target.name == "sm_90")
+    monkeypatch.setattr(few_rows, "chip_of", lambda node: KNOWN[chip])
+    monkeypatch.setattr(few_rows, "speaks_gluon", lambda target: target.name == "sm_90")
     spellings = SPELLINGS | {"rms": lambda x, weight, bias: rms_norm(x, (features,), weight, 1e-6)}
 
     def block(x, weight, bias, a, b, c, d):

@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from benchmarks.models import frozen
 from flashsvd_compile import compress, ops
-from flashsvd_compile.passes import input_norm, region, residual, rewrite
+from flashsvd_compile.passes import few_rows, input_norm, region, rewrite
 
 LAYERS = 2
 PROMPT = torch.arange(7)[None]
@@ -31,7 +31,7 @@ def llama() -> LlamaForCausalLM:
 def test_a_layer_is_three_operators_around_its_attention(monkeypatch):
     """Queries, keys and values of the normed stream; the output projection, added to it; the MLP of its norm, added."""
     monkeypatch.setattr(region, "_name_of", lambda device: "NVIDIA H200")
-    for rules in (input_norm, residual):
+    for rules in (few_rows, input_norm):
         monkeypatch.setattr(rules, "is_on_gpu", lambda node: True)
     torch.manual_seed(0)
     model, calls = llama(), Counter()
