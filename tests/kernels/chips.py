@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 from flashsvd_compile import kernels
 from flashsvd_compile.kernels.target import KNOWN, Target, target_of
-from flashsvd_compile.ops import attention_gpu
+from flashsvd_compile.ops import attention_gpu, mlp_gpu
 
 INTERPRETED = {
     "pointers": KNOWN["interpreter"],
@@ -26,7 +26,7 @@ def modules_with(function: Callable) -> list[ModuleType]:
     return [module for module in others if getattr(module, function.__name__, None) is function]
 
 
-KNOWING_THE_CHIP = (attention_gpu, *modules_with(target_of))
+KNOWING_THE_CHIP = (attention_gpu, mlp_gpu, *modules_with(target_of))
 """Modules that ask which chip a tensor is on."""
 
 
