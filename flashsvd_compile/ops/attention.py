@@ -63,10 +63,10 @@ def reference(x: Tensor, *arguments) -> Tensor:
 
 
 def _as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> Tensor:
-    x, context = _normalised(x, context, attn)
-    q = norm.apply(_heads(proj.apply(x, attn.q), attn.num_heads), attn.q_norm).transpose(1, 2)
-    k = norm.apply(_heads(proj.apply(context, attn.k), attn.num_kv_heads), attn.k_norm).transpose(1, 2)
-    v = _heads(proj.apply(context, attn.v), attn.num_kv_heads).transpose(1, 2)
+    sources = _sources(x, context, attn)
+    q = norm.apply(_heads(proj.apply(sources.q, attn.q), attn.num_heads), attn.q_norm).transpose(1, 2)
+    k = norm.apply(_heads(proj.apply(sources.k, attn.k), attn.num_kv_heads), attn.k_norm).transpose(1, 2)
+    v = _heads(proj.apply(sources.v, attn.v), attn.num_kv_heads).transpose(1, 2)
     q, k = rotate(q, attn), rotate(k, attn)
     mask = full_mask(attn, slice(0, q.shape[2]), slice(0, k.shape[2]), q)
     if attn.softcap:
@@ -89,12 +89,20 @@ def _right_gradients(mask: Tensor | None, *heads: Tensor) -> AbstractContextMana
     return sdpa_kernel(SDPBackend.MATH) if added and any(t.requires_grad for t in heads) else nullcontext()
 
 
-def _normalised(x: Tensor, context: Tensor, attn: Attention) -> tuple[Tensor, Tensor]:
+class Sources(NamedTuple):
+    """What queries, keys and values are projections of, ``[items, len, in_features]`` each."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def _sources(x: Tensor, context: Tensor, attn: Attention) -> Sources:
     """Input and context, which are one if there is a norm of the input."""
     if attn.x_norm is None:
-        return x, context
+        return Sources(x, context, context)
     x = norm.of_rows(x, attn.x_norm)
-    return x, x
+    return Sources(x, x, x)
 
 
 def _heads(projected: Tensor, heads: int) -> Tensor:
@@ -146,7 +154,7 @@ def _cuda(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
     merging, residual = strategy == Strategy.MERGED, arguments[RESIDUAL - 1]
     if attention_gpu.supported(x, attn):
-        region = partial(attention_gpu.streamed, x, context, attn, workspace_bytes, merging)
+        region = partial(attention_gpu.streamed, x, context, attn, workspace_bytes, merges=merging)
         return joined(region, residual)
     attn = attn.merged() if merging else attn
     core = attention_gpu.kernel_core if attention_gpu.attends(x, attn) else sdpa_core
@@ -228,14 +236,14 @@ def streamed(x: Tensor, context: Tensor, attn: Attention, workspace_bytes: int, 
     for items in ranges(batch, chunk.items):
         workspace.reset()
         if latents:
-            queried, *seen = _copied([latent[items] for latent in latents], workspace)
+            sources = Sources(*_copied([latent[items] for latent in latents], workspace))
         else:
-            queried, *seen = _normalised(x[items], context[items], attn)
+            sources = _sources(x[items], context[items], attn)
         merged = result[items]
         if not attn.heads_in_place:
             merged = workspace.aligned().take(*merged.shape[:2], attn.merged_width)
         mark = workspace.mark()
-        _attend(merged, queried, seen[0], seen[-1], attn.of_items(items), chunk, workspace, core)
+        _attend(merged, sources, attn.of_items(items), chunk, workspace, core)
         if attn.out is not None:
             workspace.reset(mark)
             project_rows(rows_of(result[items]), rows_of(merged), attn.out, workspace)
@@ -271,28 +279,17 @@ def _copied(latents: list[Tensor], workspace: Workspace) -> list[Tensor]:
 
 
 def _attend(
-    merged: Tensor,
-    queried: Tensor,
-    keyed: Tensor,
-    valued: Tensor,
-    attn: Attention,
-    chunk: Chunking,
-    workspace: Workspace,
-    core: Core,
+    merged: Tensor, sources: Sources, attn: Attention, chunk: Chunking, workspace: Workspace, core: Core
 ) -> None:
-    """Fill ``merged[items, q_len, heads * value_dim]``, ``chunk.kv_heads`` key heads at a time.
-
-    Args:
-        queried, keyed, valued: what queries, keys and values are projections of, ``[items, len, in_features]``.
-    """
+    """Fill ``merged[items, q_len, heads * value_dim]``, ``chunk.kv_heads`` key heads at a time."""
     queries = merged
     if not attn.queries_in_place:
         queries = workspace.aligned().take(*merged.shape[:2], attn.num_heads * attn.head_dim)
-    project_rows(rows_of(queries), rows_of(queried), attn.q, workspace)
+    project_rows(rows_of(queries), rows_of(sources.q), attn.q, workspace)
     queries = norm.apply_(queries.unflatten(-1, (attn.num_heads, attn.head_dim)), attn.q_norm, chunk.norm_scratch)
     outputs = merged.unflatten(-1, (attn.num_heads, attn.value_dim))
-    latent_k = _latent(keyed, attn.k, workspace)
-    latent_v = _latent(valued, attn.v, workspace)
+    latent_k = _latent(sources.k, attn.k, workspace)
+    latent_v = _latent(sources.v, attn.v, workspace)
     mark = workspace.mark()
     known = _statistics_of_keys(latent_k, attn, chunk, workspace)
     for of_keys in ranges(attn.num_kv_heads, chunk.kv_heads):

@@ -80,15 +80,14 @@ def streamed(
     context: Tensor,
     attn: Attention,
     workspace_bytes: int,
-    merges: bool = False,
     residual: Tensor | None = None,
+    merges: bool = False,
 ) -> Tensor:
     """The region's result plus the residual, which is contiguous; besides it only one workspace exists.
 
-    See :func:`supported`.
-
-    A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With ``merges`` factors
-    that cost more than their product are multiplied when they are used, and the product is forgotten after that.
+    See :func:`supported`. A norm of the input is held as a whole, except where :func:`_after_norm` has the region. With
+    ``merges`` factors that cost more than their product are multiplied when they are used, and the product is forgotten
+    after that.
     """
     elements = workspace_bytes // x.element_size()
     if attn.cos is not None and attn.sin is not None:  # copied once, not for each chunk
@@ -105,13 +104,13 @@ def streamed(
         _attend_merged(heads, x, context, attn, elements)
         attn = attn._replace(out=attn.out and proj.merge_if_cheaper(attn.out))
     elif short and is_fused(x, attn.q):
-        _attend_to_short(heads, context, attn, elements, x)
+        _attend_to_short(heads, context, attn, elements, x=x)
     else:
         together = context is x and not short and _come_together(x, attn, elements)
         if not together:
             _project(rows_of(result), rows_of(x), attn.q, elements)
             rotate_(heads, attn)
-        _attend_by_chunks(heads, context, attn, elements, together)
+        _attend_by_chunks(heads, context, attn, elements, together=together)
     return _out_of(result, attn.out, elements, residual)
 
 
@@ -131,7 +130,8 @@ def _out_of(result: Tensor, projection: Projection[Tensor] | None, elements: int
     """Attention's outputs ``[batch, q_len, features]`` projected in place, plus the residual."""
     if projection is None:
         return plus(result, residual)
-    _project(rows_of(result), rows_of(result), projection, elements, None if residual is None else rows_of(residual))
+    rows, added = rows_of(result), None if residual is None else rows_of(residual)
+    _project(rows, rows, projection, elements, residual=added)
     return result
 
 
