@@ -34,8 +34,8 @@ from .tiles import aligned_columns
 
 MAX_ROWS = 16
 MAX_ON_HOPPER = 8
-"""Rows up to which :mod:`.gemv_hopper` takes several, as many as a product of the tensor cores has at least. Of 16 it
-would read as much out of the L2 as of the weights, and is 15 % slower than the kernel here (H200)."""
+"""Rows that :mod:`.gemv_hopper` takes at most, as many as a product of the tensor cores has at least. With 16 it would
+read as much out of the L2 as of the weights, and is 15 % slower than the kernel here (H200)."""
 MAX_PRODUCTS = 3
 PERIOD = 8
 """Every ``PERIOD``-th row of a contiguous matrix of half precision is as far from a 16-byte boundary as the first."""
@@ -64,7 +64,7 @@ def tile_of(target: Target, rows: int, itemsize: int, features: int, depth: int,
     """The fastest measured configuration (sm_90; ``benchmarks/NOTES.md``).
 
     Args:
-        features: of all products of the launch together.
+        features: those of all products of the launch together.
         depth: the greatest of all products.
         gated: a program takes two tiles of weights.
         edges: two of a row's tiles pass through registers, and are shorter for it.
@@ -402,12 +402,11 @@ def multiply(
     """Fill each product's ``out``.
 
     Args:
-        products: up to three, of one dtype and one number of rows, at most :data:`MAX_ROWS`; what :func:`supported`
-            says yes to. Matrices have contiguous rows; ``x`` and ``out`` may be :func:`shifted_rows`, all of which are
-            written.
+        products: up to three that are :func:`supported`, of one dtype and one number of rows. Matrices have contiguous
+            rows; ``x`` and ``out`` may be :func:`shifted_rows`, all of which are written.
         activation: applied to the one product, or to the first of a gated pair.
         gated: the pair's first result times its second, as wide, into the first one's ``out``.
-        norm: taken of all products' ``x`` first, of what :func:`normalises` says yes to.
+        norm: taken of all products' ``x`` first, where a kernel :func:`normalises`.
         residual: ``[rows, features]``, added to the result of the one product.
         follows: the launch before this one on the stream was a ``multiply`` too, and no weight was written since it
             began: weights are then read while it still runs. Otherwise nothing is.

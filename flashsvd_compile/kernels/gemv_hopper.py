@@ -253,10 +253,10 @@ def gemv_hopper_kernel(
 
 
 def multiply_hopper(*products: Product, fused: Fused, follows: bool) -> None:
-    """As :func:`~.gemv.multiply`, of what :func:`~.gemv.takes_hopper`: two to eight rows of half precision.
+    """As :func:`~.gemv.multiply`, for products that :func:`~.gemv.takes_hopper` says yes to, of two to eight rows.
 
-    All matrices are what a descriptor may read, or weights are contiguous, of a multiple of ``PERIOD`` features at odd
-    addresses, and ``x`` are shifted rows. A norm is taken only of the former.
+    Either a descriptor may read all matrices; or rows of weights are at odd addresses, contiguous and a multiple of
+    ``PERIOD``, and ``x`` are shifted rows. A norm is taken only in the first case.
     """
     first = products[0]
     rows, processors = first.x.shape[-2], target_of(first.x.device).processors

@@ -8,8 +8,6 @@ hidden layer passes by, ``block_f`` columns at a time. Ranks are cut into up to 
 costs 64 + 128 columns where padding would cost 256.
 """
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -22,6 +20,7 @@ from .target import Target, precision_of, speaks_gluon, target_of
 from .tiles import (
     MAX_RANK,
     PIECE,
+    Tile,
     empty_with_aligned_rows,
     load_tile,
     pieces,
@@ -31,15 +30,6 @@ from .tiles import (
 )
 
 MAX_SPLITS = 8
-
-
-class Tile(NamedTuple):
-    """Launch configuration: rows and hidden columns per step, warps, pipeline depth."""
-
-    block_n: int
-    block_f: int
-    num_warps: int
-    num_stages: int
 
 
 def tiles_of(target: Target, rank_in: int, rank_out: int, itemsize: int) -> list[Tile]:

@@ -1,7 +1,7 @@
 """Products and what follows them in one launch, where there is a kernel for that.
 
-Of half precision :mod:`.product_hopper`, whose products are no faster than the library's, and :mod:`.small_products`,
-which takes several in a launch; of float32 :mod:`.product_single`, whose products are faster.
+In half precision there are :mod:`.product_hopper`, whose products are no faster than the library's, and
+:mod:`.small_products`, which takes several in a launch; in float32 :mod:`.product_single`, whose products are faster.
 """
 
 import torch
@@ -95,8 +95,9 @@ def multiply(
     """Fill and return the product's ``out``: ``act(x @ weight.T + bias) * gate + residual``, or rotated.
 
     Args:
-        product: what a kernel :func:`takes`; or of half precision, of operands that it :func:`reads_fast`, to rows that
-            are 16-byte aligned, of a multiple of 8 columns; those behind the weight's rows, within 64, become zero.
+        product: what a kernel :func:`takes`; or in half precision one whose operands it :func:`reads_fast`, and whose
+            result has 16-byte aligned rows of a multiple of 8 columns. Columns of the result behind the weight's rows,
+            within 64, become zero.
         activation: a name of ``ops.activation.ACTIVATIONS``; ``None`` is the identity.
         gate: like ``out``, may be ``out`` itself; of half precision also a product to the same ``out``.
         residual: like ``out``, may be ``out`` itself.

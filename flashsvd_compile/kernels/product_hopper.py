@@ -342,9 +342,7 @@ def product_hopper(
     tile_bytes = 2 * _SIDE * _SIDE
     cos, sin, first = rotation or (None, out, 0)
     other = gate if isinstance(gate, Product) else product
-    tensors = {"gate": None if isinstance(gate, Product) else gate, "residual": residual, "rotation": cos}
-    kind, beside = next(((kind, each) for kind, each in tensors.items() if each is not None), (None, out))
-    kind = "product" if isinstance(gate, Product) else kind
+    kind, beside = _beside(gate, residual, cos)
     staged = 2 if kind is None else _PIECES
     rest = SHARED_MEMORY - 2 * staged * tile_bytes - 2 * 2 * _COLUMNS
     launch(
@@ -356,7 +354,7 @@ def product_hopper(
         tiles_of(other.x, [_SIDE, _SIDE]),
         tiles_of(other.weight, [_COLUMNS, _SIDE]),
         x if other.bias is None else other.bias.contiguous(),
-        tiles_of(beside, [_SIDE, _SIDE]),
+        tiles_of(out if beside is None else beside, [_SIDE, _SIDE]),
         tiles_of(sin, [_SIDE, _SIDE]),
         tiles_of(out, [_SIDE, _SIDE]),
         row_blocks,
@@ -375,3 +373,13 @@ def product_hopper(
         num_warps=4,
         maxnreg=168,
     )
+
+
+def _beside(
+    gate: Tensor | Product | None, residual: Tensor | None, cos: Tensor | None
+) -> tuple[str | None, Tensor | None]:
+    """What the kernel reads beside the product, by its name for it, and the tensor if it is one."""
+    if isinstance(gate, Product):
+        return "product", None
+    tensors = {"gate": gate, "residual": residual, "rotation": cos}
+    return next(((kind, tensor) for kind, tensor in tensors.items() if tensor is not None), (None, None))

@@ -10,7 +10,6 @@ but looks for NaN and infinities in every step, which takes an eighth longer; he
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -21,17 +20,7 @@ from .autotune import about, tuned
 from .launch import launch
 from .operands import Product
 from .target import Target, allows_tf32, describable, occupies, target_of
-from .tiles import load_tile, store_tile, tile_views
-
-
-class Tile(NamedTuple):
-    """Launch configuration: rows and columns of the result, warps, pipeline depth."""
-
-    block_n: int
-    block_f: int
-    num_warps: int
-    num_stages: int
-
+from .tiles import Tile, load_tile, store_tile, tile_views
 
 TILE = Tile(64, 64, 4, 4)
 """As fast as larger ones for large results, and a quarter faster for small ones (H100)."""

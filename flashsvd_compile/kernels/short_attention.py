@@ -200,21 +200,21 @@ def _launch(
     items, q_len, heads, dim = q.shape
     kv_len = k.latent.shape[0] // max(1, items)
     block_k, block_d = max(16, triton.next_power_of_2(kv_len)), head_columns(dim)
-    cuts = [pieces(factors.up.shape[1]) for factors in (k, v)]
-    tensors = [
-        argument
-        for factors, cut in zip((k, v), cuts, strict=True)
-        for argument in (
+    cut_k, cut_v = pieces(k.up.shape[1]), pieces(v.up.shape[1])
+
+    def tensors(factors: Factors, cut: tuple[int, int, int]) -> list:
+        return [
             *tile_views(factors.latent, [(block_k, piece) for piece in cut], descriptor),
             *tile_views(factors.up, [(block_d, piece) for piece in cut], descriptor),
             out if factors.bias is None else factors.bias.contiguous(),
-        )
-    ]
+        ]
+
     launch(
         short_attention_kernel,
         (triton.cdiv(q_len, tile.block_q), items * heads),
         q,
-        *tensors,
+        *tensors(k, cut_k),
+        *tensors(v, cut_v),
         out,
         out if key_padding is None else key_padding,
         q.stride(1),
@@ -233,8 +233,8 @@ def _launch(
         k.up.shape[1],
         v.up.shape[1],
         scale * LOG2_E.value,
-        *cuts[0],
-        *cuts[1],
+        *cut_k,
+        *cut_v,
         GROUP=heads // kv_heads,
         PADDED=key_padding is not None,
         WINDOW_LEFT=window_left,

@@ -2,6 +2,7 @@
 
 from functools import cache
 from itertools import combinations_with_replacement
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -13,6 +14,15 @@ from .target import describable
 PIECE_WIDTHS = (16, 32, 64, 128)  # tensor cores multiply at least 16 deep
 PIECE = PIECE_WIDTHS[-1]
 MAX_RANK = 3 * PIECE
+
+
+class Tile(NamedTuple):
+    """Launch configuration: rows and columns of a tile, warps, pipeline depth."""
+
+    block_n: int
+    block_f: int
+    num_warps: int
+    num_stages: int
 
 
 @cache
