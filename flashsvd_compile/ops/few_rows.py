@@ -46,15 +46,15 @@ def project(
     gemv.multiply(*products, residual=residual, follows=follows)
 
 
-def mlp(x: Tensor, region: Mlp, activation: str, x_norm: Norm | None, residual: Tensor | None) -> Tensor:
+def mlp(x: Tensor, region: Mlp, residual: Tensor | None) -> Tensor:
     """The MLP of ``x[rows, in_features]``: ``[rows, out_features]``, in four launches; see :func:`project`."""
     rows = x.shape[0]
     hidden, out = x.new_empty(rows, region.width), x.new_empty(rows, proj.out_features(region.out))
     # A gate comes first: it is what the activation is applied to.
     into = region.into_hidden[::-1]
-    latents, follows = _into_rank_space(x, into, x_norm, follows=False)
+    latents, follows = _into_rank_space(x, into, region.x_norm, follows=False)
     lifted = [Product(latent, p.up, p.up_bias, hidden) for latent, p in zip(latents, into, strict=True)]
-    gemv.multiply(*lifted, activation=activation, gated=region.gate is not None, follows=follows)
+    gemv.multiply(*lifted, activation=region.activation, gated=region.gate is not None, follows=follows)
     project(hidden, [region.out], [out], residual=residual, follows=True)
     return out
 

@@ -23,7 +23,6 @@ from .activation import activate_, activation_of, gate_
 from .aligned import with_aligned_rank
 from .backward import Chunked, by_rows, differentiable
 from .mlp_region import Mlp
-from .norm import Norm
 from .projection import Projection
 from .ranges import ranges
 from .registry import register
@@ -65,8 +64,8 @@ def reference(x: Tensor, *arguments) -> Tensor:
     Returns:
         ``[..., out_features]``, contiguous, dtype of ``x``.
     """
-    mlp, x_norm, activation, _, _ = _parse(x, arguments)
-    act, x = activation_of(activation), norm.of_rows(x, x_norm)
+    mlp, _, _ = _parse(x, arguments)
+    act, x = activation_of(mlp.activation), norm.of_rows(x, mlp.x_norm)
     hidden = proj.apply(x, mlp.hidden)
     hidden = act(hidden) if mlp.gate is None else act(proj.apply(x, mlp.gate)) * hidden
     result, residual = proj.apply(hidden, mlp.out).contiguous(), arguments[RESIDUAL - 1]
@@ -80,28 +79,26 @@ def _fake(x: Tensor, *arguments) -> Tensor:
 
 @plus_residual(RESIDUAL)
 def _cpu(x: Tensor, *arguments) -> Tensor:
-    mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
+    mlp, strategy, workspace_bytes = _parse(x, arguments)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
-    if scratch_as_a_whole(x, mlp, x_norm) <= workspace_bytes:
-        return _as_a_whole(norm.of_rows(x, x_norm), mlp, activation)
-    columns = CPU_COLUMNS if x.element_size() >= 4 else None
-    return streamed(x, mlp, activation, workspace_bytes, columns, x_norm)
+    if scratch_as_a_whole(x, mlp) <= workspace_bytes:
+        return _as_a_whole(norm.of_rows(x, mlp.x_norm), mlp)
+    return streamed(x, mlp, workspace_bytes, columns=CPU_COLUMNS if x.element_size() >= 4 else None)
 
 
 def _cuda(x: Tensor, *arguments) -> Tensor:
-    mlp, x_norm, activation, strategy, workspace_bytes = _parse(x, arguments)
+    mlp, strategy, workspace_bytes = _parse(x, arguments)
     rows, residual = rows_of(x), arguments[RESIDUAL - 1]
-    if few_rows.supported(rows, *mlp):
+    if few_rows.supported(rows, *mlp.into_hidden, mlp.out):
         added = None if residual is None else residual.reshape(len(rows), -1)
-        return few_rows.mlp(rows, mlp, activation, x_norm, added).view(*x.shape[:-1], -1)
+        return few_rows.mlp(rows, mlp, added).view(*x.shape[:-1], -1)
     mlp = mlp.merged() if strategy == Strategy.MERGED else mlp
     if strategy == Strategy.FUSED and _fusible(x, mlp):
-        return plus(_fused(norm.of_rows(x, x_norm), mlp, activation, workspace_bytes), residual)
+        return plus(_fused(norm.of_rows(x, mlp.x_norm), mlp, workspace_bytes), residual)
     if mlp_gpu.supported(x, mlp):
-        region = partial(mlp_gpu.streamed, x, mlp, activation, workspace_bytes, x_norm)
-        return joined(region, residual)
+        return joined(partial(mlp_gpu.streamed, x, mlp, workspace_bytes), residual)
     columns = GPU_COLUMNS if x.element_size() >= 4 else None
-    return plus(streamed(x, mlp, activation, workspace_bytes, columns, x_norm), residual)
+    return plus(streamed(x, mlp, workspace_bytes, columns), residual)
 
 
 def _fusible(x: Tensor, mlp: Mlp) -> bool:
@@ -111,69 +108,71 @@ def _fusible(x: Tensor, mlp: Mlp) -> bool:
     return triton_mlp.supported(proj.rank(mlp.hidden), proj.rank(mlp.out), x.dtype, x.device)
 
 
-def _fused(x: Tensor, mlp: Mlp, activation: str, workspace_bytes: int) -> Tensor:
-    """Two narrow library products around one kernel that keeps the hidden layer on chip.
+def _fused(x: Tensor, mlp: Mlp, workspace_bytes: int) -> Tensor:
+    """Two narrow library products of a normalised ``x`` around one kernel that keeps the hidden layer on chip.
 
     Where rows are too few to fill the chip, the hidden layer is split among more programs: as far as rank space and the
     partial sums fit in what the result, which comes when they are gone, and the workspace take.
     """
     rows_in = rows_of(x)
     rows = rows_in.shape[0]
-    mlp = Mlp(with_aligned_rank(mlp.hidden, rows), None, with_aligned_rank(mlp.out, rows))
-    rank_out = proj.rank(mlp.out)
-    assert mlp.hidden.down is not None and mlp.out.down is not None
-    latent = empty_with_aligned_rows(rows, proj.rank(mlp.hidden), x)
-    affine_into(latent, rows_in, mlp.hidden.down, mlp.hidden.down_bias)
-    room = workspace_bytes // x.element_size() + rows * (proj.out_features(mlp.out) - proj.rank(mlp.hidden))
-    max_splits = max(1, room // (rows * rank_out))
-    parts = triton_mlp.mlp_core(latent, mlp.hidden.up, mlp.hidden.up_bias, mlp.out.down, activation, max_splits)
+    into, out_of = with_aligned_rank(mlp.hidden, rows), with_aligned_rank(mlp.out, rows)
+    assert into.down is not None and out_of.down is not None
+    latent = empty_with_aligned_rows(rows, proj.rank(into), x)
+    affine_into(latent, rows_in, into.down, into.down_bias)
+    room = workspace_bytes // x.element_size() + rows * (proj.out_features(out_of) - proj.rank(into))
+    max_splits = max(1, room // (rows * proj.rank(out_of)))
+    parts = triton_mlp.mlp_core(latent, into.up, into.up_bias, out_of.down, mlp.activation, max_splits)
     del latent
-    summed = add_up(parts, mlp.out.down_bias)
+    summed = add_up(parts, out_of.down_bias)
     del parts
-    out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
-    affine_into(out.view(rows, -1), summed, mlp.out.up, mlp.out.up_bias)
+    out = x.new_empty((*x.shape[:-1], proj.out_features(out_of)))
+    affine_into(out.view(rows, -1), summed, out_of.up, out_of.up_bias)
     return out
 
 
-def _as_a_whole(x: Tensor, mlp: Mlp, activation: str) -> Tensor:
-    """A small region, whose time is that of launching operations: as few of them as there can be."""
+def _as_a_whole(x: Tensor, mlp: Mlp) -> Tensor:
+    """A small region of a normalised input, whose time is that of launching operations: as few as there can be."""
     hidden = proj.apply(x, mlp.hidden)
     if mlp.gate is None:
-        activate_(activation, hidden)
+        activate_(mlp.activation, hidden)
     else:
-        hidden = gate_(activation, proj.apply(x, mlp.gate), hidden)
+        hidden = gate_(mlp.activation, proj.apply(x, mlp.gate), hidden)
     if mlp.out.down is not None:
         hidden = linear(hidden, mlp.out.down, mlp.out.down_bias)  # lets go of the hidden layer before the result
     return linear(hidden, mlp.out.up, mlp.out.up_bias).contiguous()
 
 
-def scratch_as_a_whole(x: Tensor, mlp: Mlp, x_norm: Norm | None) -> int:
+def scratch_as_a_whole(x: Tensor, mlp: Mlp) -> int:
     """Bytes that :func:`_as_a_whole` and its input's norm hold next to the result."""
     rows = x.numel() // max(1, x.shape[-1])
-    normalised = 0 if x_norm is None else x.shape[-1]
+    normalised = 0 if mlp.x_norm is None else x.shape[-1]
     return rows * (normalised + workspace_elements_per_row(mlp)) * x.element_size()
 
 
-class Tile(NamedTuple):
-    """Rows, and columns of the hidden layer, that :func:`streamed` computes at a time."""
+class Tiling(NamedTuple):
+    """Rows, and columns of the hidden layer, that :func:`streamed` computes at a time.
+
+    Attributes:
+        elements: elements of workspace that this needs.
+    """
 
     rows: int
     columns: int
     elements: int
-    """Elements of workspace that this needs."""
 
 
-def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int, normalised: int = 0) -> Tile:
+def tiling(mlp: Mlp, rows: int, workspace_elements: int, columns: int) -> Tiling:
     """As many rows as fit with ``columns`` of the hidden layer, then as many columns as fit with these rows.
 
-    Args:
-        normalised: elements of a row that is normalised first; they are not in the workspace but count.
+    Normalised rows are not in the workspace but count.
     """
     latent, copies = _latent_beside_result(mlp), len(mlp.into_hidden)
+    normalised = 0 if mlp.x_norm is None else proj.in_features(mlp.hidden)
     columns, total = min(columns, mlp.width), proj.rank(mlp.out)
     rows = rows_that_fit(workspace_elements, normalised + latent + max(copies * columns, total), rows)
     columns = max(columns, rows_that_fit(workspace_elements // rows - normalised - latent, copies, mlp.width))
-    return Tile(rows, columns, rows * (latent + max(copies * columns, total)))
+    return Tiling(rows, columns, rows * (latent + max(copies * columns, total)))
 
 
 def _latent_beside_result(mlp: Mlp) -> int:
@@ -187,14 +186,7 @@ def _latent_beside_result(mlp: Mlp) -> int:
     return beside
 
 
-def streamed(
-    x: Tensor,
-    mlp: Mlp,
-    activation: str,
-    workspace_bytes: int,
-    columns: int | None = None,
-    x_norm: Norm | None = None,
-) -> Tensor:
+def streamed(x: Tensor, mlp: Mlp, workspace_bytes: int, columns: int | None) -> Tensor:
     """Tiles of the hidden layer through one workspace; nothing of size ``rows x width`` ever exists.
 
     A tile is written, activated and read while it is still in cache. Its contribution is summed up in the rank space
@@ -204,7 +196,6 @@ def streamed(
     Args:
         columns: least width of a tile; ``None`` keeps the hidden layer whole, as half precision needs, where a sum
             that is stored after each tile is rounded each time.
-        x_norm: taken of a tile's rows first.
     """
     rows_in = rows_of(x)
     out = x.new_empty((*x.shape[:-1], proj.out_features(mlp.out)))
@@ -212,16 +203,16 @@ def streamed(
     total = rows_in.shape[0]
     if total == 0:
         return out
-    normalised = 0 if x_norm is None else x.shape[-1]
-    tile = tiling(mlp, total, workspace_bytes // x.element_size(), columns or mlp.width, normalised)
+    tile = tiling(mlp, total, workspace_bytes // x.element_size(), columns or mlp.width)
     workspace = Workspace(tile.elements, like=x)
     for rows in ranges(total, tile.rows):
         workspace.reset()
-        _stream_rows(rows_out[rows], norm.of_rows(rows_in[rows], x_norm), mlp, activation, tile.columns, workspace)
+        _stream_rows(rows_out[rows], norm.of_rows(rows_in[rows], mlp.x_norm), mlp, tile.columns, workspace)
     return out
 
 
-def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int, workspace: Workspace) -> None:
+def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, columns: int, workspace: Workspace) -> None:
+    """Fill ``out[rows, out_features]`` for normalised ``x``, some columns of the hidden layer at a time."""
     memories = (workspace,) if mlp.out.down is None else (Workspace.over(out), workspace)
     hidden_latent = _latent(x, mlp.hidden, memories)
     gate_latent = x if mlp.gate is None else _latent(x, mlp.gate, memories)
@@ -232,10 +223,10 @@ def _stream_rows(out: Tensor, x: Tensor, mlp: Mlp, activation: str, columns: int
     for features in ranges(mlp.width, columns):
         workspace.reset(mark)
         if mlp.gate is None:
-            hidden = _lift(hidden_latent, mlp.hidden, features, workspace, activation)
+            hidden = _lift(hidden_latent, mlp.hidden, features, workspace, mlp.activation)
         else:
             hidden = _lift(hidden_latent, mlp.hidden, features, workspace)
-            hidden = gate_(activation, _lift(gate_latent, mlp.gate, features, workspace), hidden)
+            hidden = gate_(mlp.activation, _lift(gate_latent, mlp.gate, features, workspace), hidden)
         if features.start == 0:
             affine_into(total, hidden, into[:, features], bias)
         else:
@@ -285,7 +276,7 @@ def _cut(grad: Tensor, arguments: tuple) -> Chunked:
     return by_rows(grad, arguments, workspace_elements_per_row(mlp), workspace_bytes)
 
 
-def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, Norm | None, str, str, int]:
+def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, int]:
     """Undo the schema's flattening and check that everything fits.
 
     Raises:
@@ -297,18 +288,18 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, Norm | None, str, str, int
     hidden, gate, out = proj.group(tensors)
     if hidden is None or out is None:
         raise ShapeError("projection 'hidden' or 'out'", None, "a projection")
-    mlp = Mlp(hidden, gate, out)
     proj.validate("hidden", hidden, x.shape[-1], x.dtype)
+    width = proj.out_features(hidden)
     if gate is not None:
         proj.validate("gate", gate, x.shape[-1], x.dtype)
-        if proj.out_features(gate) != mlp.width:
-            raise ShapeError("width of gate", proj.out_features(gate), mlp.width)
-    proj.validate("out", out, mlp.width, x.dtype)
+        if proj.out_features(gate) != width:
+            raise ShapeError("width of gate", proj.out_features(gate), width)
+    proj.validate("out", out, width, x.dtype)
     validate_residual(residual, x, (*x.shape[:-1], proj.out_features(out)))
     activation_of(activation)
     validate_execution(strategy, workspace_bytes)
     x_norm = norm.parse("x", of_x, 1, x.shape[-1], x.dtype)
-    return mlp, x_norm, activation, strategy, workspace_bytes
+    return Mlp(hidden, gate, out, activation, x_norm), strategy, workspace_bytes
 
 
 mlp = register("mlp_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)

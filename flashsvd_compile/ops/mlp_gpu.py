@@ -29,8 +29,7 @@ from . import projection as proj
 from .activation import activate_, gate_
 from .aligned import padded, padded_bias
 from .mlp_region import Mlp
-from .mlp_tiles import Sizes, Tile, even_ranges, tile_of
-from .norm import Norm
+from .mlp_tiles import HiddenTile, Sizes, even_ranges, tile_of
 from .projection import Projection
 from .ranges import ranges, width_of
 from .workspace import affine_into, affine_plus, rows_of, rows_that_fit
@@ -54,14 +53,7 @@ def _columns_in_result(mlp: Mlp) -> list[slice]:
     return [slice(stop - rank, stop) for rank, stop in zip(ranks, accumulate(ranks), strict=True)]
 
 
-def streamed(
-    x: Tensor,
-    mlp: Mlp,
-    activation: str,
-    workspace_bytes: int,
-    x_norm: Norm | None = None,
-    residual: Tensor | None = None,
-) -> Tensor:
+def streamed(x: Tensor, mlp: Mlp, workspace_bytes: int, residual: Tensor | None = None) -> Tensor:
     """The MLP's ``[..., out_features]`` plus the residual, which is contiguous. See :func:`supported`.
 
     A norm of ``x`` exists for as many rows at a time as the workspace, which is allocated after it, has room for.
@@ -71,15 +63,17 @@ def streamed(
     rows_out = result.view(-1, result.shape[-1])
     latents = [rows_out[:, columns] for columns in _columns_in_result(mlp)]
     elements = workspace_bytes // x.element_size()
-    per_row = 0 if x_norm is None else x.shape[-1]
+    per_row = 0 if mlp.x_norm is None else x.shape[-1]
     for rows in ranges(rows_in.shape[0], rows_that_fit(elements, per_row, rows_in.shape[0])):
-        _into_rank_space([latent[rows] for latent in latents], norm.of_rows(rows_in[rows], x_norm), mlp.into_hidden)
+        normalised = norm.of_rows(rows_in[rows], mlp.x_norm)
+        _into_rank_space([latent[rows] for latent in latents], normalised, mlp.into_hidden)
+        del normalised
     tile = tile_of(mlp, rows_in.shape[0], elements, target_of(x.device))
     added = None if residual is None else residual.view(rows_out.shape)
     if tile.kept:
-        _keeping_copies(rows_out, latents, mlp, activation, tile, added)
+        _keeping_copies(rows_out, latents, mlp, tile, added)
         return result
-    chunks = _Chunks(mlp, activation, tile, like=x)
+    chunks = _Chunks(mlp, tile, like=x)
     for rows in ranges(rows_in.shape[0], tile.rows):
         chunks.finish(rows_out[rows], [latent[rows] for latent in latents], None if added is None else added[rows])
     return result
@@ -95,9 +89,7 @@ def _into_rank_space(latents: list[Tensor], x: Tensor, projections: list[Project
         affine_into(latent, x, down, padded_bias(projection.down_bias, latent.shape[1]))
 
 
-def _keeping_copies(
-    out: Tensor, latents: list[Tensor], mlp: Mlp, activation: str, tile: Tile, residual: Tensor | None
-) -> None:
+def _keeping_copies(out: Tensor, latents: list[Tensor], mlp: Mlp, tile: HiddenTile, residual: Tensor | None) -> None:
     """``out[rows, features]``, the residual added, from the rank space before the hidden layer, which lies in it.
 
     A chunk's rank space behind the hidden layer takes the place of that before, where it is in the way of the result.
@@ -117,7 +109,7 @@ def _keeping_copies(
             Product(latent[rows], factor, projection.up_bias, hidden)
             for latent, factor, projection in zip(latents, factors, mlp.into_hidden, strict=True)
         )
-        multiply(last, activation, gate[0] if gate else None)
+        multiply(last, mlp.activation, gate[0] if gate else None)
         multiply(Product(hidden, mlp.out.down, mlp.out.down_bias, after[rows]))
     copy, rest = memory.split([_copied(mlp.out), memory.numel() - _copied(mlp.out)])
     factor = _padded(mlp.out.up, out.shape[1], after.shape[1], copy)
@@ -135,8 +127,8 @@ def _copied(projection: Projection[Tensor]) -> int:
 class _Chunks:
     """A chunk of rows at a time from the rank space before the hidden layer to the result, through the same memory."""
 
-    def __init__(self, mlp: Mlp, activation: str, tile: Tile, like: Tensor):
-        self._mlp, self._activation, self._columns = mlp, activation, tile.columns
+    def __init__(self, mlp: Mlp, tile: HiddenTile, like: Tensor):
+        self._mlp, self._columns = mlp, tile.columns
         self._activated_at_once = tile.activated
         self._lifted_at_once = Sizes.of(mlp).lifted_at_once(tile.columns)
         self._rank = padded(proj.rank(mlp.out))
@@ -173,11 +165,11 @@ class _Chunks:
         if self._activated_at_once:
             gate = self._gate(hidden, latents[0], features) if len(into) > 1 else None
             last = Product(*self._lifting(latents[-1], into[-1], features), hidden)
-            return multiply(last, self._activation, gate)
+            return multiply(last, self._mlp.activation, gate)
         if len(into) == 1:
-            return activate_(self._activation, self._lift(hidden, latents[0], into[0], features))
+            return activate_(self._mlp.activation, self._lift(hidden, latents[0], into[0], features))
         beside = self._lift(_view(self._beside, rows, columns), latents[0], into[0], features)
-        return gate_(self._activation, self._lift(hidden, latents[1], into[1], features), beside)
+        return gate_(self._mlp.activation, self._lift(hidden, latents[1], into[1], features), beside)
 
     def _gate(self, hidden: Tensor, latent: Tensor, features: slice) -> Tensor | Product:
         """What the activated product is multiplied with: a product, or its result where both factors are copied."""

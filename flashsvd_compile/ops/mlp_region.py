@@ -5,15 +5,25 @@ from typing import NamedTuple
 from torch import Tensor
 
 from . import projection as proj
+from .norm import Norm
 from .projection import Projection
 
 
 class Mlp(NamedTuple):
-    """The projections of one MLP region; ``gate`` is ``None`` for a plain two-layer MLP."""
+    """One MLP region.
+
+    Attributes:
+        hidden, out: projections to the hidden layer and out of it.
+        gate: what is activated in place of ``hidden`` and multiplied with it, or ``None`` for a plain two-layer MLP.
+        activation: a name of :data:`~.activation.ACTIVATIONS`.
+        x_norm: normalisation of the input, or ``None``.
+    """
 
     hidden: Projection[Tensor]
     gate: Projection[Tensor] | None
     out: Projection[Tensor]
+    activation: str = "gelu"
+    x_norm: Norm | None = None
 
     @property
     def width(self) -> int:
@@ -27,4 +37,5 @@ class Mlp(NamedTuple):
 
     def merged(self) -> "Mlp":
         """The region with each projection dense whose factors cost more."""
-        return Mlp(*(p and proj.merge_if_cheaper(p) for p in self))  # pyright: ignore[reportArgumentType]
+        hidden, out = proj.merge_if_cheaper(self.hidden), proj.merge_if_cheaper(self.out)
+        return self._replace(hidden=hidden, gate=self.gate and proj.merge_if_cheaper(self.gate), out=out)

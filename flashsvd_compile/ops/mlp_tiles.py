@@ -23,7 +23,7 @@ def even_ranges(rows: int, most: int) -> list[slice]:
     return [slice(first, stop) for first, stop in pairwise(bounds)]
 
 
-class Tile(NamedTuple):
+class HiddenTile(NamedTuple):
     """Rows, and columns of the hidden layer, that are computed at a time.
 
     Attributes:
@@ -62,7 +62,7 @@ SPLITS, LEAST_DEPTH, SPLITTING = (1, 2, 3), 1024, 0.97
 """Parts that the library cuts the depth of a product of few tiles into, the least depth of a part, and its rate."""
 
 
-def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> Tile:
+def tile_of(mlp: Mlp, rows: int, elements: int, target: Target) -> HiddenTile:
     """The fastest tile within ``elements`` of workspace by the fitted cost; the smallest where none is within it."""
     sizes = Sizes.of(mlp)
     if _may_be_activated(mlp):
@@ -108,10 +108,10 @@ class Sizes(NamedTuple):
             return sizes
         return sizes._replace(copied=sum(padded(rank) for rank in ranks[1:] if rank % SECTOR))
 
-    def tiles(self, rows: int, columns: int, elements: int, activated: bool) -> list[Tile]:
+    def tiles(self, rows: int, columns: int, elements: int, activated: bool) -> list[HiddenTile]:
         """As many rows as ``elements`` of workspace hold with so many columns, and as make for chunks of one size."""
         several = columns < self.width
-        one = Tile(
+        one = HiddenTile(
             rows=1,
             columns=columns,
             beside=max(
@@ -126,7 +126,7 @@ class Sizes(NamedTuple):
         even = -(-rows_that_fit(fitting, 1, rows) // BLOCK) * BLOCK
         return [one._replace(rows=chunk) for chunk in {min(rows, fitting), min(rows, even)}]
 
-    def keeping_copies(self, rows: int, elements: int) -> list[Tile]:
+    def keeping_copies(self, rows: int, elements: int) -> list[HiddenTile]:
         """Tiles that keep their copies, within ``elements`` of workspace.
 
         The last factor and the rank space of as many rows must fit where the hidden layer was.
@@ -140,10 +140,10 @@ class Sizes(NamedTuple):
         needed = -(-rows // fitting)
         numbers = range(needed, needed + MORE_CHUNKS + 1)
         chunks = {min(rows, -(-rows // (number * BLOCK)) * BLOCK) for number in numbers}
-        tiles = [Tile(chunk, self.width, 0, copied, 0, activated=True, kept=True) for chunk in chunks]
+        tiles = [HiddenTile(chunk, self.width, 0, copied, 0, activated=True, kept=True) for chunk in chunks]
         return [tile for tile in tiles if tile.rows * self.width >= (self.features + tile.rows) * self.rank]
 
-    def cost(self, tile: Tile, rows: int, processors: int) -> float:
+    def cost(self, tile: HiddenTile, rows: int, processors: int) -> float:
         """Multiplications one after another, chunk by chunk and range by range, as the last may be short ones."""
         if tile.kept:
             chunks = map(width_of, even_ranges(rows, tile.rows))
@@ -158,7 +158,7 @@ class Sizes(NamedTuple):
         into = [(columns, rank) for columns in hidden for rank in self.ranks]
         return into + [(self.rank, columns) for columns in hidden]
 
-    def _chunk(self, tile: Tile, rows: int, processors: int) -> float:
+    def _chunk(self, tile: HiddenTile, rows: int, processors: int) -> float:
         """Cost of a chunk of so many rows, in multiplications of one processor."""
         if rows == 0:
             return 0
@@ -178,7 +178,7 @@ class Sizes(NamedTuple):
 
 
 @lru_cache(maxsize=256)
-def _tile_of(sizes: Sizes, rows: int, elements: int, processors: int, activated: bool) -> Tile:
+def _tile_of(sizes: Sizes, rows: int, elements: int, processors: int, activated: bool) -> HiddenTile:
     widths = range(-(-sizes.width // (MAX_RANGES * 128)) * 128, sizes.width + 128, 128)
     tiles = [tile for columns in widths for tile in sizes.tiles(rows, columns, elements, activated)]
     tiles += sizes.keeping_copies(rows, elements) if activated else []

@@ -123,7 +123,7 @@ def test_mlp_as_a_whole(activation, gated):
     hidden, gate, out = group(arguments[1:13])
     assert hidden is not None
     assert out is not None
-    scratch = scratch_of_mlp(arguments[0], Mlp(hidden, gate, out), None)
+    scratch = scratch_of_mlp(arguments[0], Mlp(hidden, gate, out))
     assert_bounded_as_a_whole(ops.mlp, arguments, scratch)
 
 

@@ -25,7 +25,7 @@ def mlp_of(arguments: tuple) -> Mlp:
     """The region of an operator's arguments."""
     hidden, gate, out = group(arguments[1:13])
     assert hidden is not None and out is not None
-    return Mlp(hidden, gate, out)
+    return Mlp(hidden, gate, out, activation=arguments[19])
 
 
 def linear(product: Product) -> Tensor:
@@ -82,7 +82,7 @@ def test_result(gated, ranks, workspace_bytes, down_bias, added, on_cpu):
     residual = torch.randn(2, 301, 144).to(x.dtype) if added else None
     given = (*arguments[:RESIDUAL], residual, *arguments[RESIDUAL + 1 :])
     assert mlp_gpu.supported(x, mlp)
-    result = mlp_gpu.streamed(x, mlp, arguments[19], workspace_bytes, residual=residual)
+    result = mlp_gpu.streamed(x, mlp, workspace_bytes, residual=residual)
     assert_within_error_rule(result, reference, given)
     both_copied = ranks[0] % 16 and ranks[1] % 16
     expected = type(None) if not gated else Tensor if both_copied else Product
@@ -104,7 +104,7 @@ def test_result_with_copies_kept(gated, ranks, rows, down_bias, added, on_cpu, m
     assert tiles
     for tile in tiles:
         monkeypatch.setattr(mlp_gpu, "tile_of", lambda *given, tile=tile: tile)
-        result = mlp_gpu.streamed(x, mlp, arguments[19], 2**20, residual=residual)
+        result = mlp_gpu.streamed(x, mlp, 2**20, residual=residual)
         given = (*arguments[:RESIDUAL], residual, *arguments[RESIDUAL + 1 :])
         assert_within_error_rule(result, reference, given)
     assert all(isinstance(gate, Product if gated else type(None)) for gate in on_cpu)
@@ -121,7 +121,7 @@ def test_even_ranges(rows, most):
     assert max(blocks) - min(blocks) <= 1
 
 
-def kept(rank: int, width: int = 2816, out_features: int = 1024) -> list[mlp_tiles.Tile]:
+def kept(rank: int, width: int = 2816, out_features: int = 1024) -> list[mlp_tiles.HiddenTile]:
     shape: dict[str, Any] = {"width": width, "out_features": out_features, "gated": True, "dtype": torch.bfloat16}
     mlp = mlp_of(mlp_arguments(1, 1, 1024, ranks=(rank, rank, rank), **shape))
     return mlp_tiles.Sizes.of(mlp).keeping_copies(4096, 2**23)
