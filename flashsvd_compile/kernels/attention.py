@@ -303,7 +303,7 @@ def is_faster_specialised(target: Target, q: Tensor, kv_len: int, window: tuple[
 def heads_in_cache(k: Tensor, v: Tensor, heads: int) -> int:
     """How many query heads' keys and values, ``[items, kv_len, kv_heads, dim]`` of so many, stay in a GPU's L2."""
     head_bytes = k.shape[1] * (k.shape[3] + v.shape[3]) * k.element_size()
-    return max(1, CACHED_BYTES * heads // k.shape[2] // head_bytes)
+    return max(1, CACHED_BYTES * heads // k.shape[2] // max(1, head_bytes))
 
 
 def key_bounds(key_padding: Tensor) -> Tensor:
@@ -383,7 +383,8 @@ def _launch(
     if descriptor:
         shapes = [(tile.block_q, block_d), (tile.block_k, block_d), (tile.block_k, block_v)]
         tensors = [TensorDescriptor.from_tensor(t, [1, *shape]) for t, shape in zip(tensors, shapes, strict=True)]
-    together = 1 if window_left >= 0 else min(heads_in_cache(k, v, heads), LAST_BLOCKS * target.processors // blocks)
+    last = LAST_BLOCKS * target.processors // max(1, blocks)
+    together = 1 if window_left >= 0 else min(heads_in_cache(k, v, heads), last)
     triple = q.dtype == torch.float32 and triples(target, max(head_dim, value_dim))
     launch(
         attention_kernel,

@@ -112,6 +112,19 @@ def test_lengths(q_len, kv_len, chip):
         assert_right(Case(q_len=q_len, kv_len=kv_len, items=1, heads=1, kv_heads=1).tensors(), None, window, chip)
 
 
+@pytest.mark.parametrize("chip", INTERPRETED)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_without_keys_zeros_and_without_queries_nothing(window, chip):
+    left, right = WINDOWS[window]
+    for q_len, kv_len in ((70, 0), (0, 70)):
+        q, k, v = Case(q_len=q_len, kv_len=kv_len).tensors()
+        out = torch.full_like(q, torch.nan)
+        with running_on(INTERPRETED[chip]):
+            how = {"scale": SCALE, "window_left": left, "window_right": right}
+            attention.attention(q, k, v, out, key_padding=None, bounds=None, **how)
+        assert torch.equal(out, torch.zeros_like(q))
+
+
 @pytest.mark.parametrize(("last_blocks", "together"), [(0, 0), (1, 1), (2, 2), (4, 5), (9, 12)])
 def test_the_last_heads_of_causal_attention_come_together(last_blocks, together, monkeypatch):
     """Six heads of three blocks of queries, for four processors: each block is computed, whichever heads mix."""
