@@ -10,11 +10,19 @@ from .session import Session, run
 
 
 def case(
-    batch: int, length: int, heads: int, features: int, rank: int, target: Target, mask: str, quick: bool = False
+    batch: int,
+    length: int,
+    heads: int,
+    features: int,
+    rank: int,
+    target: Target,
+    mask: str,
+    quick: bool = False,
+    of: str = "",
 ) -> Case:
-    """One row of the table."""
+    """One row of the table; ``of`` says in its name what tells it from others of its size and mask."""
     return Case(
-        name=f"{batch}x{length} {mask}",
+        name=f"{batch}x{length} {mask}{of}",
         shape={"B": batch, "L": length, "D": features, "H": heads},
         ranks={"q": rank, "k": rank, "v": rank},
         unit_elements=batch * length * features,
@@ -25,6 +33,8 @@ def case(
     )
 
 
+WIDE = 4096
+"""Features whose heads are of 128."""
 MASKS = ("none", "padded", "causal")
 TARGETS = {
     (32, 512): Target(0.95, 36),
@@ -37,8 +47,14 @@ CASES = [
     for mask in MASKS
     for (batch, length), target in TARGETS.items()
 ]
+CASES += [
+    case(batch, length, 32, WIDE, 1024, Target(1.0), mask, of=f" {WIDE}")
+    for batch, length in ((1, 4096), (4, 2048))
+    for mask in ("none", "causal")
+]
+"""Those of a Llama; no target of TARGETS.md is of them alone."""
 SMOKE_CASES = [case(2, 24, 2, 32, 8, Target(1.0, 1), mask, quick=True) for mask in MASKS]
-WORKSPACES_MIB = (4, 16, 34, 58)
+WORKSPACES_MIB = {768: (4, 16, 34, 58), WIDE: (32, 48, 64, 128), 32: (1,)}
 
 
 def padding(batch: int, length: int, device: torch.device) -> torch.Tensor:
@@ -56,8 +72,8 @@ def measure(session: Session, case: Case) -> None:
     frozen(module)
     reference = float64_reference(module, lambda m: m(x.double(), key_padding))
     found = standard(module, dense_of(module), lambda m: m(x, key_padding), eager_graph=True)
-    workspaces = (1,) if session.smoke else WORKSPACES_MIB
-    measure_case(session, case, [*found, *forced_attention(module, x, key_padding, workspaces)], reference)
+    forced = forced_attention(module, x, key_padding, WORKSPACES_MIB[features])
+    measure_case(session, case, [*found, *forced], reference)
 
 
 if __name__ == "__main__":

@@ -381,7 +381,7 @@ def _attend_to_short(heads: Tensor, context: Tensor, attn: Attention, elements: 
 def _short_rank_space(rows: Tensor, attn: Attention, workspace: Workspace) -> list[short_kernel.Factors]:
     """Keys and values of these rows, in rank space."""
     products, factors, projections = [], [], [attn.k, attn.v]
-    if not small_products.supported(*((rows, p.down) for p in projections if p.down is not None)):
+    if not small_products.faster(*((rows, p.down) for p in projections if p.down is not None)):
         projections = [with_aligned_rank(projection, len(rows)) for projection in projections]
     for projection in projections:
         latent = workspace.take(len(rows), aligned_columns(proj.rank(projection)))[:, : proj.rank(projection)]

@@ -9,9 +9,9 @@ After::
 
     s = flashsvd.mlp_v3(x=r, hidden_down=..., residual=r, x_norm="rms", x_norm_weight=weight, x_norm_eps=eps, ...)
 
-The stream is alive either way, so its normed copy is memory saved. On a GPU an MLP's workspace may grow by almost as
-much where the planner chose it: larger products run nearer to the roof. Norms whose weight has another dtype than the
-stream stay, as the library has no kernel for them.
+The stream is alive either way, so its normed copy is memory saved. On a GPU a workspace in which rows are normalised
+may grow by almost as much where the planner chose it: larger products run nearer to the roof. Norms whose weight has
+another dtype than the stream stay, as the library has no kernel for them.
 
 With few rows on a GPU a norm costs a launch that waits for the one before it and that the next one waits for. There
 the first products of an MLP or of lone projections take a root mean square norm in passing, whatever it is a norm of;
@@ -20,10 +20,12 @@ of several rows where there is a kernel for that (``kernels/gemv_hopper.py``).
 
 import operator
 from fractions import Fraction
+from typing import Any
 
 from torch.fx import Graph, Node
 
 from .. import ops
+from ..ops.lifting import MAX_PROJECTED_RANK
 from ..ops.norm import argument_names
 from ..options import Options, Strategy
 from .emit import emit
@@ -78,12 +80,25 @@ def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options:
     with graph.inserting_before(node):
         weight, bias = (v.build(graph) if isinstance(v, Deferred) else v for v in (norm.weight, norm.bias))
         arguments |= {"x": norm.source, KIND: norm.kind, WEIGHT: weight, BIAS: bias, EPS: norm.eps}
-        if target is ops.mlp and options.memory_budget is None and is_on_gpu(x) and not few:
+        if options.memory_budget is None and is_on_gpu(x) and not few and _normalises_in_workspace(target, arguments):
             arguments["workspace_bytes"] = _larger(graph, node.kwargs["workspace_bytes"], norm.source)
     node.target, node.kwargs = target, in_schema_order(target, arguments)
     for old in reversed(norm.nodes):
         if not old.users:
             graph.erase_node(old)
+
+
+def _normalises_in_workspace(target: object, arguments: dict[str, Any]) -> bool:
+    """Whether an operator on a GPU normalises some rows at a time. Attention whose rank space stays on chip reads a
+    normed input as a whole.
+    """
+    if target is not ops.attention:
+        return target is ops.mlp
+    downs = [tensor_of(down) for role in "qkv" if isinstance(down := arguments.get(f"{role}_down"), Node)]
+    ranks = [len(down) for down in downs if down is not None]
+    if len(ranks) < len("qkv") or arguments.get("strategy") == Strategy.MERGED:
+        return False
+    return max(ranks[1:]) > MAX_PROJECTED_RANK
 
 
 def _norm_of(node: Node) -> Norm | None:

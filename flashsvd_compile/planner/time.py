@@ -19,6 +19,8 @@ from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
 
 ATTENTION_SHARE = 0.6
 """Share of the products' rate that attention reaches (H200, heads of 64)."""
+WIDE_HEAD, WIDE_ATTENTION_SHARE = 128, 0.8
+"""The same of heads of 128 where they have a kernel in Gluon (H200, causal, 2048 to 16384 keys)."""
 MASKED_ATTENTION = 1.55
 """Factor on the time of a GPU library's attention where a mask becomes a bias (H100, 512 to 32768 keys)."""
 
@@ -31,9 +33,9 @@ LARGE_ROWS = 128
 """Rows of such a block."""
 LARGE_SHARE = 0.75
 """Least share of the processors that such blocks occupy."""
-CHUNKED_PROJECTIONS = 1.12
+CHUNKED_PROJECTIONS, CHUNKED_FEATURES = 1.12, 1024
 """Factor on the projections' time where they come in chunks, without kernels in Gluon, and their rank is high (H100,
-256 to 384)."""
+256 to 384 of 768 features), and up to how many features: of 4096 and rank 1024 it is none (H200)."""
 FULL_CHUNK = 4096 * 1536
 """Elements of keys and values that fill a GPU. A chunk of so many costs two launches, 3.5 us, a quarter of it 12 to 17
 (H100, rank 192, 32x512 and 8x2048); where launches overlap 1 to 3 us, and a quarter of it 9 (16x256: 40 us in one
@@ -147,7 +149,7 @@ def attention_streamed(shape: AttentionShape, device: Device, workspace_bytes: s
     projections = _attention_projections(shape, device, _projection)
     if device.specialised and memory.lifts_on_chip(shape, device):
         projections *= _by_blocks(shape, device, workspace_bytes)
-    elif limit is not None and max(map(shape.latent, shape.ranks)) > limit:
+    elif limit is not None and max(map(shape.latent, shape.ranks)) > limit and shape.in_features <= CHUNKED_FEATURES:
         projections *= CHUNKED_PROJECTIONS
     core = _core_by_chunks(shape, device, memory.attention_chunks(shape, device, workspace_bytes))
     return projections + core + _attention_launches(shape, workspace_bytes, device)
@@ -255,7 +257,9 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     width = shape.num_heads * sum(map(device.head_size, sizes))
     flops = 2 * shape.batch * shape.q_len * shape.kv_len * width * (CAUSAL_SHARE if shape.causal else 1)
     traffic = memory.attention_as_written(shape)
-    return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
+    wide = device.specialised and shape.itemsize == 2 and set(sizes) == {WIDE_HEAD}
+    share = WIDE_ATTENTION_SHARE if wide else ATTENTION_SHARE
+    return flops / (share * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
 def _core_by_chunks(shape: AttentionShape, device: Device, cut: memory.Chunks) -> sympy.Expr:

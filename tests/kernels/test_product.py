@@ -1,4 +1,4 @@
-"""Which products rotate the heads that they lift."""
+"""Which products rotate the heads that they lift, and which come two in a launch."""
 
 from typing import Any
 
@@ -62,3 +62,20 @@ def test_rotates(how, taken, monkeypatch):
         assert rotates(**how) == taken
     with running_on(KNOWN["sm_80"]):
         assert not rotates(**how)
+
+
+@pytest.mark.parametrize(
+    ("rows", "depth", "columns", "faster"),
+    [
+        (4096, 768, 192, True),
+        (1024, 1024, 1024, True),
+        (1366, 768, 1024, False),  # more than one round of an H200
+        (1366, 4096, 1024, False),
+        (1024, 2048, 512, False),
+        (16384, 768, 192, False),  # either fills the chip
+    ],
+)
+def test_two_products_come_in_a_launch_where_that_was_measured_to_be_faster(rows, depth, columns, faster):
+    pair = [Product(matrix(rows, depth), matrix(columns, depth), None, matrix(rows, columns)) for _ in range(2)]
+    with running_on(KNOWN["sm_90"]):
+        assert product.multiplies_pair_faster(*pair) == faster

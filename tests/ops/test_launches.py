@@ -10,6 +10,7 @@ from typing import Any
 from unittest.mock import patch
 
 import pytest
+import sympy
 import torch
 from expecttest import TestCase
 from torch import Tensor
@@ -18,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashsvd_compile.kernels.launch import launch
 from flashsvd_compile.kernels.target import KNOWN, knows_triton
 from flashsvd_compile.ops import norm as normalisation
+from flashsvd_compile.options import Options
+from flashsvd_compile.passes.input_norm import OF_STREAM
+from flashsvd_compile.planner import AttentionShape, plan_attention
 from tests.kernels.chips import modules_with, running_on
 
 from .regions import attention_arguments, mlp_arguments, norm, packed_linear_arguments
@@ -155,11 +159,38 @@ product_single_kernel 768x1
 product_single_kernel 3072x1""",
         )
 
-    def test_llama(self):
+    def llama(self, batch: int, length: int) -> str:
+        """With the workspace that the plan and the norm's stream make."""
+        ranks: dict[str, int | None] = dict.fromkeys(("q", "k", "v", "out"), 1024)
+        d, b, n = map(sympy.Integer, (4096, batch, length))
+        features = dict.fromkeys(ranks, 4096)
+        shape = AttentionShape(ranks, features, d, 2, "NVIDIA H200", {}, b, n, n, 32, 32, masked=True, causal=True)
+        planned = plan_attention(shape, Options()).workspace.bytes_for(shape.input_elements)
         how = LLAMA | {"num_heads": 32, "head_dim": 128, "rotary_dim": 128, "window": (-1, 0), "ranks": (1024,) * 4}
-        how |= {"workspace_bytes": 72 << 20}
+        how |= {"workspace_bytes": int(planned + OF_STREAM * 2 * shape.input_elements)}
+        return self.attention(batch, length, None, 4096, **how)
+
+    def test_short_llama(self):
         self.assertExpectedInline(
-            self.attention(1, 4096, None, 4096, **how),
+            self.llama(4, 2048),
+            """\
+rms_norm
+mm.out, 3 times
+product_hopper_kernel 132x1, 2 times
+mm.out
+attention_hopper_kernel 132x1
+rms_norm
+mm.out, 3 times
+product_hopper_kernel 132x1, 2 times
+mm.out
+attention_hopper_kernel 132x1
+mm.out
+product_hopper_kernel 132x1""",
+        )
+
+    def test_llama(self):
+        self.assertExpectedInline(
+            self.llama(1, 4096),
             """\
 rms_norm
 mm.out, 3 times

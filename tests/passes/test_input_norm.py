@@ -291,6 +291,23 @@ def test_on_a_gpu_an_mlp_may_take_most_of_what_its_normed_stream_took():
     assert workspace(memory_budget=4096) == 4096
 
 
+@pytest.mark.parametrize(("rank", "grows"), [(256, False), (264, True)])
+def test_on_a_gpu_so_may_attention_whose_rank_space_passes_through_memory(rank, grows):
+    """Lower ranks stay on chip, and the input is normalised as a whole."""
+    x, weights = tensor(2, 64, 320), (tensor(rank, 320), tensor(320, rank), tensor(4, 320), tensor(320, 4))
+
+    def block(x, down, up, out_down, out_up, weight):
+        return x + attention(rms_norm(x, (320,), weight, 1e-6), down, up, out_down, out_up)
+
+    def workspace(**options):
+        result = rewritten(block, x, *weights, tensor(320), device="cuda", strategy="streamed", **options)
+        (call,) = (node for node in result.module.graph.nodes if node.target is ops.attention)
+        return call.kwargs["workspace_bytes"]
+
+    assert workspace() - workspace(disable=["input_norm"]) == grows * x.nbytes * 15 // 16
+    assert workspace(memory_budget=4096) == 4096
+
+
 @pytest.mark.parametrize("rows", [2, 77, 5000])
 def test_most_of_a_stream_whose_size_is_dynamic(rows):
     x = torch.empty(rows, 3)

@@ -30,7 +30,7 @@ def mlp(x, down1, up1, down2, up2):
 
 
 def attention(x, down, up, out_down, out_up):
-    q, k, v = (low_rank(x, down, up).unflatten(-1, (4, 8)).transpose(1, 2) for _ in range(3))
+    q, k, v = (low_rank(x, down, up).unflatten(-1, (-1, 8)).transpose(1, 2) for _ in range(3))
     return low_rank(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2), out_down, out_up)
 
 
