@@ -20,7 +20,8 @@ from .shapes import AttentionShape, LinearShape, MlpShape, RegionShape
 ATTENTION_SHARE = 0.6
 """Share of the products' rate that attention reaches (H200, heads of 64)."""
 WIDE_HEAD, WIDE_ATTENTION_SHARE = 128, 0.8
-"""The same of heads of 128 where they have a kernel in Gluon (H200, causal, 2048 to 16384 keys)."""
+"""The same of heads of 128 where they have a kernel in Gluon; what is read and written is in it (H200, 2048 to 16384
+keys)."""
 MASKED_ATTENTION = 1.55
 """Factor on the time of a GPU library's attention where a mask becomes a bias (H100, 512 to 32768 keys)."""
 
@@ -256,10 +257,10 @@ def _core(shape: AttentionShape, device: Device) -> sympy.Expr:
     sizes = shape.features["q"] // shape.num_heads, shape.features["v"] // shape.num_kv_heads
     width = shape.num_heads * sum(map(device.head_size, sizes))
     flops = 2 * shape.batch * shape.q_len * shape.kv_len * width * (CAUSAL_SHARE if shape.causal else 1)
+    if device.specialised and shape.itemsize == 2 and set(sizes) == {WIDE_HEAD}:
+        return flops / (WIDE_ATTENTION_SHARE * device.flops[shape.itemsize])
     traffic = memory.attention_as_written(shape)
-    wide = device.specialised and shape.itemsize == 2 and set(sizes) == {WIDE_HEAD}
-    share = WIDE_ATTENTION_SHARE if wide else ATTENTION_SHARE
-    return flops / (share * device.flops[shape.itemsize]) + traffic / device.bandwidth
+    return flops / (ATTENTION_SHARE * device.flops[shape.itemsize]) + traffic / device.bandwidth
 
 
 def _core_by_chunks(shape: AttentionShape, device: Device, cut: memory.Chunks) -> sympy.Expr:
