@@ -15,6 +15,7 @@ from .errors import InvalidOptionError
 from .kernels.autotune import tuner_of_user, tuning
 from .options import Options
 from .passes import apply_rules
+from .passes.rehearsal import compile_kernels_of
 from .report import RewriteReport
 from .stack import with_room
 
@@ -49,6 +50,9 @@ def flashsvd(
     _trace(report)
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
+    if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
+        _keep_kernels_beside_inductors(example_inputs)
+        compile_kernels_of(graph_module.graph)
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
     # Around the calls and not in the graph, whose operators and cached code are the same with and without.
     compiled = tuning(tuner_of_user())(compiled) if parsed.autotune else compiled

@@ -44,6 +44,7 @@ class Options:
             ``options=``, hence this key.
         memory_budget: upper bound, in bytes, for an operator's own workspace. ``None`` lets the planner choose.
         autotune: on a GPU, time the tiles of each kind of kernel launch once and keep the fastest on disk.
+        compile_ahead: on a GPU, compile the operators' kernels in threads while Inductor compiles the rest.
 
     Raises:
         InvalidOptionError: a value that the option cannot take.
@@ -56,6 +57,7 @@ class Options:
     mode: str | None = None
     memory_budget: int | None = None
     autotune: bool = False
+    compile_ahead: bool = False
 
     def __post_init__(self):
         for key, check in _CHECKS.items():
@@ -129,10 +131,13 @@ def _memory_budget(value: Any) -> int | None:
     raise InvalidOptionError("memory_budget", value, "a positive integer number of bytes below 2**63, or None")
 
 
-def _autotune(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise InvalidOptionError("autotune", value, "True or False")
-    return value
+def _switch(key: str):
+    def check(value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise InvalidOptionError(key, value, "True or False")
+        return value
+
+    return check
 
 
 _CHECKS = {
@@ -142,5 +147,6 @@ _CHECKS = {
     "inner": _one_of("inner", INNER_BACKENDS),
     "mode": _mode,
     "memory_budget": _memory_budget,
-    "autotune": _autotune,
+    "autotune": _switch("autotune"),
+    "compile_ahead": _switch("compile_ahead"),
 }

@@ -22,7 +22,7 @@ from flashsvd_compile.options import Options
 def test_defaults():
     options = Options.parse()
     assert options == Options(debug=False, strategy="auto", disable=frozenset(), inner="inductor", mode=None)
-    assert not options.autotune
+    assert not options.autotune and not options.compile_ahead
 
 
 def test_every_option_is_taken():
@@ -34,6 +34,7 @@ def test_every_option_is_taken():
             "inner": "eager",
             "memory_budget": 1 << 20,
             "autotune": True,
+            "compile_ahead": True,
         },
         mode="reduce-overhead",
     )
@@ -41,7 +42,7 @@ def test_every_option_is_taken():
     assert options.disable == {"mlp"}
     assert options.mode == "reduce-overhead"
     assert options.memory_budget == 1 << 20
-    assert options.autotune
+    assert options.autotune and options.compile_ahead
 
 
 def test_options_made_by_hand_are_validated_too():
@@ -67,9 +68,8 @@ def test_one_disabled_rule_may_be_given_as_a_word():
 
 
 def test_an_unknown_option_lists_the_known_ones():
-    with pytest.raises(
-        UnknownOptionError, match="unknown option 'strat'; valid options are: autotune, debug, disable, inner"
-    ):
+    valid = "autotune, compile_ahead, debug, disable, inner"
+    with pytest.raises(UnknownOptionError, match=f"unknown option 'strat'; valid options are: {valid}"):
         Options.parse({"strat": "fused"})
 
 
@@ -90,6 +90,7 @@ def test_an_unknown_option_lists_the_known_ones():
         ({"memory_budget": True}, "a positive integer number of bytes"),
         ({"autotune": "yes"}, "True or False"),
         ({"autotune": 1}, "True or False"),
+        ({"compile_ahead": None}, "True or False"),
         ({"debug": ""}, "True, False or a directory"),
         ({"debug": "a\0b"}, "True, False or a directory"),
         ({"debug": "~nobody-by-this-name/graphs"}, "True, False or a directory"),

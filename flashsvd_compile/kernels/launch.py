@@ -22,6 +22,7 @@ from torch import Tensor
 from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from . import ahead
 from .target import knows_triton, target_of
 
 Listener = Callable[["Launch", list[Tensor]], None]
@@ -53,7 +54,7 @@ def take_turn():
 
 
 def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, overlapping: bool = False, **constants: Any) -> None:
-    """Launch a ``@triton.jit`` kernel, and tell :func:`listening` about it.
+    """Launch a ``@triton.jit`` kernel, and tell :func:`listening` about it; or only compile it, see :mod:`.ahead`.
 
     Args:
         kernel: the kernel.
@@ -66,6 +67,9 @@ def launch(kernel: Any, grid: tuple[int, int], *arguments: Any, overlapping: boo
     tensors = list({id(tensor): tensor for tensor in beneath if isinstance(tensor, Tensor)}.values())
     if overlapping and target_of(tensors[0].device).overlapping:
         constants["launch_pdl"] = True
+    if ahead.is_rehearsed():
+        return ahead.take(kernel.run(*arguments, grid=grid, warmup=True, **constants))
+    ahead.finish()
     compiled = kernel[grid](*arguments, **constants)
     listener = _listener.get()
     if listener is not None:

@@ -21,6 +21,14 @@ class Product(NamedTuple):
     out: Tensor
 
 
+def begin_alike(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors begin at one place in one allocation: by storage, as tensors without contents have no
+    addresses.
+    """
+    storages = [tensor.untyped_storage()._cdata for tensor in (first, second)]
+    return storages[0] == storages[1] and first.storage_offset() == second.storage_offset()
+
+
 class RmsNorm(NamedTuple):
     """``x / sqrt(mean(x ** 2) + eps) * weight`` over a row (Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4).
 

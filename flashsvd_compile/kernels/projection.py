@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .autotune import about, tuned
 from .launch import launch, take_turn
+from .operands import begin_alike
 from .target import Target, describable, occupies, precision_of, speaks_gluon, target_of
 from .tiles import MAX_RANK, PIECE, load_tile, pieces, store_tile, tile_views, with_aligned_rows
 
@@ -254,7 +255,7 @@ def project(x: Tensor, *maps: Map, ahead: bool = False) -> None:
             computed while it still runs, and results are written when it is complete.
     """
     target = target_of(x.device)
-    in_place = any(m.out.data_ptr() == x.data_ptr() for m in maps)
+    in_place = any(begin_alike(m.out, x) for m in maps)
     given = (x, *maps)
     if target.descriptors:
         x = with_aligned_rows(x)

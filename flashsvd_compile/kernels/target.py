@@ -1,5 +1,8 @@
 """What the kernels need to know about a chip."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from typing import NamedTuple
 
@@ -65,9 +68,27 @@ def speaks_gluon(target: Target) -> bool:
     return target.name == "sm_90" and target.hardware_tanh and knows_triton()
 
 
-@cache
+_stood_for: ContextVar[torch.device | None] = ContextVar("stood_for", default=None)
+
+
+@contextmanager
+def standing_for(device: torch.device) -> Iterator[None]:
+    """Take tensors on the meta device for tensors on this one, in this thread."""
+    token = _stood_for.set(device)
+    try:
+        yield
+    finally:
+        _stood_for.reset(token)
+
+
 def target_of(device: torch.device) -> Target:
     """The target behind a device; a CPU means Triton's interpreter."""
+    stood_for = _stood_for.get() if device.type == "meta" else None
+    return _target_of(stood_for or device)
+
+
+@cache
+def _target_of(device: torch.device) -> Target:
     if device.type == "cpu":
         return KNOWN["interpreter"]
     properties = torch.cuda.get_device_properties(device)

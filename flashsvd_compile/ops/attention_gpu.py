@@ -20,7 +20,7 @@ from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
 from ..kernels import small_products
-from ..kernels.operands import Product
+from ..kernels.operands import Product, begin_alike
 from ..kernels.product import multiply
 from ..kernels.target import speaks_gluon, target_of
 from ..kernels.tiles import aligned_columns
@@ -364,7 +364,7 @@ def _attend_to_short(heads: Tensor, context: Tensor, attn: Attention, elements: 
         keys, values = _short_rank_space(rows_of(context[items]), attn, workspace)
         if x is not None and items.start == 0:
             rows = rows_of(x)
-            _project(rows_of(heads.flatten(2)), rows, attn.q, elements, ahead=rows.data_ptr() == x.data_ptr())
+            _project(rows_of(heads.flatten(2)), rows, attn.q, elements, ahead=begin_alike(rows, x))
         short_kernel.short_attention(
             heads[items],
             keys,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
-from ..kernels.operands import Product, Rotation
+from ..kernels.operands import Product, Rotation, begin_alike
 from ..kernels.product import multiply, rotates
 from . import projection as proj
 from .attention_region import Attention
@@ -52,7 +52,7 @@ def lifter(context: Tensor, attn: Attention, workspace: Workspace, queries: Tens
         ]
         if queries is not None:
             maps.append(map_of(attn.q, slice(None), queries.view(len(rows), -1)))
-        projection_kernel.project(rows, *maps, ahead=follows and rows.data_ptr() == context.data_ptr())
+        projection_kernel.project(rows, *maps, ahead=follows and begin_alike(rows, context))
         rotate_(k, attn)
         if queries is not None:
             rotate_(queries, attn)

@@ -12,6 +12,8 @@ from .replay import replayed
 
 NAMESPACE = "flashsvd"
 _library = torch.library.Library(NAMESPACE, "DEF")
+on_gpu: dict[torch._ops.OpOverload, Callable] = {}
+"""What computes each operator on CUDA and ROCm devices, of all arguments by position."""
 _VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
 
 
@@ -37,12 +39,14 @@ def register(
         cuda: implementation on CUDA and ROCm devices.
         neighbours: positions of two arguments of which it looks whether one lies behind the other in memory.
     """
-    kernels = {
+    kernels: dict[str, Callable] = {
         "CompositeExplicitAutograd": reference,
         "CPU": replayed(cpu),
         "CUDA": _on_its_device(replayed(cuda, neighbours)),
     }
-    return define(name, schema, fake=fake, kernels=kernels)
+    operator = define(name, schema, fake=fake, kernels=kernels)
+    on_gpu[operator] = cuda
+    return operator
 
 
 def _on_its_device(implementation: Callable) -> Callable:

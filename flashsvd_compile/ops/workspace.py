@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidOptionError
-from ..kernels.operands import Product
+from ..kernels.operands import Product, begin_alike
 from ..kernels.product import multiplies_faster, multiplies_pair_faster, multiply, multiply_pair, takes
 from ..options import Strategy
 from .activation import activate_
@@ -65,8 +65,9 @@ class Workspace:
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether a tensor was taken from here."""
-        offset = tensor.data_ptr() - self._memory.data_ptr()
-        return 0 <= offset < self._memory.numel() * self._memory.element_size()
+        storages = [each.untyped_storage()._cdata for each in (tensor, self._memory)]
+        offset = tensor.storage_offset() - self._memory.storage_offset()
+        return storages[0] == storages[1] and 0 <= offset < self._memory.numel()
 
 
 def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -172,7 +173,7 @@ def elements_per_row(out: Tensor, x: Tensor, projection: Projection[Tensor]) -> 
 
 
 def _is_copied(out: Tensor, x: Tensor, projection: Projection[Tensor]) -> bool:
-    return projection.down is None and out.data_ptr() == x.data_ptr()
+    return projection.down is None and begin_alike(out, x)
 
 
 def validate_execution(strategy: str, workspace_bytes: int) -> None:

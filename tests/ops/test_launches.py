@@ -112,7 +112,7 @@ projection_hopper_kernel 128x1""",
             self.attention(32, 128, None, 768, **BERT),
             """\
 small_products_kernel 128x1
-projection_kernel 64x1
+projection_kernel 64x2
 short_attention_kernel 1x384
 projection_kernel 64x1""",
         )
@@ -133,7 +133,6 @@ projection_kernel 128x1""",
             self.attention(32, 512, None, 768, **how),
             """\
 small_products_kernel 108x1
-copy_
 addmm.out, 2 times
 attention_kernel 1536x1
 addmm.out

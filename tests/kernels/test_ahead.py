@@ -1,0 +1,99 @@
+"""Kernels of a graph's operators compile before they are launched, for a GPU that is not there."""
+
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from threading import Event
+from unittest.mock import patch
+
+import pytest
+import torch
+from torch.nn.functional import gelu, linear
+from triton import knobs
+from triton.runtime.driver import driver
+
+from flashsvd_compile.kernels import ahead, target
+from flashsvd_compile.kernels.launch import launch
+from flashsvd_compile.kernels.target import KNOWN
+from flashsvd_compile.passes.rehearsal import compile_kernels_of
+from tests.passes.builder import rewritten, tensor
+
+from .cross import GPUS, _Driver
+
+CHIP = "sm_80"
+
+
+@pytest.fixture
+def loaded() -> Iterator[list]:
+    """A GPU that Triton compiles for and that loads no kernels; the kernels that it would."""
+    kernels: list = []
+    with (
+        patch.object(driver, "_active", _Driver(GPUS[CHIP])),
+        patch.object(target, "_target_of", lambda device: KNOWN[CHIP]),
+        patch.object(ahead.torch.cuda, "device", lambda device: nullcontext()),
+        patch.object(ahead, "_load", lambda device, compiling: kernels.append(compiling.result())),
+    ):
+        yield kernels
+        ahead.finish()
+
+
+def two_mlps(x, a, b, c, d):
+    for _ in range(2):
+        x = linear(linear(gelu(linear(linear(x, a), b)), c), d)
+    return x
+
+
+WEIGHTS = [tensor(16, 64), tensor(128, 16), tensor(16, 128), tensor(64, 16)]
+
+
+def graph_of(function, *inputs, **how):
+    halves = [each.bfloat16() for each in inputs]
+    return rewritten(function, *halves, device="cuda", **how).module.graph
+
+
+def test_each_kernel_is_compiled_once_and_found_by_its_launch(loaded):
+    compiled = []
+    graph = graph_of(two_mlps, tensor(8, 512, 64), *WEIGHTS, strategy="fused")
+    assert sum(node.target is torch.ops.flashsvd.mlp_v3.default for node in graph.nodes) == 2
+    with patch.object(knobs.compilation, "listener", lambda **what: compiled.append(what["src"].name)):
+        compile_kernels_of(graph)
+        ahead.finish()
+        once = list(compiled)
+        compile_kernels_of(graph)
+        ahead.finish()
+    assert sorted(kernel.src.name for kernel in loaded[: len(once)]) == sorted(once)
+    assert len(once) == len(set(once)) >= 1 and compiled == once
+
+
+def test_a_launch_waits_until_all_is_compiled():
+    begun, seen = Event(), []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: seen.append("launched")
+
+    def rehearsal():
+        begun.set()
+        time.sleep(0.2)
+        seen.append("rehearsed")
+
+    with patch.object(ahead.torch.cuda, "device", lambda device: nullcontext()):
+        ahead.compile_ahead(rehearsal, torch.device("cuda"))
+        assert begun.wait(10)
+        launch(Kernel(), (1, 1), torch.ones(4))
+    assert seen == ["rehearsed", "launched"]
+
+
+def test_what_a_rehearsal_raises_is_left_to_the_launch():
+    def rehearsal():
+        raise RuntimeError("no such kernel")
+
+    with patch.object(ahead.torch.cuda, "device", lambda device: nullcontext()):
+        ahead.compile_ahead(rehearsal, torch.device("cuda"))
+        ahead.finish()
+    assert not ahead.is_rehearsed()
+
+
+def test_without_a_gpu_nothing_is_compiled_ahead():
+    with patch.object(ahead, "Thread", side_effect=AssertionError):
+        compile_kernels_of(rewritten(two_mlps, tensor(8, 512, 64), *WEIGHTS, strategy="streamed").module.graph)
