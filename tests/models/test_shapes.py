@@ -67,7 +67,7 @@ def test_layers_compiled_apart(name, dynamic):
     assert {report.count("attention") for report in whole.reports} == {1}
 
 
-@pytest.mark.parametrize(("name", "padding"), PADDED)
+@pytest.mark.parametrize(("name", "padding"), [("BERT", "right"), ("Mistral", "left"), ("Gemma 2", "none")])
 def test_a_batch_of_one_costs_one_more_graph(name, padding):
     """Dynamo compiles sizes of 1 apart, because they broadcast."""
     family, compiled = FAMILIES[name], Compiled(factored(name), dynamic=True)
