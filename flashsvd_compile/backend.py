@@ -50,7 +50,7 @@ def flashsvd(
     _trace(report)
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
-    if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
+    if parsed.compile_ahead and not parsed.autotune and report.matches:  # tuning tries tiles first
         _keep_kernels_beside_inductors(example_inputs)
         compile_kernels_of(graph_module.graph)
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))

@@ -46,3 +46,7 @@ def small_regions_stay() -> Iterator[None]:
     yield
     for plan in plans:
         plan.cache_clear()
+
+
+def pytest_unconfigure() -> None:
+    gc.unfreeze()  # or bindings of Triton's take what is left at the end for leaks, and say so

@@ -12,6 +12,7 @@ from torch.nn.functional import gelu, linear
 from triton import knobs
 from triton.runtime.driver import driver
 
+from flashsvd_compile import backend
 from flashsvd_compile.kernels import ahead, target
 from flashsvd_compile.kernels.launch import launch
 from flashsvd_compile.kernels.target import KNOWN
@@ -92,6 +93,21 @@ def test_what_a_rehearsal_raises_is_left_to_the_launch():
         ahead.compile_ahead(rehearsal, torch.device("cuda"))
         ahead.finish()
     assert not ahead.is_rehearsed()
+
+
+@pytest.mark.parametrize(
+    ("options", "begins"),
+    [({}, False), ({"compile_ahead": True}, True), ({"compile_ahead": True, "autotune": True}, False)],
+)
+def test_the_backend_compiles_ahead_where_it_is_asked_to(options, begins, monkeypatch):
+    begun = []
+    monkeypatch.setattr(backend, "compile_kernels_of", begun.append)
+    weights = [weight.clone() for weight in WEIGHTS]
+    x = tensor(8, 512, 64)
+    fast = torch.compile(lambda x: two_mlps(x, *weights), backend="flashsvd", options={"inner": "eager"} | options)
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), two_mlps(x, *weights))
+    assert len(begun) == begins
 
 
 def test_without_a_gpu_nothing_is_compiled_ahead():
