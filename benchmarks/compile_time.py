@@ -15,11 +15,10 @@ from .models import created_on, frozen
 from .rows import Case, Row, Target
 from .session import Session, console, parse
 
-AHEAD = {"compile_ahead": True}
 BACKENDS = {
     "factored inductor": {"backend": "inductor"},
     "flashsvd": {"backend": "flashsvd"},
-    "flashsvd compiling ahead": {"backend": "flashsvd", "options": AHEAD},
+    "flashsvd compiling ahead": {"backend": "flashsvd", "options": {"compile_ahead": True}},
 }
 """Arguments of ``torch.compile`` by implementation."""
 TARGETS = {"cold": Target(1.3), "warm": Target(1.1)}

@@ -50,8 +50,9 @@ def flashsvd(
     _trace(report)
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
-    if parsed.compile_ahead and not parsed.autotune and report.matches:  # tuning tries tiles first
+    if report.matches and parsed.inner == "inductor":
         _keep_kernels_beside_inductors(example_inputs)
+    if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
         compile_kernels_of(graph_module.graph)
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
     # Around the calls and not in the graph, whose operators and cached code are the same with and without.
@@ -76,7 +77,6 @@ def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options:
     patches = list_mode_options(options.mode) if options.mode else {}
     if rewritten:
         patches = _SUMS_EXIST_ONCE | patches
-        _keep_kernels_beside_inductors(example_inputs)
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
 
 

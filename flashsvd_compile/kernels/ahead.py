@@ -68,14 +68,13 @@ def _rehearse(rehearsal: Callable[[], object], device: torch.device) -> None:
         with torch.no_grad(), torch.cuda.device(device), standing_for(device), ThreadPoolExecutor(WORKERS) as pool:
             with triton.AsyncCompileMode(pool, ignore_errors=True):
                 rehearsal()
-            list(pool.map(partial(_load, device), {id(each): each for each in taken}.values()))
+            compiled = {each.kernel if isinstance(each, triton.FutureKernel) else each for each in taken}
+            list(pool.map(partial(_load, device), compiled - {None}))
     except Exception as error:
         logger.debug("kernels are compiled when they are launched: %r", error)
 
 
-def _load(device: torch.device, compiling: Any) -> None:
+def _load(device: torch.device, kernel: Any) -> None:
     """Have Triton build what launches the kernel, as it does at the first launch."""
-    kernel = compiling.result(True) if hasattr(compiling, "result") else compiling
-    if kernel is not None:
-        with torch.cuda.device(device):
-            _ = kernel.run
+    with torch.cuda.device(device):
+        _ = kernel.run

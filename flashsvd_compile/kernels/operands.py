@@ -21,12 +21,14 @@ class Product(NamedTuple):
     out: Tensor
 
 
+def shares_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are views of one piece of memory. By storage: tensors without contents have no addresses."""
+    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
+
+
 def begin_alike(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors begin at one place in one allocation: by storage, as tensors without contents have no
-    addresses.
-    """
-    storages = [tensor.untyped_storage()._cdata for tensor in (first, second)]
-    return storages[0] == storages[1] and first.storage_offset() == second.storage_offset()
+    """Whether two tensors of one dtype begin at one place in one piece of memory."""
+    return shares_memory(first, second) and first.storage_offset() == second.storage_offset()
 
 
 class RmsNorm(NamedTuple):

@@ -39,7 +39,7 @@ def register(
         cuda: implementation on CUDA and ROCm devices.
         neighbours: positions of two arguments of which it looks whether one lies behind the other in memory.
     """
-    kernels: dict[str, Callable] = {
+    kernels = {
         "CompositeExplicitAutograd": reference,
         "CPU": replayed(cpu),
         "CUDA": _on_its_device(replayed(cuda, neighbours)),

@@ -25,6 +25,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from ..kernels.autotune import tuner_at_work
 from ..kernels.launch import Launch, in_turn, listening
+from ..kernels.operands import shares_memory
 from ..kernels.target import allows_tf32
 
 MAX_RECORDINGS = 1024
@@ -99,11 +100,6 @@ def lies_behind(first: Tensor | None, second: Tensor | None) -> bool:
     if first is None or second is None or first.data_ptr() + first.nbytes != second.data_ptr():
         return False
     return first.is_contiguous() and second.is_contiguous() and shares_memory(first, second)
-
-
-def shares_memory(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors are views of one piece of memory."""
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
 class Reference(NamedTuple):

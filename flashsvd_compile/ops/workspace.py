@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InvalidOptionError
-from ..kernels.operands import Product, begin_alike
+from ..kernels.operands import Product, begin_alike, shares_memory
 from ..kernels.product import multiplies_faster, multiplies_pair_faster, multiply, multiply_pair, takes
 from ..options import Strategy
 from .activation import activate_
@@ -65,9 +65,8 @@ class Workspace:
 
     def owns(self, tensor: Tensor) -> bool:
         """Whether a tensor was taken from here."""
-        storages = [each.untyped_storage()._cdata for each in (tensor, self._memory)]
         offset = tensor.storage_offset() - self._memory.storage_offset()
-        return storages[0] == storages[1] and 0 <= offset < self._memory.numel()
+        return shares_memory(tensor, self._memory) and 0 <= offset < self._memory.numel()
 
 
 def affine_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

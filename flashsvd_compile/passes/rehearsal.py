@@ -4,7 +4,7 @@ Triton compiles a kernel where it is launched first, one after the other. So whi
 operators' implementations are called on tensors without contents, of the metadata that the example values have.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,30 +27,33 @@ class _Like(NamedTuple):
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
+Call = tuple[Callable, tuple]
+"""An operator's implementation and its arguments by position, tensors by their metadata."""
+
+
 def compile_kernels_of(graph: Graph) -> None:
     """Begin to compile what the operators of a graph launch on GPUs. Calls of dynamic sizes are left to themselves."""
-    calls: dict[torch.device, dict[tuple, Callable[[], None]]] = {}
+    calls: dict[torch.device, set[Call]] = {}
     for node in graph.nodes:
         x = tensor_of(node.kwargs.get("x")) if node.target in on_gpu else None
         if x is None or x.device.type != "cuda":
             continue
         arguments = _arguments(node)
         if all(map(_is_static, arguments)):
-            calls.setdefault(x.device, {})[node.target, *arguments] = partial(_call, on_gpu[node.target], arguments)
+            calls.setdefault(x.device, set()).add((on_gpu[node.target], arguments))
     for device, alike in calls.items():
-        compile_ahead(partial(_all, list(alike.values())), device)
+        compile_ahead(partial(_rehearse, alike), device)
 
 
 def _arguments(node: Node) -> tuple:
-    """All arguments in the order of the schema, tensors by their metadata."""
+    """All arguments in the order of the schema."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    given = (node.kwargs.get(each.name, each.default_value) for each in node.target._schema.arguments)
-    return tuple(_described(each) for each in given)
-
-
-def _described(argument: Any) -> Any:
-    value = tensor_of(argument)
-    return argument if value is None else _Like(tuple(value.shape), value.stride(), value.dtype)
+    given = [node.kwargs.get(each.name, each.default_value) for each in node.target._schema.arguments]
+    values = map(tensor_of, given)
+    return tuple(
+        argument if value is None else _Like(tuple(value.shape), value.stride(), value.dtype)
+        for argument, value in zip(given, values, strict=True)
+    )
 
 
 def _is_static(argument: Any) -> bool:
@@ -60,10 +63,6 @@ def _is_static(argument: Any) -> bool:
     return not isinstance(argument, Node)
 
 
-def _call(implementation: Callable, arguments: tuple) -> None:
-    implementation(*(each.stand_in() if isinstance(each, _Like) else each for each in arguments))
-
-
-def _all(calls: list[Callable[[], None]]) -> None:
-    for call in calls:
-        call()
+def _rehearse(calls: Iterable[Call]) -> None:
+    for implementation, arguments in calls:
+        implementation(*(each.stand_in() if isinstance(each, _Like) else each for each in arguments))

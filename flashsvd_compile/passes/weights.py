@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.utils._pytree import tree_leaves, tree_map
 
+from ..kernels.operands import shares_memory
 from .axes import Dim, Window
 from .emit import emit
 from .values import example, tensor_of
@@ -67,8 +68,8 @@ class Weight:
     @property
     def is_materialised(self) -> bool:
         """Whether the graph computes it into memory of its own, where the nodes it is made of are only looked at."""
-        storage = self.value.untyped_storage()._cdata
-        return all(leaf.untyped_storage()._cdata != storage for leaf in map(tensor_of, self.leaves) if leaf is not None)
+        leaves = (leaf for leaf in map(tensor_of, self.leaves) if leaf is not None)
+        return not any(shares_memory(self.value, leaf) for leaf in leaves)
 
     @property
     def transposed(self) -> "Weight":
