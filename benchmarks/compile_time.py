@@ -15,12 +15,7 @@ from .models import created_on, frozen
 from .rows import Case, Row, Target
 from .session import Session, console, parse
 
-BACKENDS = {
-    "factored inductor": {"backend": "inductor"},
-    "flashsvd": {"backend": "flashsvd"},
-    "flashsvd compiling ahead": {"backend": "flashsvd", "options": {"compile_ahead": True}},
-}
-"""Arguments of ``torch.compile`` by implementation."""
+BACKENDS = {"factored inductor": "inductor", "flashsvd": "flashsvd"}
 TARGETS = {"cold": Target(1.3), "warm": Target(1.1)}
 RUNS = {"cold": 1, "warm": 3}
 """Processes whose median counts: a cold one takes long, and a warm one's time varies by a tenth."""
@@ -43,18 +38,18 @@ def measure(session: Session, folder: str) -> None:
 
     A tiny model comes before and is not counted, so that nobody's first call waits for a disk.
     """
-    for name in () if session.smoke else BACKENDS:
-        _first_call_elsewhere(session, name, f"{folder}/before", smoke=True)
+    for backend in () if session.smoke else BACKENDS.values():
+        _first_call_elsewhere(session, backend, f"{folder}/before", smoke=True)
     for cache in TARGETS:
         seconds: dict[str, list[float]] = {name: [] for name in BACKENDS}
         rows = {
-            name: Row.of(case_of(cache, session), name, session.dtype_name, ours=how["backend"] == "flashsvd")
-            for name, how in BACKENDS.items()
+            name: Row.of(case_of(cache, session), name, session.dtype_name, ours=backend == "flashsvd")
+            for name, backend in BACKENDS.items()
         }
         session.rows += rows.values()
         for _ in range(1 if session.smoke else RUNS[cache]):
-            for name in BACKENDS:
-                run = _first_call_elsewhere(session, name, folder, session.smoke)
+            for name, backend in BACKENDS.items():
+                run = _first_call_elsewhere(session, backend, folder, session.smoke)
                 if run.returncode != 0:
                     rows[name].failure = " ".join(run.stderr.split())[-300:]
                     continue
@@ -65,17 +60,16 @@ def measure(session: Session, folder: str) -> None:
         console.print(f"{cache}: {seconds}", highlight=False)
 
 
-def _first_call_elsewhere(session: Session, name: str, folder: str, smoke: bool) -> subprocess.CompletedProcess[str]:
-    """A process whose last line is the seconds of its first call, on the implementation's caches in ``folder``."""
-    environment = {key: value for key, value in os.environ.items() if key != PLACE_OF_KERNELS}
-    place = f"{folder}/{name.replace(' ', '_')}"  # compilers are given it without quotes
-    environment |= {variable: f"{place}/{variable}" for variable in CACHES}
+def _first_call_elsewhere(session: Session, backend: str, folder: str, smoke: bool) -> subprocess.CompletedProcess[str]:
+    """A process whose last line is the seconds of its first call, on the backend's caches in ``folder``."""
+    environment = {name: value for name, value in os.environ.items() if name != PLACE_OF_KERNELS}
+    environment |= {variable: f"{folder}/{backend}/{variable}" for variable in CACHES}
     command = [sys.executable, "-m", "benchmarks.compile_time", "--device", session.device.type]
-    command += ["--first-call", name, *(["--smoke"] if smoke else [])]
+    command += ["--first-call", backend, *(["--smoke"] if smoke else [])]
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
-def first_call(session: Session, name: str) -> float:
+def first_call(session: Session, backend: str) -> float:
     """Seconds of the first call in this process, the import of the compiler left out."""
     what = case_of("cold", session)
     with created_on(session.device, session.dtype):
@@ -84,10 +78,10 @@ def first_call(session: Session, name: str) -> float:
     mask = torch.ones_like(ids)
     mask[:, -what.shape["L"] // 8 :] = 0
     with isolated(session.device), torch.no_grad():
-        torch.compile(lambda x: x + 1, **BACKENDS[name])(torch.ones(2, device=session.device))
+        torch.compile(lambda x: x + 1, backend=backend)(torch.ones(2, device=session.device))
         torch._dynamo.reset()
         start = time.perf_counter()
-        torch.compile(model, dynamic=False, **BACKENDS[name])(input_ids=ids, attention_mask=mask)
+        torch.compile(model, dynamic=False, backend=backend)(input_ids=ids, attention_mask=mask)
         if session.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -97,7 +91,7 @@ def main() -> None:
     session = parse(
         "compile_time",
         __doc__,
-        lambda parser: parser.add_argument("--first-call", choices=BACKENDS, help="measure in this process"),
+        lambda parser: parser.add_argument("--first-call", choices=BACKENDS.values(), help="measure in this process"),
     )
     if session.extra.first_call:
         print(first_call(session, session.extra.first_call))

@@ -57,7 +57,7 @@ class Options:
     mode: str | None = None
     memory_budget: int | None = None
     autotune: bool = False
-    compile_ahead: bool = False
+    compile_ahead: bool = True
 
     def __post_init__(self):
         for key, check in _CHECKS.items():

@@ -22,7 +22,7 @@ from flashsvd_compile.options import Options
 def test_defaults():
     options = Options.parse()
     assert options == Options(debug=False, strategy="auto", disable=frozenset(), inner="inductor", mode=None)
-    assert not options.autotune and not options.compile_ahead
+    assert not options.autotune and options.compile_ahead
 
 
 def test_every_option_is_taken():
@@ -34,7 +34,7 @@ def test_every_option_is_taken():
             "inner": "eager",
             "memory_budget": 1 << 20,
             "autotune": True,
-            "compile_ahead": True,
+            "compile_ahead": False,
         },
         mode="reduce-overhead",
     )
@@ -42,7 +42,7 @@ def test_every_option_is_taken():
     assert options.disable == {"mlp"}
     assert options.mode == "reduce-overhead"
     assert options.memory_budget == 1 << 20
-    assert options.autotune and options.compile_ahead
+    assert options.autotune and not options.compile_ahead
 
 
 def test_options_made_by_hand_are_validated_too():

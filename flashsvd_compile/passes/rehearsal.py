@@ -4,7 +4,7 @@ Triton compiles a kernel where it is launched first, one after the other. So whi
 operators' implementations are called on tensors without contents, of the metadata that the example values have.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 
 from ..kernels.ahead import compile_ahead
 from ..ops.registry import on_gpu
-from .values import tensor_of
+from .values import hint_of, tensor_of, value_of
 
 
 class _Like(NamedTuple):
@@ -32,35 +32,48 @@ Call = tuple[Callable, tuple]
 
 
 def compile_kernels_of(graph: Graph) -> None:
-    """Begin to compile what the operators of a graph launch on GPUs. Calls of dynamic sizes are left to themselves."""
+    """Begin to compile what the operators of a graph launch on GPUs, in the sizes of the call that is traced.
+
+    Operators of sizes that nothing is known of are left to their first launch.
+    """
     calls: dict[torch.device, set[Call]] = {}
     for node in graph.nodes:
         x = tensor_of(node.kwargs.get("x")) if node.target in on_gpu else None
         if x is None or x.device.type != "cuda":
             continue
-        arguments = _arguments(node)
-        if all(map(_is_static, arguments)):
+        arguments = tuple(map(_traced, _arguments(node)))
+        if _UNKNOWN not in arguments:
             calls.setdefault(x.device, set()).add((on_gpu[node.target], arguments))
     for device, alike in calls.items():
         compile_ahead(partial(_rehearse, alike), device)
 
 
-def _arguments(node: Node) -> tuple:
+def _arguments(node: Node) -> list[Any]:
     """All arguments in the order of the schema."""
     assert isinstance(node.target, torch._ops.OpOverload)
-    given = [node.kwargs.get(each.name, each.default_value) for each in node.target._schema.arguments]
-    values = map(tensor_of, given)
-    return tuple(
-        argument if value is None else _Like(tuple(value.shape), value.stride(), value.dtype)
-        for argument, value in zip(given, values, strict=True)
-    )
+    return [node.kwargs.get(each.name, each.default_value) for each in node.target._schema.arguments]
 
 
-def _is_static(argument: Any) -> bool:
-    """Whether it is a number, a name or nothing, or a tensor of known sizes."""
-    if isinstance(argument, _Like):
-        return all(type(size) is int for size in (*argument.shape, *argument.strides))
-    return not isinstance(argument, Node)
+_UNKNOWN = object()
+
+
+def _traced(argument: Any) -> Any:
+    """What stands for an argument: itself, a size's value in the traced call, or a tensor's metadata."""
+    if not isinstance(argument, Node):
+        return argument
+    value = value_of(argument)
+    if isinstance(value, (int, torch.SymInt)):
+        hint = hint_of(value)
+        return _UNKNOWN if hint is None else hint
+    if not isinstance(value, torch.Tensor):
+        return _UNKNOWN
+    shape, strides = _traced_sizes(value.shape), _traced_sizes(value.stride())
+    return _UNKNOWN if shape is None or strides is None else _Like(shape, strides, value.dtype)
+
+
+def _traced_sizes(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
+    hints = [hint for hint in map(hint_of, sizes) if hint is not None]
+    return tuple(hints) if len(hints) == len(sizes) else None
 
 
 def _rehearse(calls: Iterable[Call]) -> None:

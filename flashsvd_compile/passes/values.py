@@ -85,15 +85,24 @@ def size_of(size: int | torch.SymInt) -> sympy.Expr:
 
 def hints_of(node: Node) -> dict[sympy.Symbol, int]:
     """Values that the symbols of a tensor's shape had when the graph was traced; nothing is guarded on."""
-    hints: dict[sympy.Symbol, int] = {}
     tensor = tensor_of(node)
-    for size in () if tensor is None else tensor.shape:
-        if isinstance(size, torch.SymInt):
-            environment = size.node.shape_env
-            known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # before torch 2.13
-            symbols = [symbol for symbol in size.node.expr.free_symbols if symbol in known]
-            hints |= {symbol: int(known[symbol]) for symbol in symbols if sympy.sympify(known[symbol]).is_Integer}
-    return hints
+    sizes = () if tensor is None else tensor.shape
+    return {symbol: value for size in sizes for symbol, value in _hints(size).items()}
+
+
+def hint_of(size: int | torch.SymInt) -> int | None:
+    """Value that a size had when the graph was traced, if that is known; nothing is guarded on."""
+    value = sympy.sympify(size_of(size).xreplace(_hints(size)))
+    return int(value) if isinstance(value, sympy.Integer) else None
+
+
+def _hints(size: int | torch.SymInt) -> dict[sympy.Symbol, int]:
+    if not isinstance(size, torch.SymInt):
+        return {}
+    environment = size.node.shape_env
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val  # before torch 2.13
+    symbols = [symbol for symbol in size.node.expr.free_symbols if symbol in known]
+    return {symbol: int(known[symbol]) for symbol in symbols if sympy.sympify(known[symbol]).is_Integer}
 
 
 def number_of(argument: object) -> float | None:

@@ -16,6 +16,8 @@ from .shapes import AttentionShape, LinearShape, MlpShape, RankSpace, RegionShap
 
 NOISE = 0.08
 """Predicted times that differ by less than this share count as equal: the formulas are no better than that."""
+LOSS = 0.05
+"""Share of the time as written by which a choice may be predicted to take longer, for less memory."""
 SHARES_OF_INPUT = (Fraction(1, 2), Fraction(1), Fraction(3, 2), Fraction(2), Fraction(4))
 """Workspaces that a region may take where they grow with its input."""
 SHARE_FOR_PRODUCTS = Fraction(1, 11)
@@ -261,7 +263,7 @@ def _choice(
         reason = f"{chosen.how}; strategy {forced!s} was asked for"
     else:
         gainful = [candidate for candidate in offered if not _gains_nothing(shape, candidate, kept)]
-        chosen = _best(shape, (*gainful, kept), options.memory_budget)
+        chosen = _best(shape, gainful, kept, options.memory_budget)
         why = _comparison(shape, chosen, kept)
         if chosen is kept and len(gainful) < len(offered):
             room = offered[0].workspace.least / 2**20
@@ -288,18 +290,21 @@ def _gains_nothing(shape: RegionShape, candidate: Candidate, kept: Candidate) ->
     return candidate.strategy in (Strategy.STREAMED, Strategy.MERGED) and saved < CALL_SECONDS
 
 
-def _best(shape: RegionShape, candidates: tuple[Candidate, ...], budget: int | None) -> Candidate:
+def _best(shape: RegionShape, offered: Iterable[Candidate], kept: Candidate, budget: int | None) -> Candidate:
     """The fastest within the budget, and of equally fast ones the smallest; the smallest where none is within it.
 
     Of a strategy's workspaces that are cut into chunks of one size, the one with the least bound.
     """
-    sizes = {candidate: shape.at_hints(candidate.transient) for candidate in candidates}
-    within = [candidate for candidate in candidates if budget is None or sizes[candidate] <= budget]
+    sizes = {candidate: shape.at_hints(candidate.transient) for candidate in (*offered, kept)}
+    within = [candidate for candidate, size in sizes.items() if budget is None or size <= budget]
     if not within:
-        return min(candidates, key=sizes.__getitem__)
+        return min(sizes, key=sizes.__getitem__)
     seconds = {candidate: shape.at_hints(candidate.seconds) for candidate in within}
     least = min(seconds.values())
-    fast = [candidate for candidate in within if seconds[candidate] <= least + NOISE * abs(least)]
+    longest = least + NOISE * abs(least)
+    if kept in seconds:
+        longest = max(least, min(longest, (1 + LOSS) * seconds[kept]))
+    fast = [candidate for candidate in within if seconds[candidate] <= longest]
     best = min(fast, key=lambda candidate: (sizes[candidate], seconds[candidate]))
     alike = (candidate for candidate in fast if candidate.strategy == best.strategy)
     return next(candidate for candidate in alike if sizes[candidate] == sizes[best])  # the least bound of these chunks
@@ -310,7 +315,7 @@ def _comparison(shape: RegionShape, chosen: Candidate, kept: Candidate) -> str:
     if chosen is kept:
         return "nothing that is offered is predicted to be as fast"
     ratio = shape.at_hints(chosen.seconds) / shape.at_hints(kept.seconds)
-    equal = f", which counts as equal (within {NOISE:.0%})" if 1 < ratio <= 1 + NOISE else ""
+    equal = f", which counts as equal (within {LOSS:.0%})" if 1 < ratio <= 1 + LOSS else ""
     return f"predicted to take {ratio:.2f} of the time as written{equal}"
 
 

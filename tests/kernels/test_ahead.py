@@ -16,6 +16,7 @@ from flashsvd_compile import backend
 from flashsvd_compile.kernels import ahead, target
 from flashsvd_compile.kernels.launch import launch
 from flashsvd_compile.kernels.target import KNOWN
+from flashsvd_compile.passes import rehearsal
 from flashsvd_compile.passes.rehearsal import compile_kernels_of
 from tests.passes.builder import rewritten, tensor
 
@@ -66,6 +67,26 @@ def test_each_kernel_is_compiled_once_and_found_by_its_launch(loaded):
     assert len(once) == len(set(once)) >= 1 and compiled == once
 
 
+def test_dynamic_sizes_are_those_of_the_traced_call(loaded):
+    found = []
+    for dynamic in (False, True):
+        graph = graph_of(two_mlps, tensor(8, 512, 64), *WEIGHTS, strategy="fused", dynamic=dynamic)
+        compile_kernels_of(graph)
+        ahead.finish()
+        found.append(sorted(kernel.hash for kernel in loaded))
+        loaded.clear()
+    assert found[0] == found[1] != []
+
+
+def test_sizes_that_nothing_is_known_of_are_left_to_the_launch():
+    graph = graph_of(two_mlps, tensor(8, 512, 64), *WEIGHTS, strategy="streamed", dynamic=True)
+    with (
+        patch.object(rehearsal, "hint_of", lambda size: None),
+        patch.object(ahead, "Thread", side_effect=AssertionError),
+    ):
+        compile_kernels_of(graph)
+
+
 def test_a_launch_waits_until_all_is_compiled():
     begun, seen = Event(), []
 
@@ -97,9 +118,9 @@ def test_what_a_rehearsal_raises_is_left_to_the_launch():
 
 @pytest.mark.parametrize(
     ("options", "begins"),
-    [({}, False), ({"compile_ahead": True}, True), ({"compile_ahead": True, "autotune": True}, False)],
+    [({}, True), ({"compile_ahead": False}, False), ({"autotune": True}, False)],
 )
-def test_the_backend_compiles_ahead_where_it_is_asked_to(options, begins, monkeypatch):
+def test_the_backend_compiles_ahead_unless_it_is_asked_not_to(options, begins, monkeypatch):
     begun = []
     monkeypatch.setattr(backend, "compile_kernels_of", begun.append)
     weights = [weight.clone() for weight in WEIGHTS]

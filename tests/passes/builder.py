@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, Proxy, Tracer
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 
 from flashsvd_compile import RefusalReason, RewriteReport, rewrite
@@ -44,14 +45,20 @@ class Rewritten:
         torch.testing.assert_close(actual, expected)
 
 
-def graph_of(function: Callable, *inputs: Tensor, device: str | None = None) -> GraphModule:
-    """The graph of ``function`` with fake example values: on their own device, or on one that need not exist."""
+def graph_of(function: Callable, *inputs: Tensor, device: str | None = None, dynamic: bool = False) -> GraphModule:
+    """The graph of ``function`` with fake example values: on their own device, or on one that need not exist.
+
+    With ``dynamic`` sizes of the first input are symbols.
+    """
     tracer = _Inlining()
     with _Factories(tracer):
         graph = tracer.trace(function)
     module = GraphModule(tracer.root, graph)
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        fakes = [torch.empty_like(mode.from_tensor(value), device=device) for value in inputs]
+    with FakeTensorMode(allow_non_fake_inputs=True, shape_env=ShapeEnv()) as mode:
+        symbols = StatelessSymbolicContext(dynamic_sizes=[DimDynamic.DYNAMIC] * inputs[0].dim()) if dynamic else None
+        first = mode.from_tensor(inputs[0], static_shapes=not dynamic, symbolic_context=symbols)
+        rest = [mode.from_tensor(value, static_shapes=True) for value in inputs[1:]]
+        fakes = [torch.empty_like(value, device=device) for value in (first, *rest)]
     _Record(module).run(*fakes)
     return module
 
@@ -82,10 +89,12 @@ class _Record(Interpreter):
         return n.meta["example_value"]
 
 
-def rewritten(function: Callable, *inputs: Tensor, device: str | None = None, **options: Any) -> Rewritten:
+def rewritten(
+    function: Callable, *inputs: Tensor, device: str | None = None, dynamic: bool = False, **options: Any
+) -> Rewritten:
     """Trace ``function`` without gradients, as if its inputs were on a ``device``, and run the passes over it."""
     with torch.no_grad():
-        module = graph_of(function, *inputs, device=device)
+        module = graph_of(function, *inputs, device=device, dynamic=dynamic)
         report = rewrite(module, list(inputs), options)
     return Rewritten(function, inputs, module, report)
 
