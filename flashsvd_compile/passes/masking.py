@@ -20,7 +20,7 @@ from ..report import RefusalReason
 from .emit import emit
 from .factored import Obstacle
 from .masks import MaskReading, ReadMask, level_of
-from .mutation import mutated_arguments
+from .mutation import is_overwritten
 from .region import Deferred
 from .values import example, number_of, shape_of, tensor_of
 from .vocabulary import read
@@ -105,7 +105,7 @@ def _number(value: object) -> float | None:
     if call is None or shape_of(value) != ():
         return number
     assert isinstance(value, Node)
-    if any(value in mutated_arguments(user) for user in value.users):
+    if is_overwritten(value):
         return None
     return number_of(call.get("fill_value", call.get("data")))
 

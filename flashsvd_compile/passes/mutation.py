@@ -9,7 +9,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 from torch.nn import functional
 
-from .values import value_of
+from .values import share_memory, tensor_of, value_of
 
 _IN_PLACE_OPERATORS = {
     getattr(operator, f"i{name}")
@@ -42,6 +42,19 @@ def mutated_arguments(node: Node) -> list[Node]:
     if isinstance(node.target, torch._ops.HigherOrderOperator):
         return _by_bodies(node)
     return _by_function(node)
+
+
+def is_overwritten(node: Node) -> bool:
+    """Whether the graph writes to the tensor that a node has made, also through views of it."""
+    views, seen = [node], {node}
+    while views:
+        view = views.pop()
+        if any(view in mutated_arguments(user) for user in view.users):
+            return True
+        further = {user for user in view.users if share_memory(user, node) or tensor_of(user) is None} - seen
+        views += further
+        seen |= further
+    return False
 
 
 def _says_in_place(name: str) -> bool:

@@ -174,14 +174,23 @@ def test_a_bias_on_raised_scores_that_are_raised_no_more():
     result.assert_same_result()
 
 
-def filled_with_an_overwritten_number(scores):
-    fill = torch.tensor(-1e9)
-    call(operator.setitem, fill, ..., -1.0)
-    return scores.masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), fill)
+def written_to(view):
+    def filled_with_an_overwritten_number(scores):
+        fill = torch.tensor(-1e9)
+        call(operator.setitem, view(fill), ..., -1.0)
+        return scores.masked_fill(~torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril(), fill)
+
+    return filled_with_an_overwritten_number
 
 
 NOT_UNDERSTOOD = {
-    "a fill that was overwritten": (RefusalReason.UNSUPPORTED_ATTENTION, filled_with_an_overwritten_number),
+    "a fill that was overwritten": (RefusalReason.UNSUPPORTED_ATTENTION, written_to(lambda fill: fill)),
+    "a fill overwritten through a view": (
+        RefusalReason.UNSUPPORTED_ATTENTION, written_to(lambda fill: fill.view(1)[:1]),
+    ),
+    "a fill overwritten through one of several views": (
+        RefusalReason.UNSUPPORTED_ATTENTION, written_to(lambda fill: torch.unbind(fill.view(1))[0]),
+    ),
     "a fill that is not low": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s.masked_fill(m, -5.0), ~RANDOM),
     "rows that -1e9 may fill": (RefusalReason.UNKNOWN_MASK, lambda s, m: s.masked_fill(m, -1e9), ~RANDOM),
     "a condition added": (RefusalReason.UNSUPPORTED_ATTENTION, lambda s, m: s + m, RANDOM),
