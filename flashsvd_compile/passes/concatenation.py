@@ -58,14 +58,16 @@ def read_out(core: Core, merges: list[Merge]) -> tuple[Factored | None, Node, tu
     batched = extent(named(layout, "batch")), extent(named(layout, "query"))
     while len(node.users) == 1:
         (node,) = node.users
-        found = None if live_dropout(node) else _projection_behind(node)
-        if found is None:
+        if live_dropout(node):
             break
-        factored, passed = found
-        into = [merge for merge in merges if merge.tensor is factored.source]
-        shape = shape_of(node)
-        if into and shape is not None and shape[:-1] in (*rows, batched):
-            best = factored, node, nodes + passed
+        found, shape = _projection_behind(node), shape_of(node)
+        if found is not None:
+            factored, passed = found
+            into = any(merge.tensor is factored.source for merge in merges)
+            if into and shape is not None and shape[:-1] in (*rows, batched):
+                best = factored, node, nodes + passed
+        elif not _may_be_between_factors(node):
+            break
     if best is not None:
         return best
     whole = [merge for merge in merges if len(shape_of(merge.tensor) or ()) == 3] or merges
@@ -79,3 +81,7 @@ def _projection_behind(node: Node) -> tuple[Factored, tuple[Node, ...]] | None:
             factored = read_projection(tensor)
             return None if factored is None else (factored, factored.nodes + views[::-1])
     return None
+
+
+def _may_be_between_factors(node: Node) -> bool:
+    return any(read_affine(tensor, diagonal=True) is not None for tensor, _ in peel_rows(node))

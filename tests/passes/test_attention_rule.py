@@ -572,6 +572,39 @@ def test_only_the_output_projection_low_rank():
     assert_whole_region(result, {"q": "full", "k": "full", "v": "full", "out": 7})
 
 
+BETWEEN_FACTORS = {
+    "a diagonal": lambda y, s: y * s,
+    "a diagonal in front": lambda y, s: s * y,
+    "a number": lambda y, s: y * 0.5,
+    "a bias and a diagonal": lambda y, s: (y + s) * s,
+}
+
+
+@pytest.mark.parametrize("between", BETWEEN_FACTORS)
+@pytest.mark.parametrize("others", ["dense", "low-rank"])
+def test_a_diagonal_between_the_factors_of_the_output_projection(between, others):
+    def function(x, w, s, qd, qu, kd, ku, vd, vu, od, ou):
+        pairs = ((qd, qu), (kd, ku), (vd, vu))
+        q, k, v = (heads_of(linear(x, w) if others == "dense" else low_rank(x, *pair)) for pair in pairs)
+        return linear(BETWEEN_FACTORS[between](linear(merge(sdpa(q, k, v)), od), s), ou)
+
+    ranks = RANKS if others == "low-rank" else dict.fromkeys("qkv", "full") | {"out": 7}
+    assert_whole_region(rewritten(function, X, DENSE, tensor(RANKS["out"], seed=60), *ALL), ranks)
+
+
+def test_what_scales_the_result_stays_behind_it():
+    """A diagonal that no second factor follows: of the result of a pair, and of a lone first factor."""
+
+    def function(x, s, t, qd, qu, kd, ku, vd, vu, od, ou):
+        q, k, v = (heads_of(low_rank(x, d, u)) for d, u in ((qd, qu), (kd, ku), (vd, vu)))
+        y = merge(sdpa(q, k, v))
+        return low_rank(y, od, ou) * s, linear(merge(sdpa(k, q, v)), od) * t
+
+    result = rewritten(function, X, tensor(WIDTH, seed=60), tensor(RANKS["out"], seed=61), *ALL)
+    assert result.count("attention") + result.count("linear") > 0
+    result.assert_same_result()
+
+
 def test_a_dense_attention_is_left_to_the_inner_backend():
     def function(x, w):
         q, k, v = (heads_of(linear(x, w)) for _ in range(3))
