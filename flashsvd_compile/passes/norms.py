@@ -29,7 +29,7 @@ from .axes import Axis, Dim, Layout, extent
 from .emit import emit
 from .per_head import read_per_head
 from .region import Deferred
-from .values import example, shape_of, tensor_of
+from .values import example, shape_of, tensor_of, value_of
 from .vocabulary import Call, read
 
 _REDUCTIONS = {"mean", "sum", "var", "unsqueeze"}
@@ -126,7 +126,10 @@ class _Frame(NamedTuple):
 
     def covers(self, call: Call) -> bool:
         """Whether a library norm is over features only, all of them in its dimensions."""
-        normalized = tuple(call["normalized_shape"])
+        shape = call["normalized_shape"]
+        normalized = value_of(shape) if isinstance(shape, Node) else tuple(shape)
+        if not isinstance(normalized, tuple):
+            return False
         trailing = slice(len(self.sizes) - len(normalized), None)
         return (
             len(shape_of(call.input) or ()) == len(self.sizes)
