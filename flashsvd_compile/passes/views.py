@@ -217,9 +217,9 @@ def _steps(call: Call, before: tuple[Size, ...], after: tuple[Size, ...], node: 
         return (Regroup(before),)
     if call.op == "transpose":
         return _transposed(rank, call["dim0"], call["dim1"])
-    if call.op == "t" or (call.op == "getattr" and call["name"] in ("T", "mT") and rank == 2):
+    if call.op in ("t", "T"):
         return _transposed(rank, 0, 1) if rank == 2 else None
-    if call.op == "getattr" and call["name"] == "mT":
+    if call.op == "mT":
         return _transposed(rank, -1, -2)
     if call.op == "permute":
         return (Permute(tuple(dim % rank for dim in call["dims"])),)

@@ -82,6 +82,8 @@ _SIGNATURES = {
     "permute": "input *dims",
     "movedim": "input source destination",
     "t": "input",
+    "T": "input",
+    "mT": "input",
     "getattr": "input name",
     "getitem": "input index",
     "narrow": "input dim start length",
@@ -155,6 +157,7 @@ _ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
     "ravel": "flatten",
+    "numpy_T": "T",
     "_to_copy": "to",
     "type": "to",
     "_softmax": "softmax",
@@ -193,6 +196,9 @@ _ARGUMENT_ALIASES = {
     "size": "sizes",
 }
 
+_ATTRIBUTES = ("T", "mT")
+"""Operations that are attributes of a tensor; in Dynamo's graphs of torch 2.15 they are ATen's operators."""
+
 CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 """Operations to another floating dtype, or device."""
 
@@ -222,6 +228,8 @@ def read(node: object) -> Call | None:
     if op is None:
         return None
     arguments = _bind(_ARGUMENT_NAMES[op], node)
+    if op == "getattr" and arguments is not None and arguments.get("name") in _ATTRIBUTES:
+        return Call(arguments["name"], {"input": arguments["input"]})
     return None if arguments is None else Call(op, arguments)
 
 

@@ -16,7 +16,7 @@ X3, X2 = tensor(2, 5, IN), tensor(7, IN)
 DOWN, UP = tensor(RANK, IN, seed=1), tensor(OUT, RANK, seed=2)  # nn.Linear's layout
 U, V = tensor(IN, RANK, seed=3), tensor(RANK, OUT, seed=4)  # x @ U @ V
 BIAS, DOWN_BIAS, DIAGONAL = tensor(OUT, seed=5), tensor(RANK, seed=6), tensor(RANK, seed=7)
-linear = functional.linear
+linear, aten = functional.linear, torch.ops.aten
 
 
 def add_after(x, down, up, bias):
@@ -67,6 +67,8 @@ SPELLINGS = {
     ".t()": (lambda x, down, up: x @ down.t() @ up.t(), X3, DOWN, UP),
     ".T": (lambda x, down, up: x @ down.T @ up.T, X3, DOWN, UP),
     ".mT": (lambda x, down, up: x @ down.mT @ up.mT, X3, DOWN, UP),
+    ".T since torch 2.15": (lambda x, down, up: x @ aten.numpy_T(down) @ aten.numpy_T(up), X3, DOWN, UP),
+    ".mT since torch 2.15": (lambda x, down, up: x @ aten.mT(down) @ aten.mT(up), X3, DOWN, UP),
     "transpose": (lambda x, d, u: x @ d.transpose(0, 1) @ torch.transpose(u, -1, -2), X3, DOWN, UP),
     "permute": (lambda x, down, up: x @ down.permute(1, 0) @ up.permute(1, 0), X3, DOWN, UP),
     "linear with transposed weights": (lambda x, u, v: linear(linear(x, u.t()), v.t()), X3, U, V),
