@@ -142,9 +142,9 @@ def is_transposition(node: object) -> bool:
 
 _WEIGHT_OPERATIONS = {
     "t", "T", "mT", "getattr", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze",
-    "unsqueeze", "expand", "getitem", "narrow", "select", "slice", "split", "chunk", "contiguous", "clone", "to", "float", "half",
-    "bfloat16", "type_as", "mul", "div", "add", "sub", "neg", "sqrt", "exp", "matmul", "linear", "einsum", "cat",
-    "block_diag",
+    "unsqueeze", "expand", "getitem", "narrow", "select", "slice", "split", "chunk", "contiguous", "clone", "to",
+    "float", "half", "bfloat16", "type_as", "mul", "div", "add", "sub", "neg", "sqrt", "exp", "matmul", "linear",
+    "einsum", "cat", "block_diag",
 }  # fmt: skip
 _MAX_DEPTH = 8
 
