@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node, Proxy, Tracer
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
@@ -59,7 +60,8 @@ def graph_of(function: Callable, *inputs: Tensor, device: str | None = None, dyn
         first = mode.from_tensor(inputs[0], static_shapes=not dynamic, symbolic_context=symbols)
         rest = [mode.from_tensor(value, static_shapes=True) for value in inputs[1:]]
         fakes = [torch.empty_like(value, device=device) for value in (first, *rest)]
-    _Record(module).run(*fakes)
+    with enable_python_dispatcher():  # as in Dynamo; some of torch 2.11's shortcuts ask symbolic sizes for numbers
+        _Record(module).run(*fakes)
     return module
 
 
