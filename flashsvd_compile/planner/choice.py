@@ -293,6 +293,7 @@ def _gains_nothing(shape: RegionShape, candidate: Candidate, kept: Candidate) ->
 def _best(shape: RegionShape, offered: Iterable[Candidate], kept: Candidate, budget: int | None) -> Candidate:
     """The fastest within the budget, and of equally fast ones the smallest; the smallest where none is within it.
 
+    Equally fast is what takes at most :data:`NOISE` longer than the fastest, and :data:`LOSS` longer than as written.
     Of a strategy's workspaces that are cut into chunks of one size, the one with the least bound.
     """
     sizes = {candidate: shape.at_hints(candidate.transient) for candidate in (*offered, kept)}
