@@ -15,27 +15,32 @@ from .test_properties import ACTIVATIONS, Model, examples
 INF = float("inf")
 
 
-def layer_norm(x, weight):
-    return functional.layer_norm(x, weight.shape, weight, weight)
+def layer_norm(x, weight, size):
+    return functional.layer_norm(x, (size,), weight, weight)
 
 
-def root_mean_square(x, weight):
+def root_mean_square(x, weight, size):
+    return functional.rms_norm(x, (size,), weight, 1e-5)
+
+
+def of_the_weights_shape(x, weight, size):
     return functional.rms_norm(x, weight.shape, weight, 1e-5)
 
 
-def written_out(x, weight):
+def written_out(x, weight, size):
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
 
 
-def deviation(x, weight):
+def deviation(x, weight, size):
     centred = x - x.mean(-1, keepdim=True)
     return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
 
 
 NORMS = {
-    "none": lambda x, weight: x,
+    "none": lambda x, weight, size: x,
     "layer": layer_norm,
     "rms": root_mean_square,
+    "rms of a weight": of_the_weights_shape,
     "own rms": written_out,
     "own layer": deviation,
 }
@@ -110,7 +115,7 @@ class Blocks:
 
     def __init__(self, model: Model):
         self.model, self.draw = model, model.draw
-        self.batch, self.length = (self.one_of([1, 2, 3]), self.one_of([1, 2, 5]))
+        self.batch, self.length = (self.one_of([1, 2, 3]), self.one_of([1, 5, 40, 40]))
         self.kv_heads, group, self.dim = self.one_of([1, 2]), self.one_of([1, 1, 2]), self.one_of([2, 4])
         self.heads = self.kv_heads * group
         self.features = self.one_of([6, self.heads * self.dim])
@@ -121,9 +126,9 @@ class Blocks:
     def one_of(self, choices):
         return self.draw(st.sampled_from(choices))
 
-    def norm(self):
-        kind, weight = self.one_of(sorted(NORMS)), self.model.weight(self.features)
-        return lambda x, w: NORMS[kind](x, w[weight])
+    def norm(self, wanted=True):
+        kind, weight = self.one_of(sorted(NORMS)) if wanted else "none", self.model.weight(self.features)
+        return lambda x, w: NORMS[kind](x, w[weight], self.features)
 
     def attention(self):
         project = self.model.projection
@@ -139,7 +144,7 @@ class Blocks:
         def attend(x, mask, cos, sin, kept, w):
             query, key, value = apart(q(x, w), self.heads), apart(k(x, w), self.kv_heads), apart(v(x, w), self.kv_heads)
             if normed:
-                query, key = (root_mean_square(each, w[weight]) for each in (query, key))
+                query, key = (root_mean_square(each, w[weight], self.dim) for each in (query, key))
             query, key = rotation(query, cos, sin), rotation(key, cos, sin)
             value = reader(kept, value)
             key, value = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (key, value))
@@ -167,18 +172,19 @@ class Blocks:
         return lambda x, w: out(activation(hidden(x, w)), w)
 
     def block(self):
-        norms, attend, mlp = [self.norm() for _ in range(4)], self.attention(), self.mlp()
+        before, behind = ([self.norm(wanted) for _ in range(2)] for wanted in (True, self.one_of([False, False, True])))
+        attend, mlp = self.attention(), self.mlp()
         residuals = [RESIDUALS[self.one_of(sorted(RESIDUALS))] for _ in range(2)]
         readers = [READERS[self.one_of(sorted(READERS))] for _ in range(3)]
         parallel = self.one_of([False, False, True])
 
         def run(x, mask, cos, sin, kept, w):
-            before = readers[0](kept, norms[0](x, w))
-            y = norms[1](attend(before, mask, cos, sin, kept, w), w)
+            normed = readers[0](kept, before[0](x, w))
+            y = behind[0](attend(normed, mask, cos, sin, kept, w), w)
             if parallel:
-                return residuals[0](x, y + mlp(before, w))
+                return residuals[0](x, y + mlp(normed, w))
             x = readers[1](kept, residuals[0](x, y))
-            y = norms[3](mlp(norms[2](x, w), w), w)
+            y = behind[1](mlp(before[1](x, w), w), w)
             return readers[2](kept, residuals[1](x, y))
 
         return run
