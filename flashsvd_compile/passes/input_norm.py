@@ -69,7 +69,7 @@ def _absorb(node: Node, x: Node, few: bool, graph: Graph, order: Order, options:
     residual = node.kwargs.get("residual")
     if x is residual or set(x.users) != {node} or node.kwargs.get(KIND, "none") != "none":
         return
-    norm = _norm_of(x)
+    norm = _norm_of(x, residual if isinstance(residual, Node) else None)
     if norm is None or not (norm.source is residual or (few and norm.kind == "rms")):
         return
     if not _in_one_dtype(norm) or interrupted([*norm.nodes, node], order):
@@ -101,10 +101,10 @@ def _normalises_in_workspace(target: object, arguments: dict[str, Any]) -> bool:
     return max(ranks[1:]) > MAX_PROJECTED_RANK
 
 
-def _norm_of(node: Node) -> Norm | None:
-    """The norm over the last dimension whose result is ``node``."""
+def _norm_of(node: Node, stream: Node | None) -> Norm | None:
+    """The norm over the last dimension whose result is ``node``; of ``stream``, if that is on the way."""
     layout, value = layout_of_rows(node), tensor_of(node)
-    return read_norm(node, layout, layout[-1], value.dtype) if layout and value is not None else None
+    return read_norm(node, layout, layout[-1], value.dtype, stream) if layout and value is not None else None
 
 
 def _in_one_dtype(norm: Norm) -> bool:

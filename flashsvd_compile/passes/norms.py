@@ -72,7 +72,7 @@ class Norm(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def read_norm(node: Node, layout: Layout, head_dim: Dim, dtype: torch.dtype) -> Norm | None:
+def read_norm(node: Node, layout: Layout, head_dim: Dim, dtype: torch.dtype, source: Node | None = None) -> Norm | None:
     """The norm whose result is ``node``, or ``None``.
 
     Args:
@@ -80,13 +80,14 @@ def read_norm(node: Node, layout: Layout, head_dim: Dim, dtype: torch.dtype) -> 
         layout: its axes.
         head_dim: the axes of a head's features.
         dtype: what queries and keys are multiplied in.
+        source: what it may be a norm of, though it is itself computed as norms are: a sum, or a scaled tensor.
 
     The source has to be of that dtype; the result, the weight and the bias may be float32 besides.
     """
     frame = _frame(layout, head_dim)
     if frame is None:
         return None
-    for chain in _chains(node):
+    for chain in _chains(node, source):
         norm = _identify(chain, frame, dtype)
         if norm is not None:
             return norm
@@ -182,26 +183,26 @@ class _Chain(NamedTuple):
     nodes: tuple[Node, ...]
 
 
-def _chains(node: Node) -> Iterator[_Chain]:
-    """The operations above ``node``, once for each tensor of its shape at which they may begin."""
+def _chains(node: Node, source: Node | None = None) -> Iterator[_Chain]:
+    """The operations above ``node``, up to ``source``; once for each tensor of its shape at which they may begin."""
 
     def inputs_of(node: Node) -> list[Node] | None:
         call = read(node)
-        is_leaf = call is None or call.op not in _OPERATIONS or _is_projected(node)
+        is_leaf = node is source or call is None or call.op not in _OPERATIONS or _is_projected(node)
         return None if is_leaf else _tensors_into(node)
 
     found = climb(node, inputs_of, _MAX_NODES)
     if found is None or not found.nodes:
         return
-    for source in found.leaves:
-        if shape_of(source) != shape_of(node):
+    for leaf in found.leaves:
+        if shape_of(leaf) != shape_of(node):
             continue
-        inside = {source: True}
+        inside = {leaf: True}
         for inner in found.nodes:  # in order of execution
             inside[inner] = any(inside.get(above, False) for above in _tensors_into(inner))
         active = tuple(inner for inner in found.nodes if inside[inner])
         entering = (above for inner in active for above in _tensors_into(inner) if not inside.get(above, False))
-        yield _Chain(source, tuple(dict.fromkeys(entering)), active)
+        yield _Chain(leaf, tuple(dict.fromkeys(entering)), active)
 
 
 def _is_projected(node: Node) -> bool:

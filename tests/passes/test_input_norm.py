@@ -74,6 +74,27 @@ def test_every_norm_of_a_model():
     result.assert_same_result()
 
 
+def a_sum(x):
+    return x + x.sin()
+
+
+def a_scaled_tensor(x):
+    return x * 1.5
+
+
+@pytest.mark.parametrize("stream", [a_sum, a_scaled_tensor])
+def test_a_stream_that_is_computed_like_norms_are(stream):
+    """As in front of an MLP whose attention stays as it is, and behind an embedding that is scaled."""
+
+    def function(x, a, b, c, d, weight):
+        x = stream(x)
+        return x + mlp(rms_norm(x, (32,), weight), a, b, c, d)
+
+    result = rewritten(function, X, *MLP, WEIGHT)
+    assert absorbed(result) == ["rms"]
+    result.assert_same_result()
+
+
 def used_again(x, a, b, c, d, weight):
     normed = rms_norm(x, (32,), weight)
     return x + mlp(normed, a, b, c, d) + normed

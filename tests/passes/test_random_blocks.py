@@ -15,29 +15,29 @@ from .test_properties import ACTIVATIONS, Model, examples
 INF = float("inf")
 
 
-def layer_norm(x, weight, size):
-    return functional.layer_norm(x, (size,), weight, weight)
+def layer_norm(x, weight, bias, size):
+    return functional.layer_norm(x, (size,), weight, bias)
 
 
-def root_mean_square(x, weight, size):
+def root_mean_square(x, weight, bias, size):
     return functional.rms_norm(x, (size,), weight, 1e-5)
 
 
-def of_the_weights_shape(x, weight, size):
+def of_the_weights_shape(x, weight, bias, size):
     return functional.rms_norm(x, weight.shape, weight, 1e-5)
 
 
-def written_out(x, weight, size):
+def written_out(x, weight, bias, size):
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
 
 
-def deviation(x, weight, size):
+def deviation(x, weight, bias, size):
     centred = x - x.mean(-1, keepdim=True)
-    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5) * weight
+    return centred / torch.sqrt(centred.pow(2).mean(-1, keepdim=True) + 1e-5) * weight + bias
 
 
 NORMS = {
-    "none": lambda x, weight, size: x,
+    "none": lambda x, weight, bias, size: x,
     "layer": layer_norm,
     "rms": root_mean_square,
     "rms of a weight": of_the_weights_shape,
@@ -127,8 +127,9 @@ class Blocks:
         return self.draw(st.sampled_from(choices))
 
     def norm(self, wanted=True):
-        kind, weight = self.one_of(sorted(NORMS)) if wanted else "none", self.model.weight(self.features)
-        return lambda x, w: NORMS[kind](x, w[weight], self.features)
+        kind = self.one_of(sorted(NORMS)) if wanted else "none"
+        weight, bias = self.model.weight(self.features), self.model.weight(self.features)
+        return lambda x, w: NORMS[kind](x, w[weight], w[bias], self.features)
 
     def attention(self):
         project = self.model.projection
@@ -144,7 +145,7 @@ class Blocks:
         def attend(x, mask, cos, sin, kept, w):
             query, key, value = apart(q(x, w), self.heads), apart(k(x, w), self.kv_heads), apart(v(x, w), self.kv_heads)
             if normed:
-                query, key = (root_mean_square(each, w[weight], self.dim) for each in (query, key))
+                query, key = (root_mean_square(each, w[weight], None, self.dim) for each in (query, key))
             query, key = rotation(query, cos, sin), rotation(key, cos, sin)
             value = reader(kept, value)
             key, value = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (key, value))
@@ -175,7 +176,7 @@ class Blocks:
         before, behind = ([self.norm(wanted) for _ in range(2)] for wanted in (True, self.one_of([False, False, True])))
         attend, mlp = self.attention(), self.mlp()
         residuals = [RESIDUALS[self.one_of(sorted(RESIDUALS))] for _ in range(2)]
-        readers = [READERS[self.one_of(sorted(READERS))] for _ in range(3)]
+        readers = [READERS[self.one_of(["nobody", *sorted(READERS)])] for _ in range(3)]
         parallel = self.one_of([False, False, True])
 
         def run(x, mask, cos, sin, kept, w):
