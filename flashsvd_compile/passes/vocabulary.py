@@ -197,7 +197,7 @@ _ARGUMENT_ALIASES = {
 }
 
 _ATTRIBUTES = ("T", "mT")
-"""Operations that are attributes of a tensor; in Dynamo's graphs of torch 2.15 they are ATen's operators."""
+"""Operations that are attributes of a tensor; in graphs of Dynamo since torch 2.14 they are ATen's operators."""
 
 CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 """Operations to another floating dtype, or device."""
