@@ -217,7 +217,7 @@ def _steps(call: Call, before: tuple[Size, ...], after: tuple[Size, ...], node: 
         return (Regroup(before),)
     if call.op == "transpose":
         return _transposed(rank, call["dim0"], call["dim1"])
-    if call.op in ("t", "T"):
+    if call.op == "t":
         return _transposed(rank, 0, 1) if rank == 2 else None
     if call.op == "mT":
         return _transposed(rank, -1, -2)

@@ -82,7 +82,6 @@ _SIGNATURES = {
     "permute": "input *dims",
     "movedim": "input source destination",
     "t": "input",
-    "T": "input",
     "mT": "input",
     "getattr": "input name",
     "getitem": "input index",
@@ -157,7 +156,7 @@ _ALIASES = {
     "concat": "cat",
     "concatenate": "cat",
     "ravel": "flatten",
-    "numpy_T": "T",
+    "numpy_T": "t",
     "_to_copy": "to",
     "type": "to",
     "_softmax": "softmax",
@@ -196,8 +195,8 @@ _ARGUMENT_ALIASES = {
     "size": "sizes",
 }
 
-_ATTRIBUTES = ("T", "mT")
-"""Operations that are attributes of a tensor; in graphs of Dynamo since torch 2.14 they are ATen's operators."""
+_ATTRIBUTES = {"T": "t", "mT": "mT"}
+"""Attributes of a tensor that are operations; in graphs of Dynamo since torch 2.14 they are ATen's operators."""
 
 CASTS = frozenset({"to", "float", "half", "bfloat16", "type_as"})
 """Operations to another floating dtype, or device."""
@@ -229,7 +228,7 @@ def read(node: object) -> Call | None:
         return None
     arguments = _bind(_ARGUMENT_NAMES[op], node)
     if op == "getattr" and arguments is not None and arguments.get("name") in _ATTRIBUTES:
-        return Call(arguments["name"], {"input": arguments["input"]})
+        return Call(_ATTRIBUTES[arguments["name"]], {"input": arguments["input"]})
     return None if arguments is None else Call(op, arguments)
 
 

@@ -133,7 +133,7 @@ def is_transposition(node: object) -> bool:
     call, value = read(node), tensor_of(node)
     if call is None or value is None or value.dim() != 2:
         return False
-    if call.op in ("t", "T", "mT"):
+    if call.op in ("t", "mT"):
         return True
     if call.op == "transpose":
         return {call["dim0"] % 2, call["dim1"] % 2} == {0, 1}
@@ -141,7 +141,7 @@ def is_transposition(node: object) -> bool:
 
 
 _WEIGHT_OPERATIONS = {
-    "t", "T", "mT", "getattr", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze",
+    "t", "mT", "getattr", "transpose", "permute", "view", "reshape", "flatten", "unflatten", "squeeze",
     "unsqueeze", "expand", "getitem", "narrow", "select", "slice", "split", "chunk", "contiguous", "clone", "to",
     "float", "half", "bfloat16", "type_as", "mul", "div", "add", "sub", "neg", "sqrt", "exp", "matmul", "linear",
     "einsum", "cat", "block_diag",

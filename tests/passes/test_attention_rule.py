@@ -1,6 +1,7 @@
 """Attention is found in every spelling of its heads, its packing, its sharing of keys and its scores."""
 
 import math
+import operator
 
 import pytest
 import torch
@@ -592,17 +593,23 @@ def test_a_diagonal_between_the_factors_of_the_output_projection(between, others
     assert_whole_region(rewritten(function, X, DENSE, tensor(RANKS["out"], seed=60), *ALL), ranks)
 
 
-def test_what_scales_the_result_stays_behind_it():
-    """A diagonal that no second factor follows: of the result of a pair, and of a lone first factor."""
+OF_THE_RESULT = {
+    "a pair": (low_rank, WIDTH, RANKS["out"]),
+    "a lone factor": (lambda y, od, ou: linear(y, od), RANKS["out"], "full"),
+}
 
-    def function(x, s, t, qd, qu, kd, ku, vd, vu, od, ou):
+
+@pytest.mark.parametrize("out", OF_THE_RESULT)
+def test_a_diagonal_that_no_second_factor_follows_stays_behind_the_region(out):
+    project, features, rank = OF_THE_RESULT[out]
+
+    def function(x, s, qd, qu, kd, ku, vd, vu, od, ou):
         q, k, v = (heads_of(low_rank(x, d, u)) for d, u in ((qd, qu), (kd, ku), (vd, vu)))
-        y = merge(sdpa(q, k, v))
-        return low_rank(y, od, ou) * s, linear(merge(sdpa(k, q, v)), od) * t
+        return project(merge(sdpa(q, k, v)), od, ou) * s
 
-    result = rewritten(function, X, tensor(WIDTH, seed=60), tensor(RANKS["out"], seed=61), *ALL)
-    assert result.count("attention") + result.count("linear") > 0
-    result.assert_same_result()
+    result = rewritten(function, X, tensor(features, seed=60), *ALL)
+    assert_whole_region(result, RANKS | {"out": rank})
+    assert len(result.module.graph.find_nodes(op="call_function", target=operator.mul)) == 1
 
 
 def test_a_dense_attention_is_left_to_the_inner_backend():

@@ -10,6 +10,7 @@ from torch.nn import functional
 from torch.nn.functional import scaled_dot_product_attention
 
 from .builder import tensor
+from .test_norms import halves
 from .test_properties import ACTIVATIONS, Model, examples
 
 INF = float("inf")
@@ -46,18 +47,13 @@ NORMS = {
 }
 
 
-def rotate_halves(x, cos, sin):
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def rotate_pairs(x, cos, sin):
     pairs = x.unflatten(-1, (-1, 2))
     turned = torch.stack((-pairs[..., 1], pairs[..., 0]), dim=-1).flatten(-2)
     return x * cos + turned * sin
 
 
-ROTATIONS = {"none": lambda x, cos, sin: x, "halves": rotate_halves, "pairs": rotate_pairs}
+ROTATIONS = {"none": lambda x, cos, sin: x, "halves": halves, "pairs": rotate_pairs}
 
 
 def causal(length, padding):
