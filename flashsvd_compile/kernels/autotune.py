@@ -5,7 +5,6 @@ memory; of those whose results agree with the table's the fastest is taken and k
 another order of summation and nothing else.
 """
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from triton.errors import TritonError
 from ..measure import Times, times
 from .choices import Choices, Problem, folder_of_user
 from .launch import Launch, is_listened_to, listening
-from .target import allows_tf32
+from .target import allows_tf32, environment
 
 logger = logging.getLogger(__name__)
 
@@ -203,24 +202,13 @@ def tuned(
     if tuner is None:
         return tiles[0]
     rounded = like.dtype == torch.float32 and allows_tf32()
-    where = {"kernel": kernel, **_environment(like.device), "dtype": str(like.dtype), "rounded_to_tf32": rounded}
+    where = {"kernel": kernel, **environment(like.device), "dtype": str(like.dtype), "rounded_to_tf32": rounded}
     return tuner.tile(where | problem, tiles, run, like.device)
 
 
 def about(size: int) -> int:
     """The next power of two: numbers of rows in between share a choice."""
     return triton.next_power_of_2(size)
-
-
-@cache
-def _environment(device: torch.device) -> dict[str, str | int | bool]:
-    """The chip, the compilers, and a digest of the kernels and their tables."""
-    sources = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        sources.update(file.read_bytes())
-    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
-    versions = {"torch": str(torch.__version__), "triton": triton.__version__}
-    return {"chip": chip, **versions, "kernels": sources.hexdigest()[:16]}
 
 
 def tuner_of_user() -> Tuner:

@@ -1,9 +1,11 @@
 """What the kernels need to know about a chip."""
 
+import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -96,6 +98,17 @@ def _target_of(device: torch.device) -> Target:
     name = properties.gcnArchName.split(":")[0] if torch.version.hip else nvidia
     known = KNOWN.get(name, _SMALLEST)
     return known._replace(name=name, processors=properties.multi_processor_count)
+
+
+@cache
+def environment(device: torch.device) -> dict[str, str | int | bool]:
+    """What a kernel depends on beside its launch: the chip, the compilers, a digest of the kernels and their tables."""
+    sources = hashlib.sha256()
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        sources.update(file.read_bytes())
+    chip = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
+    versions = {"torch": str(torch.__version__), "triton": triton.__version__}
+    return {"chip": chip, **versions, "kernels": sources.hexdigest()[:16]}
 
 
 def describable(tensor: Tensor) -> bool:

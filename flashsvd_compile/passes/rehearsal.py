@@ -4,7 +4,7 @@ Triton compiles a kernel where it is launched first, one after the other. So whi
 operators' implementations are called on tensors without contents, of the metadata that the example values have.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -27,8 +27,8 @@ class _Like(NamedTuple):
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype, device="meta")
 
 
-Call = tuple[Callable, tuple]
-"""An operator's implementation and its arguments by position, tensors by their metadata."""
+Call = tuple[torch._ops.OpOverload, tuple]
+"""An operator and its arguments by position, tensors by their metadata."""
 
 
 def compile_kernels_of(graph: Graph) -> None:
@@ -43,9 +43,9 @@ def compile_kernels_of(graph: Graph) -> None:
             continue
         arguments = tuple(map(_traced, _arguments(node)))
         if _UNKNOWN not in arguments:
-            calls.setdefault(x.device, set()).add((on_gpu[node.target], arguments))
+            calls.setdefault(x.device, set()).add((node.target, arguments))
     for device, alike in calls.items():
-        compile_ahead(partial(_rehearse, alike), device)
+        compile_ahead(partial(_rehearse, alike), device, launches="\n".join(sorted(map(repr, alike))))
 
 
 def _arguments(node: Node) -> list[Any]:
@@ -77,5 +77,5 @@ def _traced_sizes(sizes: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None
 
 
 def _rehearse(calls: Iterable[Call]) -> None:
-    for implementation, arguments in calls:
-        implementation(*(each.stand_in() if isinstance(each, _Like) else each for each in arguments))
+    for operator, arguments in calls:
+        on_gpu[operator](*(each.stand_in() if isinstance(each, _Like) else each for each in arguments))

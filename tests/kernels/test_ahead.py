@@ -26,10 +26,12 @@ CHIP = "sm_80"
 
 
 @pytest.fixture
-def loaded() -> Iterator[list]:
-    """A GPU that Triton compiles for and that loads no kernels; the kernels that it would."""
+def loaded(tmp_path) -> Iterator[list]:
+    """A GPU that Triton compiles for, into an empty cache, and that loads no kernels; the kernels that it would."""
     kernels: list = []
     with (
+        patch.object(knobs.cache, "dir", str(tmp_path)),
+        patch.object(target.torch.cuda, "get_device_name", lambda device: CHIP),
         patch.object(driver, "_active", _Driver(GPUS[CHIP])),
         patch.object(target, "_target_of", lambda device: KNOWN[CHIP]),
         patch.object(ahead.torch.cuda, "device", lambda device: nullcontext()),
@@ -57,7 +59,10 @@ def test_each_kernel_is_compiled_once_and_found_by_its_launch(loaded):
     compiled = []
     graph = graph_of(two_mlps, tensor(8, 512, 64), *WEIGHTS, strategy="fused")
     assert sum(node.target is torch.ops.flashsvd.mlp_v3.default for node in graph.nodes) == 2
-    with patch.object(knobs.compilation, "listener", lambda **what: compiled.append(what["src"].name)):
+    with (
+        patch.object(knobs.compilation, "listener", lambda **what: compiled.append(what["src"].name)),
+        patch.object(ahead._Note, "is_there", lambda note: False),
+    ):
         compile_kernels_of(graph)
         ahead.finish()
         once = list(compiled)
@@ -67,12 +72,50 @@ def test_each_kernel_is_compiled_once_and_found_by_its_launch(loaded):
     assert len(once) == len(set(once)) >= 1 and compiled == once
 
 
+def rehearsals(function, *inputs, **how) -> int:
+    """How many begin for a graph; they are at their end."""
+    with patch.object(ahead, "Thread", side_effect=ahead.Thread) as threads:
+        compile_kernels_of(graph_of(function, *inputs, strategy="fused", **how))
+        ahead.finish()
+    return threads.call_count
+
+
+def test_what_the_cache_has_is_not_rehearsed_again(loaded, tmp_path):
+    x = tensor(8, 512, 64)
+    assert [rehearsals(two_mlps, x, *WEIGHTS) for _ in range(3)] == [1, 0, 0]
+    assert rehearsals(two_mlps, tensor(8, 400, 64), *WEIGHTS) == 1, "other sizes"
+    with patch.object(ahead, "allows_tf32", lambda: not target.allows_tf32()):
+        assert rehearsals(two_mlps, x, *WEIGHTS) == 1, "kernels of another precision"
+    with patch.object(knobs.cache, "dir", str(tmp_path / "another")):
+        assert rehearsals(two_mlps, x, *WEIGHTS) == 1, "another cache"
+
+
+def test_what_did_not_compile_is_rehearsed_again(loaded):
+    begun = []
+
+    def rehearsal():
+        begun.append(ahead.is_rehearsed())
+        ahead.take(None)
+
+    for _ in range(2):
+        ahead.compile_ahead(rehearsal, torch.device("cuda"), "a kernel that does not compile")
+        ahead.finish()
+    assert begun == [True, True]
+
+
+def test_a_cache_that_cannot_be_written_is_rehearsed(loaded, tmp_path):
+    (tmp_path / "file").touch()
+    with patch.object(knobs.cache, "dir", str(tmp_path / "file")):
+        assert [rehearsals(two_mlps, tensor(8, 512, 64), *WEIGHTS) for _ in range(2)] == [1, 1]
+
+
 def test_dynamic_sizes_are_those_of_the_traced_call(loaded):
     found = []
     for dynamic in (False, True):
         graph = graph_of(two_mlps, tensor(8, 512, 64), *WEIGHTS, strategy="fused", dynamic=dynamic)
-        compile_kernels_of(graph)
-        ahead.finish()
+        with patch.object(ahead._Note, "is_there", lambda note: False):
+            compile_kernels_of(graph)
+            ahead.finish()
         found.append(sorted(kernel.hash for kernel in loaded))
         loaded.clear()
     assert found[0] == found[1] != []
@@ -87,7 +130,7 @@ def test_sizes_that_nothing_is_known_of_are_left_to_the_launch():
         compile_kernels_of(graph)
 
 
-def test_a_launch_waits_until_all_is_compiled():
+def test_a_launch_waits_until_all_is_compiled(loaded):
     begun, seen = Event(), []
 
     class Kernel:
@@ -99,21 +142,23 @@ def test_a_launch_waits_until_all_is_compiled():
         time.sleep(0.2)
         seen.append("rehearsed")
 
-    with patch.object(ahead.torch.cuda, "device", lambda device: nullcontext()):
-        ahead.compile_ahead(rehearsal, torch.device("cuda"))
-        assert begun.wait(10)
-        launch(Kernel(), (1, 1), torch.ones(4))
+    ahead.compile_ahead(rehearsal, torch.device("cuda"), "a kernel")
+    assert begun.wait(10)
+    launch(Kernel(), (1, 1), torch.ones(4))
     assert seen == ["rehearsed", "launched"]
 
 
-def test_what_a_rehearsal_raises_is_left_to_the_launch():
+def test_what_a_rehearsal_raises_is_left_to_the_launch(loaded):
+    begun = []
+
     def rehearsal():
+        begun.append(ahead.is_rehearsed())
         raise RuntimeError("no such kernel")
 
-    with patch.object(ahead.torch.cuda, "device", lambda device: nullcontext()):
-        ahead.compile_ahead(rehearsal, torch.device("cuda"))
+    for _ in range(2):
+        ahead.compile_ahead(rehearsal, torch.device("cuda"), "no kernel")
         ahead.finish()
-    assert not ahead.is_rehearsed()
+    assert begun == [True, True] and not ahead.is_rehearsed()
 
 
 @pytest.mark.parametrize(
