@@ -5,6 +5,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from statistics import median
 
 import torch
@@ -30,7 +31,7 @@ def case_of(cache: str, session: Session) -> Case:
     if not session.smoke:
         batch, length = (32, 512) if session.device.type == "cuda" else (1, 64)  # the first call runs the model too
         model = case(batch, length, "padded", "192/304", BASE, TARGETS[cache])
-    return Case(f"{cache} {model.name}", model.shape, model.ranks, model.unit_elements, "units", target=model.target)
+    return replace(model, name=f"{cache} {model.name}")
 
 
 def measure(session: Session, folder: str) -> None:

@@ -28,9 +28,9 @@ def compress(
     ranks = _parse_ranks(rank or [])
     try:
         dense = model_folder.load(model)
-        model_folder.create(out, source=model)
-        factored = factorise(dense, keep_ratio, ranks=ranks)
-        model_folder.save(factored, out, source=model)
+        with model_folder.made(out, source=model):
+            factored = factorise(dense, keep_ratio, ranks=ranks)
+            model_folder.save(factored, out, source=model)
     except FlashSVDError as error:
         raise typer.BadParameter(str(error)) from error
     before, after = (sum(p.numel() for p in each.parameters()) for each in (dense, factored))

@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -92,12 +93,14 @@ def _dtype_of(weights: Path) -> torch.dtype | None:
         return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), None)
 
 
-def create(folder: Path, source: Path) -> None:
-    """Make the folder for a factored model, unless it is there.
+@contextmanager
+def made(folder: Path, source: Path) -> Iterator[None]:
+    """A folder for a factored model: made unless it is there, and gone again if what is to fill it fails.
 
     Raises:
         CheckpointError: it cannot be made, is the folder ``source`` of the dense model, or holds other weights.
     """
+    new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         weights = [file.name for file in folder.iterdir() if _is_of_weights(file) and file.name != FACTORED_WEIGHTS]
@@ -107,6 +110,12 @@ def create(folder: Path, source: Path) -> None:
         raise CheckpointError(f"{folder} holds the dense model; write the factored one to another folder")
     if weights:
         raise CheckpointError(f"{folder} holds another model ({weights[0]}); write the factored one to another folder")
+    try:
+        yield
+    except BaseException:
+        if new:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def save(model: nn.Module, folder: Path, source: Path) -> None:

@@ -104,6 +104,13 @@ class TestCompress:
     )
     def test_mistakes_are_named(self, folder: Path, tmp_path: Path, arguments: list, message: str):
         assert message in refused("compress", folder, tmp_path / "small", *arguments)
+        assert not (tmp_path / "small").exists()
+
+    def test_what_fails_leaves_a_folder_of_others_as_it_is(self, folder: Path, tmp_path: Path):
+        (tmp_path / "small").mkdir()
+        (tmp_path / "small" / "notes.txt").write_text("")
+        refused("compress", folder, tmp_path / "small", "--rank", "nowhere=4")
+        assert [file.name for file in (tmp_path / "small").iterdir()] == ["notes.txt"]
 
     def test_layers_without_weights_are_not_factored(self, folder: Path, tmp_path: Path):
         weights = load_file(folder / "model.safetensors")
