@@ -39,7 +39,8 @@ class InvalidOptionError(FlashSVDError, ValueError):
     """A known option with a value it cannot take."""
 
     def __init__(self, key: str, value: object, valid: str):
-        super().__init__(f"option {key!r} cannot be {value!r}; valid: {valid}")
+        got = repr(value) if isinstance(value, str) else shown(value)  # of a path, all of it
+        super().__init__(f"option {key!r} cannot be {got}; valid: {valid}")
 
 
 class GraphError(FlashSVDError, ValueError):

@@ -1,6 +1,7 @@
 """What the backend would do to a model, without compiling anything."""
 
 import copy
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from inspect import getclosurevars, isroutine
@@ -16,6 +17,8 @@ from .options import Options
 from .passes import apply_rules
 from .report import RewriteReport
 
+logger = logging.getLogger(__name__)
+
 
 def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None = None, **kwargs: Any) -> RewriteReport:
     """Trace ``model(*args, **kwargs)`` and report which regions would be rewritten, and why the rest would not.
@@ -25,7 +28,8 @@ def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None 
     Args:
         model: a module or function that ``torch.compile`` takes.
         args, kwargs: its inputs.
-        options: options of the backend (see :class:`~flashsvd_compile.Options`).
+        options: options of the backend (see :class:`~flashsvd_compile.Options`); nothing is printed or written for
+            ``debug``.
 
     Raises:
         UnknownOptionError, InvalidOptionError: bad options.
@@ -34,17 +38,19 @@ def explain(model: Any, *args: Any, options: Options | Mapping[str, Any] | None 
     parsed = Options.parse(options)
     if not callable(model):
         raise ModelError(model)
-    report = RewriteReport()
+    report, graphs = RewriteReport(), 0
 
     def trace_only(graph_module: GraphModule, example_inputs: list[Any]):
-        nonlocal report
-        original = graph_module.forward
+        nonlocal report, graphs
+        graphs += 1
         report += apply_rules(_copy(graph_module), parsed)
-        return original
+        return graph_module.forward
 
     torch._dynamo.reset()
     with _compiled_anew(model, args, kwargs):
         torch.compile(model, backend=trace_only)(*args, **kwargs)
+    if not graphs:
+        logger.warning("Dynamo has traced nothing; TORCHDYNAMO_DISABLE and torch.compiler.set_stance switch it off")
     return report
 
 

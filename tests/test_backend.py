@@ -351,6 +351,12 @@ def test_explain_reports_and_compiles_nothing(block):
     assert last_report() is before
 
 
+def test_explain_says_that_nothing_was_traced(block, caplog):
+    with torch.compiler.set_stance("force_eager"):
+        assert explain(block, sample()).is_empty
+    assert "Dynamo has traced nothing" in caplog.text
+
+
 def test_explain_takes_options_and_keywords(block):
     with torch.no_grad():
         assert explain(lambda x: block(x), x=sample(), options={"disable": "mlp"}).count("mlp") == 0

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch.autograd.graph import disable_saved_tensors_hooks, saved_tensors_hooks
+from torch.nn.functional import rms_norm
 from torch.utils.checkpoint import checkpoint
 
 from flashsvd_compile import RefusalReason, RewriteReport, last_report, rewrite
@@ -123,6 +124,22 @@ def test_a_norm_without_gradients_that_is_overwritten_behind_a_trained_region(in
     expected = gradients(function, trained, x)
     torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
     assert latest().count("mlp") == 1
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_a_sum_that_is_overwritten_through_a_view_behind_a_trained_region(inner):
+    """The sum is an operator's result, which the next one's gradients need unless they have its norm."""
+    trained, frozen, x = mlp(), mlp().requires_grad_(False), torch.randn(40, FEATURES)
+
+    def function(x):
+        total = x + frozen(rms_norm(x, (FEATURES,)))
+        result = total + trained(rms_norm(total, (FEATURES,)))
+        total[0].zero_()
+        return result
+
+    expected = gradients(function, trained, x)
+    torch.testing.assert_close(gradients(compiled(function, inner), trained, x), expected)
+    assert latest().count("mlp") == 2
 
 
 class HalfOfSum(nn.Module):

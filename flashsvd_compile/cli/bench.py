@@ -8,7 +8,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
@@ -20,8 +19,7 @@ from .comparison import DENSE, Measured, compare
 from .extras import extra
 from .inputs import sample_inputs
 from .keep_ratio import checked
-
-console = Console()
+from .printing import console
 
 
 def bench(
@@ -29,11 +27,11 @@ def bench(
         Path | None, typer.Argument(help="Folder of a model, dense or factored; BERT-base's shape if none.")
     ] = None,
     keep_ratio: Annotated[
-        float, typer.Option(help="Share of a dense weight's parameters to keep.", callback=checked)
-    ] = 0.5,
+        float | None, typer.Option(help="Share of a dense weight's parameters to keep; 0.5 if none.", callback=checked)
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Texts, pictures or recordings at once.")] = 4,
     length: Annotated[int, typer.Option(min=1, help="Tokens of each text.")] = 512,
-    layers: Annotated[int, typer.Option(min=1, help="Layers of the BERT-base shape.")] = 12,
+    layers: Annotated[int | None, typer.Option(min=1, help="Layers of the BERT-base shape; 12 if none.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Timed calls of each implementation.")] = 20,
     record: Annotated[Path | None, typer.Option(help="JSON file to write.", dir_okay=False, writable=True)] = None,
 ) -> None:
@@ -44,12 +42,16 @@ def bench(
     """
     if record is not None and not (record.parent.is_dir() and os.access(record.parent, os.W_OK)):
         raise typer.BadParameter(f"--record cannot be {record}: {record.parent} is not a folder that can be written to")
+    if model is not None and layers is not None:
+        raise typer.BadParameter(f"--layers is of BERT-base's shape; {model} has its own")
+    is_factored = model is not None and model_folder.is_factored(model)
+    if is_factored and keep_ratio is not None:
+        raise typer.BadParameter(f"--keep-ratio is of dense weights; those of {model} are factored")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        loaded = model_folder.load(model) if model else _bert_base(layers)
+        loaded = model_folder.load(model) if model else _bert_base(layers or 12)
         inputs = {name: value.to(device) for name, value in sample_inputs(loaded, batch, length).items()}
-        is_factored = model is not None and model_folder.is_factored(model)
-        factored = loaded if is_factored else compress(loaded, keep_ratio)
+        factored = loaded if is_factored else compress(loaded, keep_ratio or 0.5)
     except FlashSVDError as error:
         raise typer.BadParameter(str(error)) from error
 
@@ -61,7 +63,10 @@ def bench(
         rows = compare(dense, factored.to(device), run, device, samples, warm_ups=2)
     console.print(_table(rows))
     if record is not None:
-        record.write_text(json.dumps(_record(rows, samples), indent=1) + "\n")
+        try:
+            record.write_text(json.dumps(_record(rows, samples), indent=1) + "\n")
+        except OSError as error:
+            raise typer.BadParameter(f"--record cannot be {record}: {error}") from error
 
 
 def _bert_base(layers: int) -> nn.Module:
@@ -86,11 +91,11 @@ def _table(rows: list[Measured]) -> Table:
         caption_justify="left",
     )
     table.add_column("")
-    for column in ("peak activation MiB", "time ms", "error", "first call s"):
+    for column in ("peak activation MiB", "time ms", "error"):
         table.add_column(column, justify="right")
     for row in rows:
         error = "-" if row.name == DENSE else f"{row.error:.1e}"
-        table.add_row(row.name, f"{row.peak_bytes / 2**20:.1f}", f"{row.time_ms:.4g}", error, f"{row.first_call_s:.1f}")
+        table.add_row(row.name, f"{row.peak_bytes / 2**20:.1f}", f"{row.time_ms:.4g}", error)
     return table
 
 
@@ -107,7 +112,6 @@ def _record(rows: list[Measured], samples: int) -> dict[str, object]:
                 "time_ms": row.time_ms,
                 "samples": samples,
                 "error": row.error,
-                "first_call_s": row.first_call_s,
             }
             for row in rows
         ],

@@ -4,7 +4,6 @@ On CUDA the last two also with ``mode="reduce-overhead"``, as one runs them ther
 """
 
 import copy
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,7 +27,6 @@ class Measured:
             the same code without it, since a CUDA graph allocates nothing when it is called.
         time_ms, spread_ms: median and distance between the quartiles, the implementations taking turns.
         error: relative Frobenius distance from the factored model in float64.
-        first_call_s: seconds of the first call, compilation included.
         output: the result.
     """
 
@@ -37,7 +35,6 @@ class Measured:
     time_ms: float
     spread_ms: float
     error: float
-    first_call_s: float
     output: Tensor
 
 
@@ -55,7 +52,8 @@ def compare(
     calls = {name: lambda model=model: run(model) for name, model in models.items()}
     with torch.no_grad():
         reference = run(copy.deepcopy(factored).double())
-        first = {name: _seconds(call, device) for name, call in calls.items()}
+        for call in calls.values():
+            call()  # compiles
         plain = {name: call for name, call in calls.items() if not name.endswith(REDUCE_OVERHEAD)}
         peaks = {name: measure.peak_activation_bytes(call, device) for name, call in plain.items()}
         times = measure.times(calls, device, samples, warm_ups)
@@ -67,7 +65,6 @@ def compare(
             time_ms=times[name].median_ms,
             spread_ms=times[name].spread_ms,
             error=measure.relative_error(output, reference),
-            first_call_s=first[name],
             output=output,
         )
         for name, output in outputs.items()
@@ -94,11 +91,3 @@ def implementations(dense: nn.Module | None, factored: nn.Module, device_type: s
             ),
         }
     return models
-
-
-def _seconds(call: Callable[[], object], device: torch.device) -> float:
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start

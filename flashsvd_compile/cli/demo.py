@@ -4,7 +4,6 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..backend import last_report
@@ -13,9 +12,9 @@ from ..report import RewriteReport, counted
 from . import minilm
 from .comparison import DENSE, EAGER, Measured, compare
 from .keep_ratio import checked
+from .printing import console, print_report
 
 MIB = 2**20
-console = Console()
 
 
 def demo(
@@ -47,7 +46,10 @@ def demo(
     console.print(_table(rows, samples))
     rewritten = last_report()
     assert rewritten is not None
-    print(rewritten if report else _summary(rewritten))
+    if report:
+        print_report(rewritten)
+    else:
+        console.print(_summary(rewritten))
 
 
 def _table(rows: list[Measured], samples: int) -> Table:

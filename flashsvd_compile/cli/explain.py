@@ -10,6 +10,7 @@ from ..errors import FlashSVDError
 from ..explain import explain as explain_model
 from . import model_folder
 from .inputs import sample_inputs
+from .printing import print_report
 
 
 def explain(
@@ -25,6 +26,6 @@ def explain(
     inputs: dict[str, Any] = sample_inputs(loaded, batch, length)
     with torch.no_grad():
         report = explain_model(loaded, **inputs)
-    print(report)
+    print_report(report)
     if report.is_empty and not model_folder.is_factored(model):
         print("A dense model has none: run `flashsvd compress` first.")

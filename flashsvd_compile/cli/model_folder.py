@@ -17,6 +17,7 @@ from ..compress.factorise import fits_any
 from ..errors import CheckpointError
 from .extras import extra
 
+CONFIGURATION = "config.json"
 FACTORED_WEIGHTS = "factored.safetensors"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ot")
 """Endings of files with weights, in all the formats that model folders come with."""
@@ -36,8 +37,8 @@ def load(folder: Path) -> nn.Module:
     """
     if not folder.exists():
         raise CheckpointError(f"there is no folder {folder}; models are read from disk, nothing is downloaded")
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is not a model folder: it has no config.json")
+    if not (folder / CONFIGURATION).is_file():
+        raise CheckpointError(f"{folder} is not a model folder: it has no {CONFIGURATION}")
     factored = is_factored(folder)
     try:
         model = _from_transformers(folder, with_weights=not factored)
@@ -103,13 +104,15 @@ def made(folder: Path, source: Path) -> Iterator[None]:
     new = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        weights = [file.name for file in folder.iterdir() if _is_of_weights(file) and file.name != FACTORED_WEIGHTS]
+        others = [file.name for file in folder.iterdir() if _is_of_weights(file) and file.name != FACTORED_WEIGHTS]
+        if is_factored(folder) and _differs(folder / CONFIGURATION, source / CONFIGURATION):
+            others.append(CONFIGURATION)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot be made a folder: {error}") from error
     if folder.samefile(source):
         raise CheckpointError(f"{folder} holds the dense model; write the factored one to another folder")
-    if weights:
-        raise CheckpointError(f"{folder} holds another model ({weights[0]}); write the factored one to another folder")
+    if others:
+        raise CheckpointError(f"{folder} holds another model ({others[0]}); write the factored one to another folder")
     try:
         yield
     except BaseException:
@@ -146,6 +149,10 @@ def _beside_the_weights(folder: Path) -> Iterator[Path]:
         hidden = entry.name.startswith(".") or entry.name == "__pycache__"
         if not hidden and not any(_is_of_weights(file) for file in (entry, *entry.rglob("*"))):
             yield entry
+
+
+def _differs(file: Path, other: Path) -> bool:
+    return file.exists() and file.read_bytes() != other.read_bytes()
 
 
 def _is_of_weights(file: Path) -> bool:

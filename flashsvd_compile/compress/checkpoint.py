@@ -11,13 +11,15 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, shown
-from .dense_layer import ModelT, dense_layers, replaced, why_not_copied
+from .dense_layer import ModelT, dense_layers, replaced, uncompiled, why_not_copied
 from .low_rank_linear import LowRankLinear
 
 FORMAT = "flashsvd-factored-1"
 LAYERS_KEY = "flashsvd_layers"
 EXAMPLE = {"in_features": 768, "rank": 192, "out_features": 768, "down_bias": False, "bias": True}
 """What the metadata says of a layer."""
+FLOATING = ("F", "BF")
+"""How safetensors begins the names of floating dtypes."""
 
 
 def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
@@ -28,15 +30,19 @@ def save_factored(model: nn.Module, path: str | PathLike[str]) -> None:
         path: of the file to write.
 
     Raises:
-        CheckpointError: no module, or one without a low-rank layer, or the file cannot be written.
+        CheckpointError: no module, or one without a low-rank layer or with weights on the meta device, or the file
+            cannot be written.
     """
     _check_path(path)
     if not isinstance(model, nn.Module):
         raise CheckpointError(f"the model must be an nn.Module, not {shown(model)}")
-    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps, whose names load_factored looks for
+    model = uncompiled(model)
     layers = {name: _describe(module) for name, module in model.named_modules() if isinstance(module, LowRankLinear)}
     if not layers:
         raise CheckpointError("the model has no low-rank layer; compress it first")
+    empty = next((name for name, tensor in model.state_dict().items() if tensor.is_meta), None)
+    if empty is not None:
+        raise CheckpointError(f"{empty!r} has no numbers: it is on the meta device")
     try:
         save_model(model, str(path), metadata={"format": FORMAT, LAYERS_KEY: json.dumps(layers)})
     except (OSError, SafetensorError) as error:
@@ -48,14 +54,16 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
 
     Args:
         model: the dense architecture, such as ``AutoModel.from_config(config)``; its weights do not matter, its
-            dtypes and devices are those of the result. Weights on the meta device come to the CPU.
+            dtypes and devices are those of the result. Weights on the meta device come to the CPU. Of a compiled model,
+            that which was compiled is copied.
         path: of a file that :func:`save_factored` wrote.
 
     Raises:
-        CheckpointError: not a factored checkpoint, one of another architecture, a model that cannot be copied, or a
-            buffer on the meta device that no checkpoint holds; the message names the layer or buffer.
+        CheckpointError: not a factored checkpoint, one of another architecture or of integers, a model that cannot be
+            copied, or a buffer on the meta device that no checkpoint holds; the message names the layer or buffer.
     """
     _check_path(path)
+    model = uncompiled(model)
     if (obstacle := why_not_copied(model)) is not None:
         raise CheckpointError(obstacle)
     dense = dict(dense_layers(model))
@@ -71,7 +79,10 @@ def load_factored(model: ModelT, path: str | PathLike[str]) -> ModelT:
             raise CheckpointError(f"{path}: no layer {name!r} of rank {shape['rank']} can be made: {error}") from error
         if _describe(low_rank[name]) != shape:
             raise CheckpointError(f"{path}: layer {name!r} is {shape}, in the model {_describe(low_rank[name])}")
-    factored = replaced(model, low_rank, tensors=_storage_for_meta(model))
+    try:
+        factored = replaced(model, low_rank, tensors=_storage_for_meta(model))
+    except TypeError as error:
+        raise CheckpointError(f"{type(model).__name__} cannot be copied: {error}") from error
     try:
         load_model(factored, str(path))
     except RuntimeError as error:
@@ -120,6 +131,7 @@ def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
         Path(path).open("rb").close()  # safetensors says of a file that may not be read that there is none
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
+            dtypes = {key: file.get_slice(key).get_dtype() for key in file.keys()}  # noqa: SIM118
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error
     if metadata.get("format") != FORMAT:
@@ -133,6 +145,9 @@ def _read_layers(path: str | PathLike[str]) -> dict[str, dict[str, Any]]:
     for name, shape in layers.items():
         if not _is_description(shape):
             raise CheckpointError(f"{path}: layer {name!r} is {shape!r}, expected a shape such as {EXAMPLE}")
+        for factor in {f"{name}.down.weight", f"{name}.up.weight"} & dtypes.keys():
+            if not dtypes[factor].startswith(FLOATING):
+                raise CheckpointError(f"{path}: {factor!r} is {dtypes[factor]}, expected numbers in floating point")
     return layers
 
 

@@ -57,6 +57,11 @@ def dense_layers(model: nn.Module) -> Iterator[tuple[str, DenseLayer]]:
             yield name, DenseLayer(matrix, bias, tied=owners[id(weight)] > 1)
 
 
+def uncompiled(model: ModelT) -> ModelT:
+    """The model that ``torch.compile`` was given, where this is what it returned: layers have other names there."""
+    return getattr(model, "_orig_mod", model)
+
+
 def why_not_copied(model: object) -> str | None:
     """Why :func:`replaced` cannot copy a model, ``None`` if it can."""
     if not isinstance(model, nn.Module):
@@ -94,7 +99,8 @@ def replaced(
 ) -> ModelT:
     """A deep copy of the model with factored layers in the named places; what is replaced is not copied.
 
-    A module that is used in several places is replaced in all of them, and tied parameters stay tied.
+    A module that is used in several places is replaced in all of them, and tied parameters stay tied. ``TypeError``
+    where the model holds what Python cannot copy, such as a lock.
 
     Args:
         tensors: to take instead of copies, by the identity of the model's parameter or buffer.
@@ -105,7 +111,27 @@ def replaced(
         copied[id(old)] = new.train(old.training)
         if old.bias is not None:  # the first layer's stands for it wherever else it is held
             new.up.bias = copied.setdefault(id(old.bias), new.up.bias)
-    return deepcopy(model, copied)
+    factored = deepcopy(model, copied)
+    _leave_fast_paths(factored)
+    return factored
+
+
+def _leave_fast_paths(model: nn.Module) -> None:
+    """Have the encoder layers of PyTorch call their factored layers.
+
+    Their fast path for inference reads ``weight`` instead, which multiplies the factors out, and knows no other layers.
+    """
+    factored = [
+        module
+        for module in model.modules()
+        if isinstance(module, nn.TransformerEncoderLayer)
+        and any(isinstance(each, LowRankLinear) for each in (module.linear1, module.linear2))
+    ]
+    for layer in factored:
+        layer.activation_relu_or_gelu = 0
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoder) and any(layer in factored for layer in module.layers):
+            module.use_nested_tensor = False
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CompressionError, shown
 from .calibration import second_moments
-from .dense_layer import DenseLayer, ModelT, dense_layers, not_replaceable, replaced, why_not_copied
+from .dense_layer import DenseLayer, ModelT, dense_layers, not_replaceable, replaced, uncompiled, why_not_copied
 from .low_rank_linear import LowRankLinear
 from .svd import truncated_svd
 
@@ -39,7 +39,7 @@ def compress(
     :class:`LowRankLinear` of rank ``r = floor(keep_ratio * m * n / (m + n))``, at least 1. Left dense are layers where
     two factors would not be smaller, ``r * (m + n) >= m * n``; weights that other modules share, such as a language
     model's head tied to its embedding; subclasses of ``nn.Linear``, but Falcon's; and layers with hooks. Layers that
-    are low-rank already stay as they are.
+    are low-rank already stay as they are. Of a compiled model, that which was compiled is compressed.
 
     Args:
         keep_ratio: share of a weight's parameters that its factors may have, between 0 and 1.
@@ -56,10 +56,11 @@ def compress(
 
     Raises:
         CompressionError: a value out of range or of another type, a pattern that fits no layer, nothing to factor, a
-            model that cannot be copied (scripted, with a weight computed from others), or a weight or calibration data
-            that cannot be decomposed (not of 16 to 64 bits in floating point, not finite, on the meta device).
+            model that cannot be copied (scripted, with a weight computed from others, with a lock), a calibration that
+            runs no layer, or a weight or calibration data that cannot be decomposed (not of 16 to 64 bits in floating
+            point, not finite, on the meta device).
     """
-    ranks = {} if ranks is None else ranks
+    ranks, model = {} if ranks is None else ranks, uncompiled(model)
     _check_values(keep_ratio, ranks, calibrate)
     if (obstacle := why_not_copied(model)) is not None:
         raise CompressionError(obstacle)
@@ -82,9 +83,14 @@ def compress(
         name, why = next(iter(left.items()))
         raise CompressionError(f"the model has no layer that low rank would make smaller; {name!r} stays dense: {why}")
     moments = second_moments(model, chosen, lambda: calibrate(model)) if calibrate is not None else {}
+    if calibrate is not None and not moments:
+        raise CompressionError("calibrate ran none of the layers to factor; it has to run the model that it is given")
     log.info("factoring %d of %d dense layers", len(chosen), len(layers))
     factored = {name: _factorise(name, layers[name], rank, moments.get(name)) for name, rank in chosen.items()}
-    return replaced(model, factored)
+    try:
+        return replaced(model, factored)
+    except TypeError as error:
+        raise CompressionError(f"{type(model).__name__} cannot be copied: {error}") from error
 
 
 @torch.no_grad()

@@ -78,10 +78,15 @@ class Region:
     @property
     def reads(self) -> list[Node]:
         """Nodes outside the region whose tensors the operator reads."""
+        return list(dict.fromkeys([*self.inputs.values(), *self.reads_beside_inputs]))
+
+    @property
+    def reads_beside_inputs(self) -> list[Node]:
+        """What factors, biases and the remaining arguments are made of."""
         nodes = [value for value in self.constants.values() if isinstance(value, Node)]
         deferred = [value for value in self.constants.values() if isinstance(value, Deferred)]
         leaves = [leaf for item in (*self.weights, *deferred) for leaf in item.leaves]
-        return list(dict.fromkeys([*self.inputs.values(), *leaves, *nodes]))
+        return list(dict.fromkeys([*leaves, *nodes]))
 
     def emit(self, graph: Graph, plan: Plan) -> Node:
         """Write the operator call at the graph's insertion point; its rows flattened if the result's rows are."""

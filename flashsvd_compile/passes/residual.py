@@ -31,7 +31,7 @@ from .few_rows import has_few_rows, has_kernel
 from .order import Order
 from .packing import packed_arguments
 from .region import in_schema_order
-from .values import number_of, requires_grad, shape_of, size_of, tensor_of
+from .values import STORAGE, number_of, requires_grad, shape_of, size_of, storage_of, tensor_of
 from .vocabulary import live_dropout, read
 
 OPERATORS = (ops.attention, ops.mlp)
@@ -68,7 +68,7 @@ def _absorb(node: Node, graph: Graph, order: Order) -> None:
     arguments = in_schema_order(target, {**arguments, "residual": residual})
     with graph.inserting_before(replaced[-1]):
         operator = graph.create_node("call_function", target, kwargs=arguments, name=node.name)
-    operator.meta = dict(node.meta)
+    operator.meta = dict(node.meta) | {STORAGE: storage_of(replaced[-1])}
     if requires_grad(replaced[-1]):
         track(operator)
     replaced[-1].replace_all_uses_with(operator)

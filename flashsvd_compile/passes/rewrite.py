@@ -52,16 +52,13 @@ def rules() -> dict[str, Rule]:
 
 def rewrite(
     graph_module: GraphModule,
-    example_inputs: Sequence[Any] | None = None,
     options: Options | Mapping[str, Any] | None = None,
 ) -> RewriteReport:
     """Replace the low-rank regions of a graph by operators, in place.
 
     Args:
         graph_module: a graph by Dynamo or ``torch.export``; its nodes must carry example values.
-        example_inputs: unused by the rules, which read the nodes' own metadata; kept so that a compiler's arguments
-            can be passed on.
-        options: see :class:`~flashsvd_compile.Options`.
+        options: see :class:`~flashsvd_compile.Options`; nothing is printed or written for ``debug``.
 
     Returns:
         What was rewritten, and why the rest was not. A second run over the result changes nothing.

@@ -122,8 +122,7 @@ def mutation(region: Region, order: Order) -> Obstacle | None:
     """An in-place write to anything the region reads or computes, while it is being computed."""
     inside = set(region.nodes)
     first, last = _span(region, order)
-    behind_views = [node for node in region.reads if node not in region.inputs.values()]
-    behind_views += _computed_weights(region)
+    behind_views = [*region.reads_beside_inputs, *_computed_weights(region)]
     for node in order.writers:
         if order.position[node] >= last or node in inside:
             continue

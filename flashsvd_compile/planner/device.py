@@ -77,13 +77,16 @@ _DEVICES = {
 
 
 _DEVICES["H100"] = replace(_DEVICES["H200"], flops={4: 60e12, 2: 830e12}, bandwidth=3.75e12)
-_ANY_GPU = replace(_DEVICES["H200"].as_written(), max_single_head=0, odd_ranks=1.0, max_fused_rank=256)
+_ANY_GPU = replace(
+    _DEVICES["H200"].as_written(), max_single_head=0, odd_ranks=1.0, max_fused_rank=256, specialised=False
+)
 _DEVICES["B200"] = replace(_ANY_GPU, max_fused_rank=384)
 
 
 def device_of(name: str) -> Device:
     """The ceilings of ``"cpu"`` or of a GPU by its name.
 
-    Of a GPU that was not measured, those of an H200 that leaves float32 to the library; it has kernels for lower ranks.
+    Of a GPU that was not measured, those of an H200 that leaves float32 to the library; it has kernels for lower ranks,
+    and none in Gluon.
     """
     return next((device for known, device in _DEVICES.items() if known in name), _ANY_GPU)

@@ -178,6 +178,11 @@ class TestCompress:
         assert "holds another model (model.safetensors); write the" in refused("compress", folder, other)
         assert [file.name for file in other.iterdir()] == ["model.safetensors"]
 
+    def test_another_factored_models_folder_is_not_written_to(self, folder: Path, tmp_path: Path):
+        run("compress", folder, tmp_path / "small")
+        BertModel(BertConfig(hidden_size=24, intermediate_size=48, num_attention_heads=2)).save_pretrained(folder)
+        assert "holds another model (config.json); write the" in refused("compress", folder, tmp_path / "small")
+
     def test_a_factored_model_is_written_over(self, folder: Path, tmp_path: Path):
         for rank in (4, 5):
             run("compress", folder, tmp_path / "small", "--rank", f"*={rank}")
@@ -292,6 +297,17 @@ def test_bench_refuses_a_record_it_cannot_write_before_it_measures(
     monkeypatch.setattr(bench, "compare", lambda *_, **__: pytest.fail("measured"))
     output = refused("bench", folder, "--record", tmp_path / record)
     assert ("is not a folder that can be written to" if record != "dense" else "is a directory") in output
+
+
+def test_bench_refuses_a_record_on_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(bench, "compare", lambda *_, **__: [])
+    assert "--record cannot be /dev/full" in refused("bench", folder, "--record", "/dev/full")
+
+
+def test_bench_refuses_what_says_nothing_of_the_model(folder: Path, tmp_path: Path):
+    run("compress", folder, tmp_path / "small", "--rank", "*=5")
+    assert "--layers is of BERT-base's shape" in refused("bench", folder, "--layers", 3)
+    assert "--keep-ratio is of dense weights" in refused("bench", tmp_path / "small", "--keep-ratio", 0.5)
 
 
 def test_comparison(bert: BertModel):

@@ -3,10 +3,12 @@
 import errno
 import json
 import re
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -67,6 +69,14 @@ def test_compiled_model_is_saved_as_the_model_itself(tmp_path: Path):
     save_factored(torch.compile(small, backend="eager"), tmp_path / "model.safetensors")  # pyright: ignore
     x = torch.randn(4, 24)
     assert torch.equal(load_factored(make(), tmp_path / "model.safetensors")(x), small(x))
+
+
+def test_compiled_model_is_loaded_as_the_model_itself(tmp_path: Path):
+    small = compress(make())
+    save_factored(small, tmp_path / "model.safetensors")
+    loaded = load_factored(torch.compile(make()), tmp_path / "model.safetensors")  # pyright: ignore[reportArgumentType]
+    x = torch.randn(4, 24)
+    assert torch.equal(loaded(x), small(x))
 
 
 def test_dtype_is_the_models(tmp_path: Path):
@@ -148,6 +158,25 @@ class TestRefusals:
             load_factored(torch.jit.script(make()), path)
         with pytest.raises(CheckpointError, match=r"the model must be an nn\.Module, not None"):
             load_factored(None, path)  # pyright: ignore
+
+    def test_model_with_a_lock(self, path: Path):
+        model = make()
+        model.lock = threading.Lock()  # pyright: ignore[reportArgumentType]
+        with pytest.raises(CheckpointError, match=r"Sequential cannot be copied: .*lock"):
+            load_factored(model, path)
+
+    def test_model_without_numbers_is_not_saved(self, tmp_path: Path):
+        with pytest.raises(CheckpointError, match=r"'0.down.weight' has no numbers: it is on the meta device"):
+            save_factored(compress(make()).to("meta"), tmp_path / "model.safetensors")
+        assert list(tmp_path.iterdir()) == []
+
+    def test_factors_of_integers(self, path: Path, tmp_path: Path):
+        with safe_open(str(path), framework="pt") as file:
+            tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+        tensors["0.up.weight"] = tensors["0.up.weight"].to(torch.int8)
+        save_file(tensors, tmp_path / "integers.safetensors", metadata)
+        with pytest.raises(CheckpointError, match=r"'0.up.weight' is I8, expected numbers in floating point"):
+            load_factored(make(), tmp_path / "integers.safetensors")
 
     def test_buffer_on_the_meta_device_that_is_not_saved(self, path: Path):
         model = make()

@@ -3,6 +3,7 @@
 import copy
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
@@ -81,6 +82,12 @@ def test_ranks_by_pattern_first_fit_counts(block: Block):
 
 def test_a_rank_may_be_an_integer_of_numpy(block: Block):
     assert ranks_of(compress(block, ranks={"query": np.int64(3)}))["query"] == 3  # pyright: ignore
+
+
+def test_compiled_model_is_compressed_as_the_model_itself(block: Block):
+    small = compress(torch.compile(block), ranks={"up": 3})  # pyright: ignore[reportArgumentType, reportCallIssue]
+    assert type(small) is Block
+    assert small.state_dict().keys() == compress(block).state_dict().keys()
 
 
 def test_targets_and_skip(block: Block):
@@ -199,6 +206,24 @@ def test_layers_other_code_reads_stay_dense():
     assert set(ranks_of(compress(model))) == {"free"}
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_encoder_layers_of_pytorch_call_their_factored_layers(masked: bool):
+    """Their fast path would multiply the factors out."""
+    layer = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
+    model = compress(nn.TransformerEncoder(layer, num_layers=2).eval(), 0.5)
+    x, padding = torch.randn(3, 8, 32), torch.zeros(3, 8, dtype=torch.bool)
+    padding[:, 6:] = masked
+    called: list[nn.Module] = []
+    for module in model.modules():
+        if isinstance(module, LowRankLinear):
+            module.register_forward_hook(lambda module, *_: called.append(module))
+    with torch.no_grad():
+        fast = model(x, src_key_padding_mask=padding)
+    assert len(called) == 4
+    with_gradients = model(x, src_key_padding_mask=padding).detach()  # never by the fast path
+    torch.testing.assert_close(fast[:, :6], with_gradients[:, :6])
+
+
 def test_the_model_may_be_a_single_layer():
     small = compress(nn.Linear(16, 16))
     assert isinstance(small, LowRankLinear)
@@ -213,6 +238,10 @@ class TestCalibrated:
         calibrated = compress(block, 0.3, calibrate=lambda model: model(x))
         dense = block(x)
         assert torch.linalg.norm(calibrated(x) - dense) < 0.5 * torch.linalg.norm(plain(x) - dense)
+
+    def test_a_calibration_that_runs_nothing(self, block: Block):
+        with pytest.raises(CompressionError, match="calibrate ran none of the layers to factor"):
+            compress(block, calibrate=lambda model: Block()(torch.randn(2, 48)))
 
     def test_layers_that_do_not_run_get_the_plain_decomposition(self, block: Block):
         plain = compress(block)
@@ -319,6 +348,11 @@ class TestRefusals:
             compress(model)
 
     @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+    def test_model_with_a_lock(self, block: Block):
+        block.lock = threading.Lock()  # pyright: ignore[reportArgumentType]
+        with pytest.raises(CompressionError, match=r"Block cannot be copied: .*lock"):
+            compress(block)
+
     def test_scripted_module(self):
         scripted = torch.jit.script(nn.Linear(16, 16))
         with pytest.raises(CompressionError, match="the model is a ScriptModule"):

@@ -97,7 +97,7 @@ def rewritten(
     """Trace ``function`` without gradients, as if its inputs were on a ``device``, and run the passes over it."""
     with torch.no_grad():
         module = graph_of(function, *inputs, device=device, dynamic=dynamic)
-        report = rewrite(module, list(inputs), options)
+        report = rewrite(module, options)
     return Rewritten(function, inputs, module, report)
 
 

@@ -37,7 +37,7 @@ def test_a_layer_is_three_operators_around_its_attention(monkeypatch):
     model, calls = llama(), Counter()
 
     def backend(graph_module, example_inputs):
-        rewrite(graph_module, example_inputs)
+        rewrite(graph_module)
         for node in graph_module.graph.nodes:
             if node.target in (ops.packed_linear, ops.linear, ops.mlp):
                 calls[node.target, node.kwargs.get("x_norm"), "residual" in node.kwargs] += 1

@@ -371,6 +371,18 @@ def test_a_write_to_a_weight_after_a_view_of_it_was_taken():
     result.assert_same_result()
 
 
+def test_a_write_to_an_input_that_was_a_factor():
+    def function(x, up):
+        product = up @ x
+        x.mul_(2.0)
+        return linear(x, product)
+
+    result = rewritten(function, DOWN, UP)
+    assert result.report.matches == []
+    assert result.reasons == [RefusalReason.MUTATED]
+    result.assert_same_result()
+
+
 def untouched(x):
     return x
 
