@@ -235,27 +235,27 @@ def _beneath_descriptors(compiled: Any, grid: tuple[int, int, int], template: li
     kernel has one of its own; since 3.7 one serves all and is told what a kernel takes, whose arguments come as a list.
     """
     launcher = compiled.run
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return _as_published(compiled, grid, template)
     encode, metadata, raw = None, (), launcher.launch
     if any(map(_is_descriptor, template)):
         closure = getclosurevars(launcher.launch).nonlocals
         encode, metadata, raw = _encoder(), closure["tensordesc_meta"], closure["launcher"]
-    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
-        return _as_published(compiled, grid, template)
     no_scratch, no_hooks = (None, None), (None, None, None)
-    how = launcher.launch_cooperative_grid, launcher.launch_pdl
+    flags = launcher.launch_cooperative_grid, launcher.launch_pdl
     one_for_all = hasattr(launcher, "kernel_signature")
     if one_for_all:
         taken = launcher.arg_annotations, launcher.kernel_signature
-        options = (*how, compiled.packed_metadata, *no_hooks, *no_scratch, *taken)
+        options = (*flags, compiled.packed_metadata, *no_hooks, *no_scratch, *taken)
     else:
-        options = (*how, *no_scratch, compiled.packed_metadata, *no_hooks)
+        options = (*flags, *no_scratch, compiled.packed_metadata, *no_hooks)
     of_descriptor = iter(metadata)
     alike: dict[str, Callable[[int], list]] = {}
     pieces, constants = [], []
     for argument in template:
         if _is_descriptor(argument):
-            how = next(of_descriptor)
-            encoded = alike.setdefault(repr((vars(argument), how)), _encoded(encode, argument, how))
+            layout = next(of_descriptor)
+            encoded = alike.setdefault(repr((vars(argument), layout)), _encoded(encode, argument, layout))
             pieces.append((constants, argument.base.place, encoded))
             constants = []
         elif isinstance(argument, _Operand):

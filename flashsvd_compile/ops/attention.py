@@ -129,7 +129,7 @@ def _cpu(x: Tensor, *arguments) -> Tensor:
 def _is_smaller_folded(x: Tensor, attn: Attention, workspace_bytes: int) -> bool:
     """Whether :func:`streamed`, with an item's rank space, exceeds the workspace and the folded form needs less."""
     (batch, length, _), elements = x.shape, workspace_bytes // x.element_size()
-    passing = passing_elements(1, length, attn.num_heads, attn.value_dim, is_causal(attn))
+    passing = passing_elements(length, attn.num_heads, attn.value_dim, is_causal(attn))
     needed = chunking(attn, batch, length, length, elements).elements
     return needed + passing > elements and attention_folded.needed(attn, length, elements) < needed
 
@@ -199,7 +199,7 @@ def chunking(
     latent = kv_len * (proj.rank(attn.k) + proj.rank(attn.v)) + (q_len * proj.rank(attn.q) if with_queries else 0)
     lifted = kv_len * (attn.head_dim + attn.value_dim)
     rotating = 0 if attn.cos is None else max(q_len * attn.group, kv_len) * attn.cos.shape[-1] // 2
-    passing = passing_elements(1, q_len, attn.num_heads, attn.value_dim, is_causal(attn))
+    passing = passing_elements(q_len, attn.num_heads, attn.value_dim, is_causal(attn))
     left = workspace_elements - max(0, passing - rotating)  # heads are rotated before any are attended to
     item = held + latent + attn.num_kv_heads * (lifted + rotating)
     items, kv_heads = 1, attn.num_kv_heads

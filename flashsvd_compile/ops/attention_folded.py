@@ -83,7 +83,7 @@ def _elements_of_a_head(attn: Attention, length: int) -> int:
 def _heads_that_fit(attn: Attention, length: int, elements: int) -> int:
     """Heads of keys at a time: what the core allocates by itself counts, too."""
     rotating = 0 if attn.cos is None else length * attn.group * attn.cos.shape[-1] // 2
-    passing = passing_elements(1, length, attn.num_heads, attn.value_dim, causal=attn.window_right == 0)
+    passing = passing_elements(length, attn.num_heads, attn.value_dim, causal=attn.window_right == 0)
     library = torch.get_num_threads() * LIBRARY_TILE
     left = elements - max(0, passing + library - rotating)  # heads are rotated before any are attended to
     return rows_that_fit(left, _elements_of_a_head(attn, length) + rotating, attn.num_kv_heads)

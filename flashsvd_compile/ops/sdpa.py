@@ -145,10 +145,10 @@ def _causal(out: Tensor, q: Tensor, k: Tensor, v: Tensor, attn: Attention) -> No
     _by_heads(out, q, k, v, attn, is_causal=True)
 
 
-def passing_elements(items: int, q_len: int, heads: int, value_dim: int, causal: bool) -> int:
-    """Bound of the outputs that the kernel returns at a time."""
-    one_head = items * value_dim * (q_len if causal else min(q_len, QUERY_BLOCK))
-    return min(items * q_len * heads * value_dim, max(PASSING, one_head))
+def passing_elements(q_len: int, heads: int, value_dim: int, causal: bool) -> int:
+    """Bound of the outputs of an item that the kernel returns at a time."""
+    one_head = value_dim * (q_len if causal else min(q_len, QUERY_BLOCK))
+    return min(q_len * heads * value_dim, max(PASSING, one_head))
 
 
 def _by_heads(

@@ -116,7 +116,7 @@ def project_into(
     x: Tensor,
     projection: Projection[Tensor],
     workspace: Workspace,
-    residual: Tensor | None = None,
+    residual: Tensor | None,
 ) -> Tensor:
     """``out = projection(x) + residual`` with the rank-space intermediate in the workspace."""
     if projection.down is None:

@@ -136,11 +136,11 @@ def _same_leading(before: Node, after: Node) -> bool:
     return leading[0] == leading[1]
 
 
-def _feature_dim(node: Node, dim: object, rank: int | None = None) -> int | None:
+def _feature_dim(node: Node, dim: object) -> int | None:
     """``dim`` counted among the columns' dimensions, ``None`` if it is none of them."""
-    rank = example(node).dim() if rank is None else rank
     if not isinstance(dim, int):
         return None
+    rank = example(node).dim()
     dim = dim % rank - (rank - _features(node))
     return dim if dim >= 0 else None
 
@@ -248,7 +248,7 @@ def _join(columns: Columns, node: Node, call: Call, rotated: bool) -> Terms | No
     parts, rank = call["tensors"], example(node).dim()
     if not isinstance(parts, (tuple, list)) or any(tensor_of(part) is None for part in parts):
         return None
-    dim = _feature_dim(node, call.get("dim", 0), rank)
+    dim = _feature_dim(node, call.get("dim", 0))
     if dim is None or any(example(part).dim() != rank - (call.op == "stack") for part in parts):
         return None
     terms = [columns.read(part, rotated) for part in parts]

@@ -3,6 +3,7 @@
 A rule gives the value of a node, or ``None`` where the algebra has no name for it.
 """
 
+import operator
 from collections.abc import Callable
 from math import inf
 from typing import Protocol
@@ -103,31 +104,33 @@ def _filled(number: float | None) -> Rule:
     return rule
 
 
-def _arithmetic(integers: Callable, floats: Callable) -> Rule:
+def _arithmetic(function: Callable) -> Rule:
+    """Of integers as expressions, of floating numbers one by one."""
+
     def rule(algebra: Reader, node: Node, call: Call) -> Value | None:
         if call.get("alpha", 1) != 1:
             return None
         values = [algebra.read_operand(call[name], node) for name in ("input", "other") if name in call.arguments]
         dtype = _dtype(node)
         if dtype in (torch.int32, torch.int64) and all(isinstance(value, sympy.Expr) for value in values):
-            return integers(*values)
+            return function(*values)
         if isinstance(values[0], Entry) and len(values) == 2:
-            return _shifted_entry(integers, values[0], values[1], node)
+            return _shifted_entry(function, values[0], values[1], node)
         choices = [choice for choice in map(_as_choice, values) if choice is not None]
         if dtype is None or not dtype.is_floating_point or len(choices) < len(values):
             return None
-        return _levelwise(floats, choices, dtype)
+        return _levelwise(function, choices, dtype)
 
     return rule
 
 
-def _shifted_entry(integers: Callable, entry: Entry, other: Value | None, node: Node) -> Entry | None:
+def _shifted_entry(function: Callable, entry: Entry, other: Value | None, node: Node) -> Entry | None:
     """``entry + number`` or ``entry - number``."""
     integral = _dtype(node) in (torch.int32, torch.int64) and _dtype(entry.node) is _dtype(node)
     if not integral or not isinstance(other, sympy.Integer):
         return None
     x = sympy.Dummy()
-    difference = integers(x, other) - x
+    difference = function(x, other) - x
     return shifted(entry, int(difference)) if isinstance(difference, sympy.Integer) else None
 
 
@@ -151,7 +154,7 @@ def _sum(algebra: Reader, node: Node, call: Call) -> Value | None:
     return _plain_sum(algebra, node, call)
 
 
-_plain_sum = _arithmetic(lambda a, b: a + b, lambda a, b: a + b)
+_plain_sum = _arithmetic(operator.add)
 
 
 _COMPARISONS: dict[str, Callable] = {
@@ -329,11 +332,11 @@ RULES: dict[str, Rule] = {
     "full_like": _filled(None),
     "tensor": _filled(None),
     "add": _sum,
-    "sub": _arithmetic(lambda a, b: a - b, lambda a, b: a - b),
-    "rsub": _arithmetic(lambda a, b: b - a, lambda a, b: b - a),
-    "mul": _arithmetic(lambda a, b: a * b, lambda a, b: a * b),
-    "neg": _arithmetic(lambda a: -a, lambda a: -a),
-    "abs": _arithmetic(sympy.Abs, abs),
+    "sub": _arithmetic(operator.sub),
+    "rsub": _arithmetic(lambda a, b: b - a),
+    "mul": _arithmetic(operator.mul),
+    "neg": _arithmetic(operator.neg),
+    "abs": _arithmetic(abs),
     **dict.fromkeys(_COMPARISONS, _comparison),
     "logical_and": _conjunction,
     "logical_not": _opposite,

@@ -94,10 +94,8 @@ def multiply_few(rows: int, *depths: int, gated: bool = False, features: int = 4
     gemv.multiply(*products, gated=gated, activation="silu" if gated else None, follows=True)
 
 
-def multiply_beside(
-    norm: bool, residual: bool, depth: int, rows: int = 1, features: int = 4096, dtype: torch.dtype = HALF
-) -> None:
-    out, weight = matrix(rows, features, dtype), matrix(features, depth, dtype)
+def multiply_beside(norm: bool, residual: bool, depth: int, rows: int = 1, dtype: torch.dtype = HALF) -> None:
+    out, weight = matrix(rows, 4096, dtype), matrix(4096, depth, dtype)
     x = matrix(rows, depth, dtype)
     taken = RmsNorm(torch.empty(depth, dtype=dtype), 1e-6) if norm else None
     if taken is None or gemv.normalises(x, [weight], taken):
