@@ -51,7 +51,7 @@ def read_member(operand: Operand, dtype: torch.dtype) -> Member | None:
         if scaling is not None and scaling[1]:
             nodes, scale = (node, *nodes), scale * scaling[1]
             node = scaling[0]
-        elif rope is None and (rope := read_rope(node, _heads_dim(layout), dtype)) is not None:
+        elif rope is None and (rope := _read_rope(node, layout, operand.layout, dtype)) is not None:
             nodes = rope.nodes + nodes
             node = rope.source
         elif (norm := read_norm(node, layout, named(operand.layout, "dim", "value"), dtype)) is not None:
@@ -69,10 +69,15 @@ def read_member(operand: Operand, dtype: torch.dtype) -> Member | None:
     return Member(factored, heads, scale, rope, norm, factored.nodes + nodes)
 
 
-def _heads_dim(layout: Layout) -> int:
-    """Where the heads are in a tensor of four dimensions whose second or third they are."""
-    by_position = any(axis.name in ("query", "key") for dim in layout[1:2] for axis in visible(dim))
-    return 2 if by_position else 1
+def _read_rope(node: Node, layout: Layout, operand: Layout, dtype: torch.dtype) -> Rope | None:
+    """The rotation of ``[batch, heads, len, dim]`` or ``[batch, len, heads, dim]``, of nothing in another order."""
+    batch, position = named(operand, "batch"), named(operand, "query", "key")
+    axes = [visible(dim) for dim in layout]
+    heads_dim = 2 if any(axis in position for dim in axes[1:2] for axis in dim) else 1
+    others = [dim for at, dim in enumerate(axes) if at != 3 - heads_dim]
+    if any(axis not in batch for dim in axes[:1] for axis in dim) or any(a in position for dim in others for a in dim):
+        return None
+    return read_rope(node, heads_dim, dtype)
 
 
 _HEADS = ((), ("head",), ("head.outer",), ("head.outer", "head.inner"))

@@ -25,7 +25,7 @@ from .index_values import FALSE, TRUE, Choice, Entry, Position, Value, at, axis
 from .mutation import mutated_arguments
 from .values import number_of, shape_of, size_of, storage_of, tensor_of, value_of
 from .views import layout_of, read_view
-from .vocabulary import read
+from .vocabulary import live_dropout, read
 
 
 class IndexAlgebra:
@@ -68,7 +68,7 @@ class IndexAlgebra:
     def _seen_through_view(self, node: Node) -> Value | None:
         view, rank = read_view(node), len(shape_of(node) or ())
         own = layout_of([axis(dim).name for dim in reversed(range(rank))], node)
-        if view is None or own is None:
+        if view is None or own is None or any(map(live_dropout, view.nodes)):
             return None
         layout = view.back(own)
         positions = [_position(dim) for dim in layout or ()]

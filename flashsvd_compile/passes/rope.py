@@ -23,7 +23,7 @@ from .columns import LEADING, Columns, Terms
 from .emit import emit
 from .values import example, shape_of, tensor_of
 from .views import layout_of, read_view
-from .vocabulary import is_call
+from .vocabulary import is_call, live_dropout
 
 _LAST_OPERATIONS = (
     "add",
@@ -148,6 +148,8 @@ def _pairing(terms: Terms, x: Node, offset: int) -> _Pairing | None:
     tables: dict[bool, tuple[Node, tuple[int, ...]]] = {}
     interleaved = False
     for leaves, term in terms.items():
+        if leaves.count(x) != 1:
+            return None
         (width,) = term.sign.shape
         taken = np.arange(width)[term.sign != 0]
         columns = dict(zip(leaves, term.columns, strict=True))
@@ -214,7 +216,7 @@ def _without_heads(leaf: Node, names: list[str]) -> Node | None:
     Queries and keys often make room separately; behind that they share one table.
     """
     layout, node = layout_of(names, leaf), leaf
-    while layout is not None and (view := read_view(node)) is not None:
+    while layout is not None and (view := read_view(node)) is not None and not live_dropout(node):
         node, layout = view.source, view.back(layout)
         if layout is None or any(len(dim) > 1 or not all(isinstance(axis, Axis) for axis in dim) for dim in layout):
             return None  # a part of a larger table is used as it is

@@ -141,7 +141,8 @@ def mutation(region: Region, order: Order) -> Obstacle | None:
 
 def mutation_within(region: Region, order: Order) -> Obstacle | None:
     """An operation of the region's own that writes elsewhere than over its intermediates (``out=``), or to what the
-    region reads, or computed before and reads afterwards by another name. The operator works on values only.
+    region reads, or computed before and reads afterwards by another name, or what the rest of the graph reads behind
+    it. The operator works on values only.
     """
     inside = set(region.nodes)
     outside = [node for node in region.reads if node not in inside]
@@ -154,11 +155,18 @@ def mutation_within(region: Region, order: Order) -> Obstacle | None:
         for written in mutated_arguments(writer):
             if written not in inside:
                 return Obstacle(RefusalReason.MUTATED, f"{writer.name!r} overwrites {written.name!r}")
-            alias = _alias_among((*outside, *stale), written)
+            behind = [] if writer in region.shared else _read_behind(writer, inside)
+            alias = _alias_among((*outside, *stale, *behind), written)
             if alias is not None:
                 sentence = f"{writer.name!r} overwrites {written.name!r}, which shares memory with {alias.name!r}"
                 return Obstacle(RefusalReason.ALIASED, sentence)
     return None
+
+
+def _read_behind(writer: Node, inside: set[Node]) -> list[Node]:
+    """What nodes outside a region read behind a writer, and what was there before it."""
+    readers = (node for node in writer.graph.nodes if writer < node and node not in inside)
+    return [node for reader in readers for node in reader.all_input_nodes if node < writer]
 
 
 def mutation_before_gradients(region: Region, order: Order) -> Obstacle | None:

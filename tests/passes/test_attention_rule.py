@@ -338,6 +338,28 @@ def test_live_attention_dropout():
     assert result.reasons == [RefusalReason.LIVE_DROPOUT]
 
 
+@pytest.mark.parametrize("length", [HEADS, HEADS + 1])
+def test_a_rotation_of_each_head_by_an_angle_of_its_own(length):
+    """Tables ``[heads, dim]`` look like ``[len, dim]`` where there are as many heads as positions."""
+
+    def turned(x):
+        first, second = x.chunk(2, -1)
+        return torch.cat((-second, first), -1)
+
+    def function(x, cos, sin, qd, qu, kd, ku, vd, vu):
+        pairs = ((qd, qu), (kd, ku), (vd, vu))
+        q, k, v = (low_rank(x, down, up).view(BATCH, length, HEADS, DIM).transpose(0, 1) for down, up in pairs)
+        q, k = (each * cos + turned(each) * sin for each in (q, k))
+        y = sdpa(*(each.permute(1, 2, 0, 3) for each in (q, k, v)))
+        return y.transpose(1, 2).flatten(2)
+
+    angles = tensor(HEADS, DIM // 2, seed=31).repeat(1, 2)
+    x = tensor(BATCH, length, WIDTH, seed=32)
+    result = rewritten(function, x, angles.cos(), angles.sin(), *ALL[:6], strategy="streamed")
+    assert result.count("attention") == 0 and result.count("linear") == 3
+    result.assert_same_result()
+
+
 # Keys shared by groups of query heads
 
 KV_HEADS = 2

@@ -369,6 +369,17 @@ def test_documents_of_another_order_stay_a_mask(query, padding):
     left_as_it_is(static(mask, query, padding), "not a vector over the keys")
 
 
+@pytest.mark.parametrize("on", [False, True])
+def test_a_mask_that_is_dropped_at_random_is_read_only_without(on, query):
+    def mask(query):
+        return torch.nn.functional.dropout(torch.ones(LENGTH, LENGTH), 0.4, on) > 0
+
+    if on:
+        left_as_it_is(static(mask, query), "not a vector over the keys")
+    else:
+        understood(static(mask, query))
+
+
 def test_floats_that_are_equal_stay_a_mask(query):
     def mask(query, numbers):
         return (numbers[:, :, None] == numbers[:, None, :])[:, None]

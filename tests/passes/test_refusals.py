@@ -175,13 +175,33 @@ def activates_a_gate_that_is_read_by_another_name(x, down, up):
     return linear(linear(functional.silu(gate, inplace=True) * alias.view(2, 5, OUT), up.t()), down.t())
 
 
+def keeps_keys_that_are_scaled(x, down, up):
+    q, k, v = (linear(linear(x, down), up) for _ in range(3))
+    kept = k.view(2, 5, 4, OUT // 4)
+    k = call(operator.imul, k, 0.5)
+    return functional.scaled_dot_product_attention(heads(q), heads(k), heads(v)).transpose(1, 2).flatten(2), kept
+
+
+def keeps_keys_that_are_scaled_through_a_view(x, down, up):
+    q, k, v = (linear(linear(x, down), up) for _ in range(3))
+    scaled = heads(k)
+    scaled.mul_(0.25)
+    return functional.scaled_dot_product_attention(heads(q), scaled, heads(v)).transpose(1, 2).flatten(2), k
+
+
 def heads(y):
     return y.view(2, 5, 4, OUT // 4).transpose(1, 2)
 
 
 @pytest.mark.parametrize(
     "function",
-    [scales_queries_that_are_keys_too, scales_queries_that_overlap_keys, activates_a_gate_that_is_read_by_another_name],
+    [
+        scales_queries_that_are_keys_too,
+        scales_queries_that_overlap_keys,
+        activates_a_gate_that_is_read_by_another_name,
+        keeps_keys_that_are_scaled,
+        keeps_keys_that_are_scaled_through_a_view,
+    ],
 )
 def test_a_write_within_that_shows_by_another_name(function):
     result = rewritten(function, X, DOWN, UP)

@@ -256,6 +256,12 @@ def test_rounding_before_the_rotation_is_kept():
         pytest.param(lambda x, cos, sin: x * cos[:, None], id="scaled"),
         pytest.param(lambda x, cos, sin: x + turned_halves(x), id="without tables"),
         pytest.param(lambda x, cos, sin: torch.cat((halves(x, cos, sin)[..., :4], x[..., :4]), -1), id="repeated"),
+        pytest.param(lambda x, cos, sin: halves(x, cos, sin) + sin[:, None], id="a table is added"),
+        pytest.param(lambda x, cos, sin: halves(x, cos, sin) + x * x, id="a square is added"),
+        pytest.param(
+            lambda x, cos, sin: torch.cat((halves(x[..., :4], cos[..., :4], sin[..., :4]), x.relu()[..., 4:]), -1),
+            id="what is not rotated is activated",
+        ),
         pytest.param(
             lambda x, cos, sin: torch.view_as_real(
                 torch.view_as_complex(x.reshape(*x.shape[:-1], HALF, 2)) * torch.complex(cos, sin)[:, None, :, :HALF]
