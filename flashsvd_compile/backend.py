@@ -61,7 +61,7 @@ def flashsvd(
 
 
 def last_report() -> RewriteReport | None:
-    """The report of the latest graph that was compiled in this process."""
+    """The report of the latest graph that was compiled in this process; ``None`` before the first."""
     return _last_report
 
 

@@ -24,6 +24,9 @@ def peak_activation_bytes(call: Callable[[], object], device: torch.device) -> i
         call: runs once to warm up and once to be measured.
         device: where it computes. CUDA: ``max_memory_allocated`` over the call minus ``memory_allocated`` before it.
             CPU: the maximum of the running sum of the allocator's own events.
+
+    Returns:
+        Bytes.
     """
     call()
     gc.collect()
@@ -68,6 +71,14 @@ def times(
     """Times of each call, warm, by CUDA events or by the wall clock.
 
     The calls take turns, so that a machine that slows down for a while slows all of them alike.
+
+    Args:
+        calls: by name.
+        device: where they compute.
+        samples, warm_ups: timed and untimed calls of each.
+
+    Returns:
+        Milliseconds by name.
     """
     sample = _cuda_sample if device.type == "cuda" else _cpu_sample
     for call in calls.values():
@@ -101,6 +112,9 @@ def _cpu_sample(call: Callable[[], object]) -> float:
 
 
 def relative_error(output: Tensor, reference: Tensor) -> float:
-    """Relative Frobenius distance of a result from the reference, taken in float64."""
+    """Relative Frobenius distance of a result from the reference, tensors of one shape, taken in float64.
+
+    NaN or infinite where the reference is zero.
+    """
     reference = reference.double()
     return (torch.linalg.norm(output.double() - reference) / torch.linalg.norm(reference)).item()
