@@ -48,8 +48,12 @@ def compile_ahead(rehearsal: Callable[[], object], device: torch.device, launche
         return
     triton_key()  # reads 400 MB in pieces, once a process: 0.3 s here, 6 in a thread beside busy Python
     thread = Thread(target=_rehearse, args=(rehearsal, device, note), name="flashsvd-compile", daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:
+        logger.debug("kernels are compiled when they are launched: %r", error)
+        return
     _under_way.append(thread)
-    thread.start()
 
 
 class _Note:

@@ -32,6 +32,9 @@ REMEMBERED = 256
 """Sets of addresses that arguments are kept for, and addresses that a descriptor is: a few calls in each of the layers
 that share a recording."""
 
+SECOND_AXIS = 65535
+"""The most programs along the second axis of a grid (CUDA programming guide, technical specifications)."""
+
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 

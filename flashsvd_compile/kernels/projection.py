@@ -254,6 +254,8 @@ def project(x: Tensor, *maps: Map, ahead: bool = False) -> None:
         ahead: the launch before this one on the stream writes neither ``x`` nor a factor nor a bias: rank space is then
             computed while it still runs, and results are written when it is complete.
     """
+    if not len(x):
+        return
     target = target_of(x.device)
     in_place = any(begin_alike(m.out, x) for m in maps)
     given = (x, *maps)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
+from .launch import SECOND_AXIS, launch
 
 BLOCK_ELEMENTS = 2048
 
@@ -57,6 +57,12 @@ def rotate_(heads: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tenso
     block_half = triton.next_power_of_2(half)
     block_l = max(1, BLOCK_ELEMENTS // block_half)
     cos, sin = with_adjacent_features(cos), with_adjacent_features(sin)
+    together = max(1, SECOND_AXIS // count)
+    if items > together:
+        for some in (slice(first, first + together) for first in range(0, items, together)):
+            of_these = (table if table.shape[0] == 1 else table[some] for table in (cos, sin))
+            rotate_(heads[some], *of_these, interleaved)
+        return heads
     cos_item, sin_item = (0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
     launch(
         rotary_kernel,

@@ -153,7 +153,7 @@ def scratch_as_a_whole(x: Tensor, context: Tensor, attn: Attention) -> int:
 def _cuda(x: Tensor, *arguments) -> Tensor:
     context, attn, strategy, workspace_bytes = parse(x, arguments)
     merging, residual = strategy == Strategy.MERGED, arguments[RESIDUAL - 1]
-    if attention_gpu.supported(x, attn):
+    if context.shape[1] and attention_gpu.supported(x, attn):
         region = partial(attention_gpu.streamed, x, context, attn, workspace_bytes, merges=merging)
         return joined(region, residual)
     attn = attn.merged() if merging else attn

@@ -20,6 +20,7 @@ from ..kernels import projection as projection_kernel
 from ..kernels import rotary as rotary_kernel
 from ..kernels import short_attention as short_kernel
 from ..kernels import small_products
+from ..kernels.launch import SECOND_AXIS
 from ..kernels.operands import Product, begin_alike
 from ..kernels.product import multiply
 from ..kernels.target import speaks_gluon, target_of
@@ -347,7 +348,7 @@ def _short_chunking(context: Tensor, attn: Attention, elements: int) -> _Chunk:
     """As :func:`_chunking`, for items whose keys and values stay in rank space."""
     batch, kv_len, _ = context.shape
     item = kv_len * (aligned_columns(proj.rank(attn.k)) + aligned_columns(proj.rank(attn.v)))
-    items = rows_that_fit(elements, item, batch)
+    items = min(rows_that_fit(elements, item, batch), max(1, SECOND_AXIS // attn.num_heads))
     return _Chunk(items, attn.num_kv_heads, items * item)
 
 

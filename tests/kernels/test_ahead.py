@@ -148,6 +148,12 @@ def test_a_launch_waits_until_all_is_compiled(loaded):
     assert seen == ["rehearsed", "launched"]
 
 
+def test_without_another_thread_kernels_are_left_to_the_launch(loaded):
+    with patch.object(ahead.Thread, "start", side_effect=RuntimeError("can't start new thread")):
+        ahead.compile_ahead(lambda: None, torch.device("cuda"), "no thread")
+    ahead.finish()
+
+
 def test_what_a_rehearsal_raises_is_left_to_the_launch(loaded):
     begun = []
 

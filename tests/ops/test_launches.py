@@ -3,6 +3,7 @@
 Meta tensors stand for those of the GPU, and nothing is launched.
 """
 
+import re
 from contextlib import ExitStack
 from importlib import import_module
 from itertools import groupby
@@ -16,7 +17,8 @@ from expecttest import TestCase
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashsvd_compile.kernels.launch import launch
+from flashsvd_compile.kernels import rotary
+from flashsvd_compile.kernels.launch import SECOND_AXIS, launch
 from flashsvd_compile.kernels.target import KNOWN, knows_triton
 from flashsvd_compile.ops import norm as normalisation
 from flashsvd_compile.options import Options
@@ -71,6 +73,29 @@ def work(operator: str, arguments_of, *shape, **how) -> str:
         import_module(f"flashsvd_compile.ops.{operator}")._cuda(*arguments)
     runs = [(line, len(list(same))) for line, same in groupby(mode.noted)]
     return "\n".join(line if count == 1 else f"{line}, {count} times" for line, count in runs)
+
+
+@pytest.mark.parametrize(("batch", "length"), [(8192, 128), (6000, 128), (5462, 100)])
+def test_many_short_items_fit_in_a_grid(batch, length):
+    """As frames of videos are."""
+    launched = work("attention", attention_arguments, batch, length, None, 768, **BERT | {"workspace_bytes": 4 << 30})
+    grids = [int(items) for items in re.findall(r"short_attention_kernel \d+x(\d+)", launched)]
+    assert len(grids) > 1 and max(grids) <= SECOND_AXIS
+
+
+def test_many_items_fit_in_a_grid_that_rotates():
+    heads, table = (torch.empty(shape, device="meta") for shape in ((2048, 4, 33, 64), (1, 4, 64)))
+    per_item = table.expand(2048, 4, 64)
+    for cos, items in ((table, [1985, 63]), (per_item, [1985, 63])):
+        grids: list[tuple[int, int]] = []
+        with patch.object(rotary, "launch", lambda kernel, grid, *_, **__: grids.append(grid)):  # noqa: B023
+            rotary.rotate_(heads, cos, cos, interleaved=False)
+        assert [items_and_heads for _, items_and_heads in grids] == [count * 33 for count in items]
+
+
+def test_keys_of_no_tokens_are_left_to_the_library():
+    how = HALF | {"num_heads": 4, "head_dim": 64, "ranks": (32,) * 4}
+    assert "short_attention_kernel" not in work("attention", attention_arguments, 2, 8, 0, 256, **how)
 
 
 class Launches(TestCase):
