@@ -164,7 +164,7 @@ def evaluate(chain: Elementwise, samples: dict[Node, Tensor], differentiably: bo
                 else:
                     assert callable(node.target)
                     values[node] = node.target(*args, **kwargs)
-    except _NoNumberError:
+    except (_NoNumberError, RuntimeError):  # sizes of the sample may not be broadcast as those of the graph are
         return None
     return values[chain.nodes[-1]]
 

@@ -59,6 +59,8 @@ class Columns:
             call = read(node)
             rule = None if call is None or self._is_cut(node, call) else _RULES.get(call.op)
             terms = None if rule is None or call is None else rule(self, node, call, rotated)
+            if terms is not None and any(term.sign.shape != _feature_shape(node) for term in terms.values()):
+                terms = None  # the columns are no dimension of their own any more
             self._read[node, rotated] = _leaf(node) if terms is None else terms
         return self._read[node, rotated]
 

@@ -95,7 +95,7 @@ def read_floor(node: Node) -> Node | None:
     bound = call.get("other", call.get("min"))
     is_maximum = call.op in ("clamp", "clamp_min") or tensor_of(bound) is not None
     floor = _number(bound)
-    return call.input if is_maximum and floor is not None and floor <= torch.finfo(result.dtype).min else None
+    return call.input if is_maximum and floor is not None and -inf < floor <= torch.finfo(result.dtype).min else None
 
 
 def _number(value: object) -> float | None:

@@ -18,7 +18,7 @@ from torch.fx import Node
 from ..ops.projection import Projection
 from .equation import Equation, read_equation
 from .factored import Factored, HeadFactors
-from .values import shape_of, tensor_of
+from .values import number_of, shape_of, tensor_of
 from .views import Regroup, read_view
 from .vocabulary import read
 from .weights import Weight, is_weight
@@ -133,7 +133,7 @@ def _stage(node: Node) -> _Stage | None:
         return _einsum(read_equation(call), node)
     if call.op == "matmul" and is_weight(call["other"], 3):
         return _matmul(call.input, call["other"], node)
-    if call.op == "add":
+    if call.op == "add" and number_of(call.get("alpha", 1)) == 1:
         return _biased(call.input, call["other"], node) or _biased(call["other"], call.input, node)
     return None
 

@@ -344,7 +344,9 @@ def _member_of_tuple(node: Node, call: Call) -> View | None:
     """``getitem`` of what ``split``, ``chunk`` or ``unbind`` returned."""
     parts_node, index = call.input, call["index"]
     parts, source = value_of(parts_node), read(parts_node)
-    if source is None or not isinstance(parts, (tuple, list)) or not isinstance(index, int):
+    if source is None or source.op not in ("split", "chunk", "unbind"):
+        return None
+    if not isinstance(parts, (tuple, list)) or not isinstance(index, int):
         return None
     before = shape_of(source.input)
     if before is None:
