@@ -355,7 +355,5 @@ def _member_of_tuple(node: Node, call: Call) -> View | None:
     nodes = (node, parts_node)
     if source.op == "unbind":
         return View(source.input, (Select(dim, sympy.Integer(index % len(parts)), before[dim]),), nodes)
-    if source.op in ("split", "chunk"):
-        start = sympy.Add(*(size_of(part.shape[dim]) for part in parts[: index % len(parts)]))
-        return View(source.input, (Narrow(dim, start, before[dim]),), nodes)
-    return None
+    start = sympy.Add(*(size_of(part.shape[dim]) for part in parts[: index % len(parts)]))
+    return View(source.input, (Narrow(dim, start, before[dim]),), nodes)
