@@ -51,7 +51,7 @@ def flashsvd(
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
     if report.matches and parsed.inner == "inductor":
-        _keep_kernels_beside_inductors(example_inputs)
+        _treat_kernels_as_inductors(example_inputs)
     if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
         compile_kernels_of(graph_module.graph)
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
@@ -80,18 +80,21 @@ def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options:
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
 
 
-def _keep_kernels_beside_inductors(example_inputs: Sequence[Any]) -> None:
-    """Have Triton keep the operators' kernels where Inductor keeps its own, unless the user has said where.
+def _treat_kernels_as_inductors(example_inputs: Sequence[Any]) -> None:
+    """Have Triton keep the operators' kernels where Inductor keeps its own, and assemble them with the same program.
 
-    Inductor points Triton there itself, but only once it compiles a kernel. A process whose kernels all come from
-    Inductor's cache would look for ours at Triton's default place, and compile them anew.
+    Both unless the user has said otherwise. Inductor points Triton to its cache and to PyTorch's ``ptxas`` itself, but
+    only once it makes a kernel in this process. One whose kernels all come from Inductor's cache, or from its workers,
+    would look for ours at another place or for another assembler's, and compile them anew.
     """
     from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
+    from torch._inductor.runtime.compile_tasks import _set_triton_ptxas_path
 
     devices = (each.device for each in example_inputs if isinstance(each, torch.Tensor))
     device = next((device for device in devices if device.type == "cuda"), None)
     if device is not None:
         os.environ.setdefault("TRITON_CACHE_DIR", triton_cache_dir(device.index or 0))
+        _set_triton_ptxas_path()
 
 
 def _aot_eager(graph_module: GraphModule, example_inputs: Sequence[Any], options: Options, rewritten: bool) -> Callable:

@@ -13,6 +13,7 @@ import pytest
 import sympy
 import torch
 from torch import nn
+from torch._inductor.runtime import compile_tasks
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
@@ -697,19 +698,20 @@ def test_subclasses_by_name_only(which):
     assert RefusalReason.TENSOR_SUBCLASS in {refusal.reason for refusal in latest().refusals}
 
 
-class TestPlaceOfKernels:
-    """Where Triton keeps the operators' kernels once a graph that has them is compiled."""
+class TestKernelsAsInductors:
+    """Where Triton keeps the operators' kernels once a graph that has them is compiled, and what assembles them."""
 
     @pytest.fixture(autouse=True)
     def _as_a_new_process(self, monkeypatch):
         # Set first, so that the test's end undoes what the backend sets.
-        monkeypatch.setenv("TRITON_CACHE_DIR", "somewhere")
-        monkeypatch.delenv("TRITON_CACHE_DIR")
+        for variable in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
+            monkeypatch.setenv(variable, "somewhere")
+            monkeypatch.delenv(variable)
 
     def compile_for(self, *devices: str) -> str | None:
         with FakeTensorMode():
             inputs = [3, *(torch.empty(2, device=device) for device in devices)]
-        backend._keep_kernels_beside_inductors(inputs)
+        backend._treat_kernels_as_inductors(inputs)
         return os.environ.get("TRITON_CACHE_DIR")
 
     def test_with_those_of_inductor(self):
@@ -723,9 +725,18 @@ class TestPlaceOfKernels:
     def test_nowhere_on_a_cpu(self):
         assert self.compile_for("cpu") is None
 
+    def test_assembled_as_in_inductors_workers(self, monkeypatch):
+        """A kernel's key in Triton's cache has the assembler's version, which differed by who had compiled before."""
+        asked = []
+        monkeypatch.setattr(compile_tasks, "_set_triton_ptxas_path", lambda: asked.append(None))
+        self.compile_for("cpu")
+        assert not asked
+        self.compile_for("cpu", "cuda:1")
+        assert asked
+
     def test_asked_for_where_a_region_is_rewritten(self, block, monkeypatch):
         asked = []
-        monkeypatch.setattr(backend, "_keep_kernels_beside_inductors", asked.append)
+        monkeypatch.setattr(backend, "_treat_kernels_as_inductors", asked.append)
         with torch.no_grad():
             compiled(block, inner="inductor")(sample())
             compiled(nn.Linear(FEATURES, FEATURES), inner="inductor")(sample())
