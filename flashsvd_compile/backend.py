@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .errors import InvalidOptionError
 from .kernels.autotune import tuner_of_user, tuning
 from .options import Options
 from .passes import apply_rules
+from .passes.order import needs_no_gradients
 from .passes.rehearsal import compile_kernels_of
 from .report import RewriteReport
 from .stack import with_room
@@ -54,10 +56,15 @@ def flashsvd(
         _treat_kernels_as_inductors(example_inputs)
     if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
         compile_kernels_of(graph_module.graph)
+    gradients_are_off = needs_no_gradients(graph_module)  # of the graph before the inner backend changes it
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
     # Around the calls and not in the graph, whose operators and cached code are the same with and without.
     compiled = tuning(tuner_of_user())(compiled) if parsed.autotune else compiled
-    return with_room(compiled) if report.matches else compiled
+    if not report.matches:
+        return compiled
+    if gradients_are_off and parsed.inner == "inductor":
+        compiled = _below_autograd(compiled)
+    return with_room(compiled)
 
 
 def last_report() -> RewriteReport | None:
@@ -78,6 +85,20 @@ def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options:
     if rewritten:
         patches = _SUMS_EXIST_ONCE | patches
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
+
+
+def _below_autograd(compiled: Callable) -> Callable:
+    """Call what Inductor compiled below autograd, which has nothing to do where gradients are off.
+
+    The layer of autograd that PyTorch gives an operator in Python takes as long as the operator's call.
+    """
+
+    @wraps(compiled)
+    def call(*arguments: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return compiled(*arguments)
+
+    return call
 
 
 def _treat_kernels_as_inductors(example_inputs: Sequence[Any]) -> None:

@@ -743,6 +743,50 @@ class TestKernelsAsInductors:
         assert len(asked) == 1
 
 
+def autograd_is_left_out() -> bool:
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
+
+
+class TestBelowAutograd:
+    """What Inductor compiled is called below autograd where nothing is differentiated."""
+
+    @pytest.fixture
+    def seen(self, monkeypatch) -> list[bool]:
+        """Whether autograd was left out, for each call of what the inner backend compiled."""
+        seen = []
+
+        def inner(graph_module, *rest):
+            def call(*arguments):
+                seen.append(autograd_is_left_out())
+                return graph_module(*arguments)
+
+            return call
+
+        monkeypatch.setitem(backend._INNER, "inductor", inner)
+        return seen
+
+    @pytest.mark.parametrize("gradients", [False, True])
+    def test_where_gradients_are_off(self, block, seen, gradients):
+        with torch.set_grad_enabled(gradients):
+            compiled(block, inner="inductor")(sample())
+        assert seen == [not gradients]
+        assert not autograd_is_left_out()
+
+    def test_not_where_a_model_turns_them_on(self, block, seen):
+        def model(x):
+            with torch.enable_grad():
+                return block(x)
+
+        with torch.no_grad():
+            out = compiled(model, inner="inductor")(sample())
+        assert seen == [False] and out.requires_grad
+
+    def test_not_where_nothing_is_rewritten(self, seen):
+        with torch.no_grad():
+            compiled(nn.Linear(FEATURES, FEATURES), inner="inductor")(sample())
+        assert seen == [False]
+
+
 FREELY: dict[str, Any] = {"strategy": "streamed"}
 """Rewrites small examples, too."""
 

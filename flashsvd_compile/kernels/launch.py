@@ -142,8 +142,8 @@ def current_stream() -> int:
     return torch._C._cuda_getCurrentRawStream(torch._C._cuda_getDevice())
 
 
-def in_turn(launches: Sequence[tuple[Launch, Sequence[tuple[int, int]]]]) -> Callable[..., None]:
-    """Launches one after the other, as a function of a few addresses.
+def calls_of(launches: Sequence[tuple[Launch, Sequence[tuple[int, int]]]]) -> Callable[..., Sequence[Call]]:
+    """The calls of launches that follow one another, as a function of the stream and a few addresses.
 
     A model's tensors are mostly where they were at the last call. So what the launches are given is kept for sets of
     addresses, and one look brings all of them.
@@ -153,17 +153,13 @@ def in_turn(launches: Sequence[tuple[Launch, Sequence[tuple[int, int]]]]) -> Cal
     """
 
     @lru_cache(REMEMBERED)
-    def prepared(stream: int, *addresses: int) -> list[Call]:
+    def calls(stream: int, *addresses: int) -> list[Call]:
         return [
             launch.prepare(stream, *(addresses[which] + offset for which, offset in operands))
             for launch, operands in launches
         ]
 
-    def start(*addresses: int) -> None:
-        for function, arguments in prepared(current_stream(), *addresses):
-            function(*arguments)
-
-    return start
+    return calls
 
 
 def _is_descriptor(argument: Any) -> bool:

@@ -42,6 +42,7 @@ from .lifting import (
 )
 from .projection import Projection
 from .ranges import ranges, width_of
+from .replay import as_one
 from .residual import plus
 from .sdpa import attend_at_once, is_causal
 from .workspace import Workspace, affines_into, elements_per_row, project_rows, rows_of, rows_that_fit
@@ -270,14 +271,18 @@ def _attend(heads: Tensor, k: Tensor, v: Tensor, attn: Attention, bounds: Tensor
     """Attention of lifted heads, ``[items, len, heads, dim]`` each; the outputs replace the queries in ``heads``."""
     if _library_is_faster(heads.shape[1], k, attn):
         mask = None if attn.key_padding is None else attn.key_padding[:, None, None]
-        with sdpa_kernel(_SINGLE if k.dtype == torch.float32 else _HALF, set_priority=True):
-            outputs = attend_at_once(heads, k, v, attn, mask, is_causal(attn))
+        outputs = as_one(_by_library, heads, k, v, attn.scale, mask, is_causal(attn))
         if attn.key_padding is None:
             heads.copy_(outputs)
         else:  # the library does not say what a query gives that sees no key
             torch.where(attn.key_padding.any(1)[:, None, None, None], outputs, outputs.new_zeros(()), out=heads)
         return
     kernel_core(heads, heads, k, v, attn, bounds)
+
+
+def _by_library(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
+    with sdpa_kernel(_SINGLE if k.dtype == torch.float32 else _HALF, set_priority=True):
+        return attend_at_once(q, k, v, scale, mask, is_causal)
 
 
 _SINGLE = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

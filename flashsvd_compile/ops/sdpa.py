@@ -165,7 +165,7 @@ def _by_heads(
         if mask is not None and mask.dim() == 4 and mask.shape[1] > 1:
             part = mask[:, some]
         operands = q[:, :, some], k[:, :, of_keys], v[:, :, of_keys]
-        out[:, :, some].copy_(attend_at_once(*operands, attn, part, is_causal))
+        out[:, :, some].copy_(attend_at_once(*operands, attn.scale, part, is_causal))
 
 
 def is_causal(attn: Attention) -> bool:
@@ -173,13 +173,13 @@ def is_causal(attn: Attention) -> bool:
     return (attn.window_left, attn.window_right) == (UNLIMITED, 0)
 
 
-def attend_at_once(q: Tensor, k: Tensor, v: Tensor, attn: Attention, mask: Tensor | None, is_causal: bool) -> Tensor:
+def attend_at_once(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None, is_causal: bool) -> Tensor:
     """One call of the library: outputs of lifted heads, all of them ``[items, len, heads, dim]``.
 
     ``mask`` is broadcastable to ``[items, heads, q_len, kv_len]``.
     """
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     outputs = scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, is_causal=is_causal, scale=attn.scale, enable_gqa=q.shape[1] > k.shape[1]
+        q, k, v, attn_mask=mask, is_causal=is_causal, scale=scale, enable_gqa=q.shape[1] > k.shape[1]
     )
     return outputs.transpose(1, 2)

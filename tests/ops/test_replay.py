@@ -6,6 +6,7 @@ from collections.abc import Callable
 from inspect import getclosurevars
 from threading import Event, Thread
 from typing import Any
+from weakref import ref
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from flashsvd_compile.kernels.launch import Call, is_listened_to
 from flashsvd_compile.ops import sdpa
 from flashsvd_compile.ops.attention import _cpu as attention_cpu
 from flashsvd_compile.ops.attention import reference as attention_reference
-from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, reads_values, replayed
+from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, as_one, reads_values, replayed
 from tests.ops.regions import attention_arguments, packed, padding
 
 
@@ -67,7 +68,7 @@ def test_every_call_gives_what_the_implementation_gives(layout, bias):
         given = arguments(LAYOUTS[layout], bias)
         assert torch.equal(call(*given), low_rank(*given))
     (recording,) = recordings(call).values()
-    assert recording.result is not None, "the third call was replayed"
+    assert recording.replay is not None, "the third call was replayed"
 
 
 def test_each_combination_has_a_recording_of_its_own():
@@ -91,7 +92,7 @@ def test_arguments_that_lie_one_behind_the_other_have_a_recording_of_their_own()
         first, second = memory.split(5)
         for given in ((first, second), (second, first), (first, torch.randn(5))):
             assert torch.equal(call(x, *given), together(x, *given))
-    assert all(recording.result is not None for recording in recordings(call).values())
+    assert all(recording.replay is not None for recording in recordings(call).values())
     assert len(recordings(call)) == 3
 
 
@@ -125,29 +126,74 @@ def test_two_views_of_one_storage_may_be_two_storages_the_next_time():
     assert torch.equal(call(x, y), difference(x, y))
 
 
-def test_intermediates_are_released_when_nothing_reads_them_any_more():
-    call = replayed(lambda x: (x.exp() + 1).sin())
+class Following(TorchDispatchMode):
+    """Which results are alive whenever an operation begins."""
+
+    def __init__(self):
+        super().__init__()
+        self.alive: list[list[bool]] = []
+        self._results: list[ref] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.alive.append([each() is not None for each in self._results])
+        result = func(*args, **kwargs or {})
+        self._results += map(ref, result if isinstance(result, tuple) else [result])
+        return result
+
+
+@pytest.mark.parametrize(
+    ("implementation", "alive"),
+    [
+        (lambda x: (x.exp() + 1)[1:].sin().cos(), [[], [1], [0, 0], [0, 0, 1]]),  # of the sum a view is left
+        (lambda x: x.sort()[1].double().cos(), [[], [0, 1], [0, 0, 1]]),
+    ],
+    ids=["of one result", "of two results"],
+)
+def test_intermediates_are_released_when_nothing_reads_them_any_more(implementation, alive):
+    call = replayed(implementation)
     for _ in range(2):
         call(torch.randn(4))
-    (recording,) = recordings(call).values()
-    assert [step.finished for step in recording.steps] == [(), (1,), (2,)]
+    x = torch.randn(4)
+    with Following() as followed:
+        result = call(x)
+    assert torch.equal(result, implementation(x))
+    assert followed.alive == alive
 
 
-def test_a_replay_calls_no_python_function_for_a_step():
+def test_a_replay_calls_no_python_function_for_an_operation():
     """Python's stack may have to grow at any depth, and takes long to each time."""
     call = replayed(lambda x: torch.add((x.exp() + 1)[1:].sin(), 2.0, alpha=3))
     for _ in range(2):
         call(torch.randn(4))
     (recording,) = recordings(call).values()
+    assert recording.replay is not None
     x = torch.randn(4)
     called: list[str] = []
     sys.setprofile(lambda frame, event, _: called.append(frame.f_code.co_name) if event == "call" else None)
     try:
-        result = recording.replay((x,))
+        result = recording.replay(x)
     finally:
         sys.setprofile(None)
-    assert called == ["replay", "of"]
+    assert called == ["replay"]
     assert torch.equal(result, torch.add((x.exp() + 1)[1:].sin(), 2.0, alpha=3))
+
+
+def test_a_function_that_is_one_operation_is_called_as_it_is():
+    """And may set what operations look at, which a replay of the operations alone would not."""
+    set_to = []
+
+    def product(x: Tensor, times: float) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            set_to.append(torch.backends.cuda.flash_sdp_enabled())
+            return (x * times).t()
+
+    call = replayed(lambda x: as_one(product, x + 1, 3.0).exp())
+    for _ in range(4):
+        x = torch.randn(3, 2)
+        assert torch.equal(call(x), ((x + 1) * 3.0).t().exp())
+    assert set_to == [False] * 4
+    (recording,) = recordings(call).values()
+    assert recording.replay is not None
 
 
 class AddOne:
@@ -195,7 +241,7 @@ def test_launches_take_addresses_of_this_calls_tensors(stream):
     call = replayed(implementation)
     inputs = [torch.randn(4) for _ in range(5)]
     results = [call(x) for x in inputs]
-    assert all(len(recording.steps) == 6 for recording in recordings(call).values())
+    assert all(recording.replay is not None for recording in recordings(call).values())
     for x, result in zip(inputs, results, strict=True):
         assert torch.equal(result, 2 * x + 1 + 1)
 
@@ -211,8 +257,7 @@ def test_launches_with_nothing_between_them_are_one_step_prepared_once_a_stream_
     expected = x.repeat(3) + torch.tensor([1.0, 1, 2]).repeat_interleave(4)
     for _ in range(2):
         call(x)
-    (recording,) = recordings(call).values()
-    assert len(recording.steps) == 2 and not launch.prepared
+    assert not launch.prepared
     places, kept = set(), []
     for stream[0] in (3, 3, 4, 4, 4):
         kept.append(call(x))  # so that the next result is elsewhere
@@ -242,7 +287,7 @@ def test_what_cannot_be_recorded_runs_as_written_each_time(why):
         x = torch.randn(3)
         assert torch.equal(call(x), implementation(x))
     (recording,) = recordings(call).values()
-    assert not recording.possible and recording.result is None
+    assert not recording.possible and recording.replay is None
 
 
 def test_a_look_past_the_dispatcher_has_to_be_announced():
