@@ -3,7 +3,6 @@
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from functools import wraps
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from torch.fx import GraphModule
 
 from .errors import InvalidOptionError
 from .kernels.autotune import tuner_of_user, tuning
+from .ops.direct import below_autograd
 from .options import Options
 from .passes import apply_rules
 from .passes.order import needs_no_gradients
@@ -63,7 +63,7 @@ def flashsvd(
     if not report.matches:
         return compiled
     if gradients_are_off and parsed.inner == "inductor":
-        compiled = _below_autograd(compiled)
+        compiled = below_autograd(compiled)
     return with_room(compiled)
 
 
@@ -85,20 +85,6 @@ def _inductor(graph_module: GraphModule, example_inputs: Sequence[Any], options:
     if rewritten:
         patches = _SUMS_EXIST_ONCE | patches
     return compile_fx(graph_module, example_inputs, config_patches=patches)  # pyright: ignore[reportReturnType]
-
-
-def _below_autograd(compiled: Callable) -> Callable:
-    """Call what Inductor compiled below autograd, which has nothing to do where gradients are off.
-
-    The layer of autograd that PyTorch gives an operator in Python takes as long as the operator's call.
-    """
-
-    @wraps(compiled)
-    def call(*arguments: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return compiled(*arguments)
-
-    return call
 
 
 def _treat_kernels_as_inductors(example_inputs: Sequence[Any]) -> None:

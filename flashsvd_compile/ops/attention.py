@@ -356,6 +356,7 @@ attention = register(
     fake=_fake,
     cpu=_cpu,
     cuda=_cuda,
+    weight=WEIGHTS_OF_VALUES,
     neighbours=(WEIGHTS_OF_KEYS, WEIGHTS_OF_VALUES),
 )
 differentiable(attention, reference, _cut, added=RESIDUAL)

@@ -67,5 +67,5 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Projection[Tensor], str, int]:
     return weight, strategy, workspace_bytes
 
 
-linear = register("linear_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+linear = register("linear_v1", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda, weight=3)
 differentiable(linear, reference, _cut)

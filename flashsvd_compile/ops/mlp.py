@@ -302,5 +302,5 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[Mlp, str, int]:
     return Mlp(hidden, gate, out, activation, x_norm), strategy, workspace_bytes
 
 
-mlp = register("mlp_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+mlp = register("mlp_v3", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda, weight=RESIDUAL - 2)
 differentiable(mlp, reference, _cut, added=RESIDUAL)

@@ -104,5 +104,5 @@ def _parse(x: Tensor, arguments: tuple) -> tuple[list[Projection[Tensor]], Norm 
     return members, norm.parse("x", tuple(of_x), 1, x.shape[-1], x.dtype), workspace_bytes
 
 
-packed_linear = register("packed_linear_v2", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda)
+packed_linear = register("packed_linear_v2", SCHEMA, reference=reference, fake=_fake, cpu=_cpu, cuda=_cuda, weight=3)
 differentiable(packed_linear, reference, _cut, added=RESIDUAL)

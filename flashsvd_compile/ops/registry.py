@@ -8,6 +8,7 @@ from functools import wraps
 
 import torch
 
+from .direct import call_directly
 from .replay import replayed
 
 NAMESPACE = "flashsvd"
@@ -25,6 +26,7 @@ def register(
     fake: Callable,
     cpu: Callable,
     cuda: Callable,
+    weight: int,
     neighbours: tuple[int, int] | None = None,
 ) -> torch._ops.OpOverload:
     """Define ``flashsvd::name``.
@@ -37,12 +39,13 @@ def register(
         fake: shape inference; result strides must equal those of every implementation, whatever strides inputs have.
         cpu: implementation on a CPU.
         cuda: implementation on CUDA and ROCm devices.
+        weight: position of a weight that is always there.
         neighbours: positions of two arguments of which it looks whether one lies behind the other in memory.
     """
     kernels = {
         "CompositeExplicitAutograd": reference,
-        "CPU": replayed(cpu),
-        "CUDA": _on_its_device(replayed(cuda, neighbours)),
+        "CPU": replayed(cpu, weight),
+        "CUDA": _on_its_device(replayed(cuda, weight, neighbours)),
     }
     operator = define(name, schema, fake=fake, kernels=kernels)
     on_gpu[operator] = cuda
@@ -103,7 +106,9 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
 
         return call
 
+    kernels = {key: without_autocast_and_view_tracking(kernel) for key, kernel in kernels.items()}
     for key, kernel in kernels.items():
-        _library.impl(name, without_autocast_and_view_tracking(kernel), key)
+        _library.impl(name, kernel, key)
+    call_directly(operator, {key.lower(): kernel for key, kernel in kernels.items() if key in ("CPU", "CUDA")})
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(fake), lib=_library)
     return operator

@@ -11,9 +11,10 @@ What a recording cannot hold (an operation whose result's shape depends on value
 values) is never replayed; the operator runs as written each time.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from functools import wraps
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,8 @@ from .straight_line import Launches, Operation, OtherLayoutError, Produced, Refe
 
 MAX_RECORDINGS = 1024
 """Combinations of shapes that one operator remembers; the oldest goes first."""
+TensorGuards: Any = guards.TensorGuards
+"""Of Dynamo, as its stub does not have it."""
 ALIGNMENT = 16
 """Bytes. Kernels are compiled for addresses that are multiples of this or not."""
 
@@ -50,54 +53,102 @@ class Recording(NamedTuple):
     """What one call did. Threads share it.
 
     Attributes:
-        replay: gives the operator's result for other arguments of the same metadata; ``None`` until it is recorded.
+        replay: gives the operator's result for other arguments of the same combination; ``None`` until it is recorded.
             Raises :class:`OtherLayoutError`.
+        serves: whether arguments are of that combination. It takes a third of the time that looking them up does.
         possible: whether it can be recorded, as far as is known.
     """
 
     replay: Callable[..., Tensor] | None = None
+    serves: Callable[[tuple], bool] = lambda arguments: False
     possible: bool = True
 
 
-def replayed(implementation: Implementation, neighbours: tuple[int, int] | None = None) -> Implementation:
+def replayed(
+    implementation: Implementation, weight: int = 0, neighbours: tuple[int, int] | None = None
+) -> Implementation:
     """The implementation, recorded at the second call of each combination of arguments and replayed from the third on.
 
     Args:
         implementation: a function of tensors, numbers, strings and ``None``; it changes none of them, its result is a
             fresh tensor, and what it does depends on its tensors' metadata only.
+        weight: position of a tensor by which a layer's calls are recognised.
         neighbours: positions of two arguments of which it may look whether one :func:`lies_behind` the other.
     """
     recordings: dict[tuple, Recording] = {}
+    latest: dict[int, Recording] = {}  # by the weight
 
     @wraps(implementation)
     def call(*arguments: Any) -> Tensor:
-        key = _key(arguments)
-        if neighbours is not None:
-            key = *key, lies_behind(*(arguments[position] for position in neighbours))
-        recording = recordings.get(key)
-        if recording is None:
-            if len(recordings) >= MAX_RECORDINGS:
-                recordings.pop(list(recordings)[0], None)  # noqa: RUF015, a list is made at once, and threads add to it
-            recordings[key] = Recording()
-            return implementation(*arguments)
-        if not recording.possible:
-            return implementation(*arguments)
+        of_weight = id(arguments[weight])
+        recording = latest.get(of_weight)
+        if recording is None or not recording.serves(arguments):
+            key = _key(arguments, neighbours)
+            recording = recordings.get(key)
+            if recording is None:
+                _put(recordings, key, Recording())
+                return implementation(*arguments)
+            if not recording.possible:
+                return implementation(*arguments)
+            _put(latest, of_weight, recording)
         if recording.replay is not None:
             try:
                 return recording.replay(*arguments)
             except OtherLayoutError:
                 pass
-        result, recordings[key] = record(implementation, arguments)
+        result, recording = record(implementation, arguments, neighbours)
+        recordings[_key(arguments, neighbours)] = latest[of_weight] = recording
         return result
 
     return call
 
 
-def _key(arguments: tuple) -> tuple:
+def _put(remembered: dict[Any, Recording], key: Any, recording: Recording) -> None:
+    if len(remembered) >= MAX_RECORDINGS and key not in remembered:
+        remembered.pop(list(remembered)[0], None)  # noqa: RUF015, a list is made at once, and other threads add to it
+    remembered[key] = recording
+
+
+class _Combination:
+    """All of some arguments that an implementation may look at, and a quick comparison with others'.
+
+    One function of PyTorch looks at all tensors.
+    """
+
+    def __init__(self, arguments: tuple, neighbours: tuple[int, int] | None):
+        first = {id(each): place for place, each in reversed([*enumerate(arguments)]) if isinstance(each, Tensor)}
+        places = sorted(first.values())
+        others = [place for place, each in enumerate(arguments) if not isinstance(each, Tensor)]
+        again = {*range(len(arguments))}.difference(places, others)
+        self._tensors, self._others, self._neighbours = _taking(places), _taking(others), neighbours
+        self._again = [(place, first[id(arguments[place])]) for place in again]
+        tensors = self._tensors(arguments)
+        sizes, strides = ([list(which(each)) for each in tensors] for which in (Tensor.size, Tensor.stride))
+        self._guards = TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides)
+        self._rest = self._rest_of(arguments, tensors)
+
+    def includes(self, arguments: tuple) -> bool:
+        """Whether these arguments are the same but for addresses and contents."""
+        tensors = self._tensors(arguments)
+        if not self._guards.check(*tensors):  # types, dtypes, devices, shapes and strides, and none is there twice
+            return False
+        return self._rest_of(arguments, tensors) == self._rest and all(
+            arguments[place] is arguments[first] for place, first in self._again
+        )
+
+    def _rest_of(self, arguments: tuple, tensors: Sequence[Tensor]) -> tuple:
+        alignment = [address % ALIGNMENT for address in map(Tensor.data_ptr, tensors)]
+        return *_surroundings(arguments, self._neighbours), alignment, self._others(arguments)
+
+
+def _taking(places: Sequence[int]) -> Callable[[tuple], Sequence]:
+    return itemgetter(*places) if len(places) > 1 else lambda arguments: [arguments[place] for place in places]
+
+
+def _key(arguments: tuple, neighbours: tuple[int, int] | None) -> tuple:
     """All that an implementation may look at, and which arguments are one and the same tensor."""
     seen: dict[int, int] = {}
-    first = arguments[0]
-    parts: list[Any] = [first.dtype == torch.float32 and allows_tf32(), tuner_at_work(), first.device]
+    parts: list[Any] = [*_surroundings(arguments, neighbours), arguments[0].device]
     for argument in arguments:
         if argument is None:  # half of them
             parts.append(None)
@@ -107,6 +158,16 @@ def _key(arguments: tuple) -> tuple:
         else:
             parts.append(argument)
     return tuple(parts)
+
+
+def _surroundings(arguments: tuple, neighbours: tuple[int, int] | None) -> tuple:
+    """What an implementation may look at beside its arguments, and where two of them lie."""
+    first = arguments[0]
+    tf32 = first.dtype == torch.float32 and allows_tf32()
+    if neighbours is None:
+        return tf32, tuner_at_work()
+    first, second = neighbours
+    return tf32, tuner_at_work(), lies_behind(arguments[first], arguments[second])
 
 
 def lies_behind(first: Tensor | None, second: Tensor | None) -> bool:
@@ -135,7 +196,9 @@ def as_one(function: Callable[..., Tensor], *operands: Any) -> Tensor:
     return function(*operands) if recorder is None else recorder.take_whole(function, operands)
 
 
-def record(implementation: Implementation, arguments: tuple) -> tuple[Tensor, Recording]:
+def record(
+    implementation: Implementation, arguments: tuple, neighbours: tuple[int, int] | None = None
+) -> tuple[Tensor, Recording]:
     """Call the implementation: its result, and the recording, where there can be one."""
     recorder = _Recorder(arguments)
     token = _recorder.set(recorder)
@@ -147,7 +210,8 @@ def record(implementation: Implementation, arguments: tuple) -> tuple[Tensor, Re
     reference = recorder.reference(result) if recorder.possible else None
     if reference is None or reference.base < len(arguments):
         return result, Recording(possible=False)
-    return result, Recording(straight_line(recorder.noted, len(arguments), reference))
+    replay = straight_line(recorder.noted, len(arguments), reference)
+    return result, Recording(replay, _Combination(arguments, neighbours).includes)
 
 
 def _allocation(fresh: Tensor) -> Operation:

@@ -4,6 +4,7 @@ import ctypes
 import sys
 from collections.abc import Callable
 from inspect import getclosurevars
+from random import Random
 from threading import Event, Thread
 from typing import Any
 from weakref import ref
@@ -19,7 +20,7 @@ from flashsvd_compile import ops
 from flashsvd_compile.kernels import launch as launching
 from flashsvd_compile.kernels.autotune import Tuner, tuner_at_work, tuning
 from flashsvd_compile.kernels.launch import Call, is_listened_to
-from flashsvd_compile.ops import sdpa
+from flashsvd_compile.ops import replay, sdpa
 from flashsvd_compile.ops.attention import _cpu as attention_cpu
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, as_one, reads_values, replayed
@@ -94,6 +95,32 @@ def test_arguments_that_lie_one_behind_the_other_have_a_recording_of_their_own()
             assert torch.equal(call(x, *given), together(x, *given))
     assert all(recording.replay is not None for recording in recordings(call).values())
     assert len(recordings(call)) == 3
+
+
+def test_calls_with_the_same_weight_in_other_combinations(monkeypatch):
+    """What serves the latest call with a weight serves no other combination."""
+
+    def description(x: Tensor, weight: Tensor, other: Tensor | None, number: float | None) -> tuple:
+        tensors = [each for each in (x, weight, other) if each is not None]
+        layouts = [(each.dtype, each.shape, each.stride(), each.data_ptr() % 16) for each in tensors]
+        rounded = x.dtype == torch.float32 and tf32[0]
+        return *layouts, replay.lies_behind(x, other), other is x, x is weight, other is weight, number, rounded
+
+    def implementation(*arguments) -> Tensor:
+        return arguments[0].new_full((), codes.setdefault(description(*arguments), len(codes)))
+
+    memory, codes, tf32, weight = torch.zeros(100), {}, [False], torch.zeros(4, 3)
+    monkeypatch.setattr(replay, "allows_tf32", lambda: tf32[0])
+    x = memory[:12].view(4, 3)
+    inputs = [x, x.double(), memory[1:13].view(4, 3), memory[:12].view(3, 4), x.t(), memory[:24:2].view(4, 3), weight]
+    others = [None, *inputs, memory[12:24].view(4, 3), memory[13:25].view(4, 3)]
+    call, draw = replayed(implementation, weight=1, neighbours=(0, 2)), Random(0)
+    for _ in range(3000):
+        tf32[0] = draw.random() < 0.1
+        given = (draw.choice(inputs), weight, draw.choice(others), draw.choice([None, 1.0, 2]))
+        for _ in range(draw.randint(1, 4)):
+            assert call(*given) == codes[description(*given)]
+    assert len(recordings(call)) == len(codes) > 100
 
 
 def test_results_share_no_memory_with_earlier_ones():
