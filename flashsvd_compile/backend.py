@@ -13,10 +13,9 @@ from torch.fx import GraphModule
 
 from .errors import InvalidOptionError
 from .kernels.autotune import tuner_of_user, tuning
-from .ops.direct import below_autograd
+from .ops.direct import as_compiled_code
 from .options import Options
 from .passes import apply_rules
-from .passes.order import needs_no_gradients
 from .passes.rehearsal import compile_kernels_of
 from .report import RewriteReport
 from .stack import with_room
@@ -56,15 +55,12 @@ def flashsvd(
         _treat_kernels_as_inductors(example_inputs)
     if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
         compile_kernels_of(graph_module.graph)
-    gradients_are_off = needs_no_gradients(graph_module)  # of the graph before the inner backend changes it
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
     # Around the calls and not in the graph, whose operators and cached code are the same with and without.
     compiled = tuning(tuner_of_user())(compiled) if parsed.autotune else compiled
     if not report.matches:
         return compiled
-    if gradients_are_off and parsed.inner == "inductor":
-        compiled = below_autograd(compiled)
-    return with_room(compiled)
+    return with_room(as_compiled_code(compiled) if parsed.inner == "inductor" else compiled)
 
 
 def last_report() -> RewriteReport | None:

@@ -13,6 +13,7 @@ import pytest
 import sympy
 import torch
 from torch import nn
+from torch._functorch import config as functorch_config
 from torch._inductor.runtime import compile_tasks
 from torch._inductor.runtime.cache_dir_utils import triton_cache_dir
 from torch._subclasses import FakeTensorMode
@@ -743,48 +744,33 @@ class TestKernelsAsInductors:
         assert len(asked) == 1
 
 
-def autograd_is_left_out() -> bool:
-    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradFunctionality)
-
-
-class TestBelowAutograd:
-    """What Inductor compiled is called below autograd where nothing is differentiated."""
+class TestOperatorsBesideOurs:
+    """Compiled code calls our operators directly; whatever else is in it is called as ever."""
 
     @pytest.fixture
-    def seen(self, monkeypatch) -> list[bool]:
-        """Whether autograd was left out, for each call of what the inner backend compiled."""
-        seen = []
+    def slope(self):
+        """The gradient of a square, by autograd within an operator."""
+        library = torch.library.Library("flashsvd_test_backend", "FRAGMENT")
+        library.define("slope(Tensor x) -> Tensor")
 
-        def inner(graph_module, *rest):
-            def call(*arguments):
-                seen.append(autograd_is_left_out())
-                return graph_module(*arguments)
-
-            return call
-
-        monkeypatch.setitem(backend._INNER, "inductor", inner)
-        return seen
-
-    @pytest.mark.parametrize("gradients", [False, True])
-    def test_where_gradients_are_off(self, block, seen, gradients):
-        with torch.set_grad_enabled(gradients):
-            compiled(block, inner="inductor")(sample())
-        assert seen == [not gradients]
-        assert not autograd_is_left_out()
-
-    def test_not_where_a_model_turns_them_on(self, block, seen):
-        def model(x):
+        def by_autograd(x: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
-                return block(x)
+                given = x.detach().requires_grad_()
+                return torch.autograd.grad(given.square().sum(), given)[0]
 
-        with torch.no_grad():
-            out = compiled(model, inner="inductor")(sample())
-        assert seen == [False] and out.requires_grad
+        library.impl("slope", by_autograd, "CPU")
+        torch.library.register_fake("flashsvd_test_backend::slope", torch.empty_like, lib=library)
+        yield torch.ops.flashsvd_test_backend.slope
+        library._destroy()
 
-    def test_not_where_nothing_is_rewritten(self, seen):
-        with torch.no_grad():
-            compiled(nn.Linear(FEATURES, FEATURES), inner="inductor")(sample())
-        assert seen == [False]
+    def test_may_differentiate(self, block, slope):
+        x = sample()
+        unchecked = functorch_config.patch(check_custom_op_aliasing=False)  # PyTorch's check calls them under a mode
+        with torch.no_grad(), unchecked:
+            function = compiled(lambda x: slope(block(x)), inner="inductor")
+            for _ in range(4):
+                torch.testing.assert_close(function(x), 2 * block(x))
+        assert latest().matches
 
 
 FREELY: dict[str, Any] = {"strategy": "streamed"}

@@ -10,34 +10,34 @@ from functools import wraps
 from typing import Any, TypeVar
 
 import torch
+from torch._C._functorch import maybe_current_level
 from torch._ops import OpOverload
 
 T = TypeVar("T")
 
-_nothing_is_differentiated: ContextVar[bool] = ContextVar("nothing_is_differentiated", default=False)
+_in_compiled_code: ContextVar[bool] = ContextVar("in_compiled_code", default=False)
 
 
-def below_autograd(compiled: Callable[..., T]) -> Callable[..., T]:
-    """The function without autograd, and with its operators called directly.
+def as_compiled_code(compiled: Callable[..., T]) -> Callable[..., T]:
+    """The function, which Inductor has compiled, with its operators called directly where gradients are off.
 
-    Args:
-        compiled: by Inductor, of a graph throughout which gradients are off.
+    AOTAutograd turns them off for the code of a graph, whatever is done about gradients around it.
     """
 
     @wraps(compiled)
     def call(*arguments: Any) -> T:
-        token = _nothing_is_differentiated.set(True)
+        before = _in_compiled_code.get()
         try:
-            with torch._C._AutoDispatchBelowAutograd():
-                return compiled(*arguments)
+            _in_compiled_code.set(True)  # within: an exception may be raised by a signal at any time
+            return compiled(*arguments)
         finally:
-            _nothing_is_differentiated.reset(token)
+            _in_compiled_code.set(before)
 
     return call
 
 
 def call_directly(operator: OpOverload, kernels: Mapping[str, Callable]) -> None:
-    """Have the operator call these within :func:`below_autograd`, unless a mode or the profiler wants to see its calls.
+    """Have compiled code call these for the operator, unless something wants to see the call or has part in it.
 
     Args:
         kernels: what computes it, by the type of its first argument's device.
@@ -45,7 +45,7 @@ def call_directly(operator: OpOverload, kernels: Mapping[str, Callable]) -> None
     dispatch = operator._op
 
     def call(*arguments: Any, **keywords: Any) -> Any:
-        if _nothing_is_differentiated.get() and not keywords and not _is_followed():
+        if _in_compiled_code.get() and not keywords and not torch.is_grad_enabled() and not _is_followed():
             kernel = kernels.get(arguments[0].device.type)
             if kernel is not None:
                 return kernel(*arguments)
@@ -55,5 +55,7 @@ def call_directly(operator: OpOverload, kernels: Mapping[str, Callable]) -> None
 
 
 def _is_followed() -> bool:
+    """Whether there is a profiler, a mode or a transform of ``torch.func``."""
     profiled = torch.autograd._profiler_enabled()  # pyright: ignore[reportPrivateImportUsage]
-    return profiled or torch._C._len_torch_dispatch_stack() > 0
+    transformed = maybe_current_level() is not None
+    return profiled or transformed or torch._C._len_torch_dispatch_stack() > 0

@@ -15,7 +15,11 @@ NAMESPACE = "flashsvd"
 _library = torch.library.Library(NAMESPACE, "DEF")
 on_gpu: dict[torch._ops.OpOverload, Callable] = {}
 """What computes each operator on CUDA and ROCm devices, of all arguments by position."""
-_VIEWS = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+_AUTOGRAD = (
+    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
+    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
+)
 
 
 def register(
@@ -89,16 +93,17 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
 
         return call
 
-    def without_autocast_and_view_tracking(implementation: Callable) -> Callable:
-        """Run below autocast, as an operator computes in the dtype of its inputs, and below the tracking of views:
-        a result that is a slice of a larger allocation would count as one, which autograd lets nobody change in place.
+    def below_autocast_and_autograd(implementation: Callable) -> Callable:
+        """Run below autocast, as an operator computes in the dtype of its inputs, below autograd, also where it is
+        called directly, and below the tracking of views: a result that is a slice of a larger allocation would count
+        as one, which autograd lets nobody change in place.
         """
 
         @wraps(implementation)
         def call(*arguments):
             arguments = (*arguments, *defaults[len(arguments) :])
             device = arguments[0].device.type
-            with torch._C._ExcludeDispatchKeyGuard(_VIEWS):
+            with torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
                 if not torch.is_autocast_enabled(device):
                     return implementation(*arguments)
                 with torch.autocast(device, enabled=False):
@@ -106,7 +111,7 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
 
         return call
 
-    kernels = {key: without_autocast_and_view_tracking(kernel) for key, kernel in kernels.items()}
+    kernels = {key: below_autocast_and_autograd(kernel) for key, kernel in kernels.items()}
     for key, kernel in kernels.items():
         _library.impl(name, kernel, key)
     call_directly(operator, {key.lower(): kernel for key, kernel in kernels.items() if key in ("CPU", "CUDA")})

@@ -34,6 +34,8 @@ MAX_RECORDINGS = 1024
 """Combinations of shapes that one operator remembers; the oldest goes first."""
 TensorGuards: Any = guards.TensorGuards
 """Of Dynamo, as its stub does not have it."""
+MAX_OPERATIONS = 8192
+"""What a recording holds at most: a longer call runs as written, whose Python is little beside so many operations."""
 ALIGNMENT = 16
 """Bytes. Kernels are compiled for addresses that are multiples of this or not."""
 
@@ -207,7 +209,8 @@ def record(
             result = implementation(*arguments)
     finally:
         _recorder.reset(token)
-    reference = recorder.reference(result) if recorder.possible else None
+    possible = recorder.possible and len(recorder.noted) <= MAX_OPERATIONS
+    reference = recorder.reference(result) if possible else None
     if reference is None or reference.base < len(arguments):
         return result, Recording(possible=False)
     replay = straight_line(recorder.noted, len(arguments), reference)

@@ -90,6 +90,10 @@ def straight_line(noted: Sequence[Operation | Launches], arguments: int, result:
     return writer.function(result)
 
 
+_FRESH = r"\b[rv]\d+\b"
+"""Names of fresh memory among those of :class:`_Writer`."""
+
+
 class _Writer:
     """The lines of a function: ``a0`` is an argument, ``w1`` a view of one, ``r2`` a result, ``v3`` a view of one."""
 
@@ -135,16 +139,17 @@ class _Writer:
 
     def function(self, result: Reference) -> Callable[..., Tensor]:
         """All lines, which let go of fresh memory once nothing reads it any more, and the result."""
-        self._lines.append(f"return {self._operand(result)}")
-        last = {name: index for index, line in enumerate(self._lines) for name in re.findall(r"\b[rv]\d+\b", line)}
-        text = ""
-        for index, line in enumerate(self._lines[:-1]):
-            finished = [name for name in last if last[name] == index]
-            text += line + "\n" + (f"del {', '.join(finished)}\n" if finished else "")
-        text += self._lines[-1]
-        source = f"def replay({', '.join(self._arguments)}):\n{indent(text, '    ')}"
-        exec(compile(source, "<replay>", "exec"), self._known)
-        return self._known["replay"]
+        body = [f"return {self._operand(result)}"]
+        read = set(re.findall(_FRESH, body[0]))
+        for line in reversed(self._lines):
+            finished = dict.fromkeys(name for name in re.findall(_FRESH, line) if name not in read)
+            if finished:
+                body.append(f"del {', '.join(finished)}")
+            body.append(line)
+            read.update(finished)
+        lines = indent("\n".join(reversed(body)), "    ")
+        exec(compile(f"def replay({', '.join(self._arguments)}):\n{lines}", "<replay>", "exec"), self._known)
+        return self._known.pop("replay")  # the function would be known to itself
 
     def _operand(self, operand: Any) -> str:
         if not isinstance(operand, Reference):

@@ -135,7 +135,7 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask)
     """The operator's arguments for all masks together, the outermost first."""
     if _may_hide_a_row_jointly(masks, scores, read_mask):
         return _as_one(masks, scores)
-    arguments: dict[str, Any] = {}
+    arguments, tensors = dict[str, Any](), list[Mask]()
     for mask in masks:
         arguments_of = _arguments if mask.fill is None else _arguments_of_fill
         found = arguments_of(mask, scores, read_mask)
@@ -147,9 +147,17 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask)
         if twice - {"mask"}:
             return _unknown(mask, "is one of two masks that cannot be told to the operator together")
         if twice:
-            found["mask"] = _together(arguments["mask"], found["mask"], mask.floored)
+            replaces = any(map(_fills_finitely, tensors))
+            if replaces and len(tensors) > 1:
+                return _as_one(masks, scores)
+            found["mask"] = _together(arguments["mask"], found["mask"], mask.floored, replaces)
+        tensors += [mask] if "mask" in found else []
         arguments |= found
     return arguments
+
+
+def _fills_finitely(mask: Mask) -> bool:
+    return mask.fill is not None and (mask.floored or mask.fill != -inf)
 
 
 def _may_hide_a_row_jointly(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask) -> bool:
@@ -164,6 +172,8 @@ def _may_hide_a_row_jointly(masks: tuple[Mask, ...], scores: Scores, read_mask: 
     effects = [_MaskEffect.of(mask, scores, read_mask) for mask in masks if not _is_bias(mask)]
     if len(effects) < 2 or not any(effect.finite for effect in effects):
         return False
+    if any(effect.finite and effect.replaces_scores and not effect.is_structure for effect in effects[:-1]):
+        return True  # it replaces what those within put, -inf as well
     all_see_themselves = all(effect.sees_own_key for effect in effects)
     finite_structure = any(effect.finite and effect.is_structure for effect in effects)
     tensors = [effect for effect in effects if not effect.is_structure]
@@ -247,14 +257,17 @@ def _replayed(masks: tuple[Mask, ...], dtype: torch.dtype, graph: Graph) -> Node
     return total
 
 
-def _together(outer: Node | Deferred, inner: Node | Deferred, floored: bool) -> Deferred:
-    """Two masks, boolean or additive, as one."""
+def _together(outer: Node | Deferred, inner: Node | Deferred, floored: bool, replaces: bool) -> Deferred:
+    """Two masks, boolean or additive, as one. The outer replaces what the inner put, or both are added up."""
     leaves = [part.leaves if isinstance(part, Deferred) else (part,) for part in (inner, outer)]
-    return Deferred(partial(_combined, inner, outer, floored), (*leaves[0], *leaves[1]))
+    return Deferred(partial(_combined, inner, outer, floored, replaces), (*leaves[0], *leaves[1]))
 
 
-def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, graph: Graph) -> Node:
+def _combined(inner: Node | Deferred, outer: Node | Deferred, floored: bool, replaces: bool, graph: Graph) -> Node:
     parts = [part.build(graph) if isinstance(part, Deferred) else part for part in (inner, outer)]
+    if replaces and not any(map(_is_boolean, parts)):
+        total = emit(graph, torch.where, emit(graph, "ne", parts[1], 0), parts[1], parts[0])
+        return _raised(total, graph) if floored else total
     parts.sort(key=_is_boolean)
     if _is_boolean(parts[0]):
         return emit(graph, "logical_and", *parts)

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from .ancestors import ancestors
 from .mutation import mutated_arguments
@@ -68,12 +68,6 @@ class Order:
 
     def _switches_before(self, node: Node) -> list[Node]:
         return [switch for switch in self.switches if self.position[switch] < self.position[node]]
-
-
-def needs_no_gradients(graph_module: GraphModule) -> bool:
-    """Whether gradients are off where a graph is called, and stay off within."""
-    graphs = (each.graph for each in graph_module.modules() if isinstance(each, GraphModule))
-    return not torch.is_grad_enabled() and all(_name(node) != _GRADIENTS for graph in graphs for node in graph.nodes)
 
 
 def _name(node: Node) -> str:

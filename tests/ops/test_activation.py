@@ -9,9 +9,9 @@ DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
 
 def numbers(dtype: torch.dtype) -> torch.Tensor:
-    """``[40, 8]``: every size of number there is, zero, the largest, infinities and NaN."""
-    limits = torch.finfo(dtype)
-    sizes = torch.logspace(-20, 0, 157, base=2, dtype=torch.float64) * limits.max
+    """``[40, 8]``: zero, infinities, NaN and a range of sizes, up to the largest of float16 and half that of others."""
+    largest = torch.finfo(dtype).max / (1 if dtype == torch.float16 else 2)
+    sizes = torch.logspace(-20, 0, 157, base=2, dtype=torch.float64) * largest
     ends = torch.tensor([0.0, float("inf"), float("nan")], dtype=torch.float64)
     return torch.cat([sizes, -sizes, *(sign * ends for sign in (1, -1))]).to(dtype)[:320].view(40, 8)
 
