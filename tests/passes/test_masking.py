@@ -313,6 +313,18 @@ HIDING = {
         lambda s, p, c: torch.max(s + p, torch.full((), MIN)).masked_fill(~c, INF),
         LOW.masked_fill(LOW < 0, INF), CAUSAL_GIVEN,
     ),
+    "-inf added, then filled": (lambda s, p: (s + causal_of(INF)).masked_fill(~p[:, None, None], MIN), NO_KEY_TOGETHER),
+    "-inf filled, then chosen": (
+        lambda s, p: torch.where(p[:, None, None], s.masked_fill(~causal(), INF), MIN), NO_KEY_TOGETHER,
+    ),
+    "-inf in a bias of each head, then filled": (
+        lambda s, b, p: (s + b).masked_fill(~p[:, None, None], MIN),
+        tensor(HEADS, LENGTH, LENGTH) + causal_of(INF), NO_KEY_TOGETHER,
+    ),
+    "-inf in one of two biases, then filled": (
+        lambda s, b, p: (s + b + b[:1]).masked_fill(~p[:, None, None], MIN),
+        tensor(HEADS, LENGTH, LENGTH) + causal_of(INF), NO_KEY_TOGETHER,
+    ),
     "the least number, then -inf": (
         lambda s, p: (s + causal_of(MIN)).masked_fill(~p[:, None, None], INF),
         torch.tensor([[0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]], dtype=torch.bool),
