@@ -51,16 +51,16 @@ def flashsvd(
     _trace(report)
     if parsed.debug:
         _show(parsed.debug, before, _printed(graph_module), report)
-    if report.matches and parsed.inner == "inductor":
+    operators_in_inductor = bool(report.matches) and parsed.inner == "inductor"
+    if operators_in_inductor:
         _treat_kernels_as_inductors(example_inputs)
     if parsed.compile_ahead and not parsed.autotune:  # which tries tiles first
         compile_kernels_of(graph_module.graph)
     compiled = _INNER[parsed.inner](graph_module, example_inputs, parsed, bool(report.matches))
     # Around the calls and not in the graph, whose operators and cached code are the same with and without.
     compiled = tuning(tuner_of_user())(compiled) if parsed.autotune else compiled
-    if not report.matches:
-        return compiled
-    return with_room(as_compiled_code(compiled) if parsed.inner == "inductor" else compiled)
+    compiled = as_compiled_code(compiled) if operators_in_inductor else compiled
+    return with_room(compiled) if report.matches else compiled
 
 
 def last_report() -> RewriteReport | None:

@@ -15,11 +15,6 @@ NAMESPACE = "flashsvd"
 _library = torch.library.Library(NAMESPACE, "DEF")
 on_gpu: dict[torch._ops.OpOverload, Callable] = {}
 """What computes each operator on CUDA and ROCm devices, of all arguments by position."""
-_AUTOGRAD = (
-    torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradFunctionality)
-    | torch._C.DispatchKeySet(torch._C.DispatchKey.AutogradOther)
-)
 
 
 def register(
@@ -103,7 +98,7 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
         def call(*arguments):
             arguments = (*arguments, *defaults[len(arguments) :])
             device = arguments[0].device.type
-            with torch._C._ExcludeDispatchKeyGuard(_AUTOGRAD):
+            with torch._C._AutoDispatchBelowADInplaceOrView():
                 if not torch.is_autocast_enabled(device):
                     return implementation(*arguments)
                 with torch.autocast(device, enabled=False):
@@ -114,6 +109,8 @@ def define(name: str, schema: str, *, fake: Callable, kernels: dict[str, Callabl
     kernels = {key: below_autocast_and_autograd(kernel) for key, kernel in kernels.items()}
     for key, kernel in kernels.items():
         _library.impl(name, kernel, key)
-    call_directly(operator, {key.lower(): kernel for key, kernel in kernels.items() if key in ("CPU", "CUDA")})
+    of_devices = {key.lower(): kernel for key, kernel in kernels.items() if key in ("CPU", "CUDA")}
+    if of_devices:  # gradients have none
+        call_directly(operator, of_devices)
     torch.library.register_fake(f"{NAMESPACE}::{name}", complete(fake), lib=_library)
     return operator

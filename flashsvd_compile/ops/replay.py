@@ -32,12 +32,13 @@ from .straight_line import Launches, Operation, OtherLayoutError, Produced, Refe
 
 MAX_RECORDINGS = 1024
 """Combinations of shapes that one operator remembers; the oldest goes first."""
-TensorGuards: Any = guards.TensorGuards
-"""Of Dynamo, as its stub does not have it."""
 MAX_OPERATIONS = 8192
 """What a recording holds at most: a longer call runs as written, whose Python is little beside so many operations."""
 ALIGNMENT = 16
 """Bytes. Kernels are compiled for addresses that are multiples of this or not."""
+
+TensorGuards: Any = guards.TensorGuards
+"""Dynamo's comparison of tensors, whose stub leaves the tensors out."""
 
 Implementation = Callable[..., Tensor]
 
@@ -219,14 +220,11 @@ def record(
 
 def _allocation(fresh: Tensor) -> Operation:
     """As Inductor's code allocates, on the current device and in a third of the time of ``torch.empty_strided``."""
-    shape, strides = tuple(fresh.shape), fresh.stride()
+    shape, strides, produced = tuple(fresh.shape), fresh.stride(), (Produced(None, None),)
     allocate = getattr(guards, f"_empty_strided_{fresh.device.type}", None)
     if allocate is not None:
-        return Operation(allocate, (shape, strides, fresh.dtype), produced=_FRESH)
-    return Operation(torch.empty_strided, (shape, strides, fresh.dtype, fresh.device), ("dtype", "device"), _FRESH)
-
-
-_FRESH = (Produced(None, None),)
+        return Operation(allocate, (shape, strides, fresh.dtype), produced=produced)
+    return Operation(torch.empty_strided, (shape, strides, fresh.dtype, fresh.device), ("dtype", "device"), produced)
 
 
 class _Recorder(TorchDispatchMode):

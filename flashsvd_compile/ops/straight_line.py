@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 from torch._C._dynamo import guards
 
-from ..kernels import launch as launching
-from ..kernels.launch import Launch, calls_of
+from ..kernels.launch import Launch, calls_of, current_stream
 
 
 class OtherLayoutError(Exception):
@@ -129,7 +128,7 @@ class _Writer:
     def launch(self, launches: Launches) -> None:
         """Launch kernels one after the other."""
         if "current_stream" not in self._known:
-            self._known["current_stream"] = launching.current_stream
+            self._known["current_stream"] = current_stream
             self._lines.append("stream = current_stream()")
         bases = tuple(dict.fromkeys(tensor.base for _, tensors in launches for tensor in tensors))
         at_bases = [(launch, [(bases.index(t.base), t.offset_bytes) for t in tensors]) for launch, tensors in launches]

@@ -151,12 +151,14 @@ def mask_arguments(masks: tuple[Mask, ...], scores: Scores, read_mask: ReadMask)
             if replaces and len(tensors) > 1:
                 return _as_one(masks, scores)
             found["mask"] = _together(arguments["mask"], found["mask"], mask.floored, replaces)
-        tensors += [mask] if "mask" in found else []
+        if "mask" in found:
+            tensors.append(mask)
         arguments |= found
     return arguments
 
 
 def _fills_finitely(mask: Mask) -> bool:
+    """Whether masked scores are replaced by a finite number, or raised to one."""
     return mask.fill is not None and (mask.floored or mask.fill != -inf)
 
 
@@ -172,13 +174,13 @@ def _may_hide_a_row_jointly(masks: tuple[Mask, ...], scores: Scores, read_mask: 
     effects = [_MaskEffect.of(mask, scores, read_mask) for mask in masks if not _is_bias(mask)]
     if len(effects) < 2 or not any(effect.finite for effect in effects):
         return False
-    if any(effect.finite and effect.replaces_scores and not effect.is_structure for effect in effects[:-1]):
-        return True  # it replaces what those within put, -inf as well
     all_see_themselves = all(effect.sees_own_key for effect in effects)
     finite_structure = any(effect.finite and effect.is_structure for effect in effects)
-    tensors = [effect for effect in effects if not effect.is_structure]
-    finite_fill = len(tensors) > 1 and any(effect.finite and effect.replaces_scores for effect in tensors)
-    return finite_fill or (finite_structure and not all_see_themselves)
+    tensors = [at for at, effect in enumerate(effects) if not effect.is_structure]
+    fills = [at for at in tensors if effects[at].finite and effects[at].replaces_scores]
+    fills_around_others = bool(fills) and fills[0] < len(effects) - 1  # and replaces what they put, -inf as well
+    fills_beside_a_tensor = bool(fills) and len(tensors) > 1
+    return fills_around_others or fills_beside_a_tensor or (finite_structure and not all_see_themselves)
 
 
 class _MaskEffect(NamedTuple):
@@ -321,7 +323,7 @@ def _raised(node: Node, graph: Graph) -> Node:
 def _arguments_of_fill(mask: Mask, scores: Scores, read_mask: ReadMask) -> dict[str, Any] | Obstacle:
     fill, reading = mask.fill, _reading_of(mask, read_mask)
     assert fill is not None
-    if mask.floored or fill != -inf:
+    if _fills_finitely(mask):
         fill = max(fill, torch.finfo(scores.dtype).min)  # of scores that are wider than queries and keys
     if fill == -inf:
         return {"mask": _call("logical_not", mask.node)} if mask.visible is None else _structure(reading, scores.x)

@@ -20,7 +20,7 @@ from flashsvd_compile import ops
 from flashsvd_compile.kernels import launch as launching
 from flashsvd_compile.kernels.autotune import Tuner, tuner_at_work, tuning
 from flashsvd_compile.kernels.launch import Call, is_listened_to
-from flashsvd_compile.ops import replay, sdpa
+from flashsvd_compile.ops import replay, sdpa, straight_line
 from flashsvd_compile.ops.attention import _cpu as attention_cpu
 from flashsvd_compile.ops.attention import reference as attention_reference
 from flashsvd_compile.ops.replay import MAX_RECORDINGS, Recording, as_one, reads_values, replayed
@@ -252,7 +252,7 @@ def add_one(tensor: Tensor, launch: AddOne) -> None:
 def stream(monkeypatch) -> list[int]:
     """The current stream, where there is no GPU to have one."""
     current = [0]
-    monkeypatch.setattr(launching, "current_stream", lambda: current[0])
+    monkeypatch.setattr(straight_line, "current_stream", lambda: current[0])
     return current
 
 
